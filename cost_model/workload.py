@@ -1,0 +1,27 @@
+"""`Workload`: what the model will be asked to do, and how fast it must be."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rankwright.topology.value import Value
+
+Objective = Literal["throughput", "latency", "cost", "energy"]
+
+
+class Workload(Value):
+    """Requests of one kind with their limits. Tokens and seconds."""
+
+    input_tokens: int = Field(default=1024, ge=1, description="prompt length")
+    output_tokens: int = Field(default=128, ge=1, description="tokens generated a request")
+    concurrency: int | None = Field(
+        default=None, ge=1, description="requests in flight at most; None: as many as memory holds"
+    )
+    request_rate: float | None = Field(default=None, gt=0, description="requests/s")
+    shared_prefix: float = Field(
+        default=0.0, ge=0, le=1, description="share of a prompt that is already cached"
+    )
+    ttft_limit_s: float | None = Field(default=None, gt=0, description="time to first token")
+    tpot_limit_s: float | None = Field(default=None, gt=0, description="time per output token")
+    percentile: float = Field(default=50, gt=0, lt=100, description="at which the limits hold")
+    objective: Objective = "throughput"

@@ -1,0 +1,181 @@
+"""`Plan`: the one type that flows from the planner to the templates and the executor.
+
+A plan says everything that an executor or a manifest needs, so that nothing is decided twice.
+`explain`, `render` and `launch` are conveniences: they load the folder that does the work when
+called, so that the planner depends on none of them.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.prediction import Prediction
+from rankwright.cost_model.split import Split
+from rankwright.cost_model.workload import Workload
+from rankwright.topology.cluster import Cluster
+from rankwright.topology.value import Value
+
+Range = tuple[int, int]  # first, one past the last
+
+
+class RankPlan(Value):
+    """What one rank holds. Ranges are half-open, over the whole model's indices."""
+
+    rank: int = Field(ge=0)
+    node: int = Field(ge=0, description="machine, 0-based over the cluster")
+    gpu: int = Field(ge=0, description="index of the GPU on that machine")
+    replica: int = Field(ge=0)
+    stage: int = Field(ge=0)
+    tp_rank: int = Field(ge=0)
+    layers: Range
+    query_heads: Range
+    kv_heads: Range
+    ffn_columns: Range = Field(description="columns of a dense MLP, or of each expert held")
+    experts: Range = (0, 0)
+    vocab: Range = Field(description="rows of the embedding and head; used on first and last stage")
+
+
+class KvCachePlan(Value):
+    """Paged KV cache of every rank."""
+
+    block_tokens: int = Field(default=64, ge=1)
+    num_blocks: int = Field(ge=1, description="blocks on each rank, equal over a replica")
+
+
+class Limits(Value):
+    """What the scheduler may do."""
+
+    max_num_seqs: int = Field(ge=1, description="sequences running at once in a replica")
+    max_batched_tokens: int = Field(ge=1, description="tokens of one step")
+    max_model_len: int = Field(ge=1, description="prompt and output of one request, tokens")
+
+
+class RunnerUp(Value):
+    """A plan that lost."""
+
+    split: Split
+    objective_value: float
+    reason: str = Field(description="why it lost, in numbers")
+
+
+class Certificate(Value):
+    """The proof that comes with a plan."""
+
+    objective: str = Field(description="what was optimised, with its unit")
+    objective_value: float
+    bound: float = Field(description="no plan of the model can be better than this")
+    gap: float = Field(ge=0, description="|bound - value| / |value|")
+    solver: str
+    status: str = Field(description="'optimal', or what stopped the solver")
+    solve_s: float = Field(ge=0)
+    num_candidates: int = Field(ge=1, description="legal (shape, batch) pairs in the program")
+    num_illegal: int = Field(default=0, ge=0)
+    binding_constraint: str
+    runners_up: tuple[RunnerUp, ...] = ()
+
+
+class EnvironmentVariable(Value):
+    """A setting that follows from the topology, with its reason."""
+
+    name: str
+    value: str
+    reason: str
+
+
+class Plan(Value):
+    """A split bound to devices, with prediction and proof."""
+
+    schema_version: Literal[1] = 1
+    feasible: Literal[True] = True
+    num_gpus: int = Field(ge=1)
+    model: ModelSpec
+    workload: Workload
+    cluster: Cluster
+    cluster_fingerprint: str
+    split: Split
+    ranks: tuple[RankPlan, ...] = Field(min_length=1)
+    kv_cache: KvCachePlan
+    limits: Limits
+    prediction: Prediction
+    certificate: Certificate
+    environment: tuple[EnvironmentVariable, ...] = ()
+    assumptions: tuple[str, ...] = Field(default=(), description="what was not said and assumed")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        split, ranks = self.split, self.ranks
+        if not self.num_gpus == split.num_gpus == len(ranks):
+            raise ValueError(
+                f"num_gpus is {self.num_gpus}, the split {split.label()} takes {split.num_gpus} "
+                f"and {len(ranks)} ranks are listed; the three must agree"
+            )
+        if sum(split.stage_layers) != self.model.num_layers:
+            raise ValueError(
+                f"stage_layers {split.stage_layers} sum to {sum(split.stage_layers)}, "
+                f"{self.model.name} has {self.model.num_layers} layers"
+            )
+        if [rank.rank for rank in ranks] != list(range(len(ranks))):
+            raise ValueError("ranks must be listed in order, 0 first")
+        places = {(rank.node, rank.gpu) for rank in ranks}
+        if len(places) != len(ranks):
+            raise ValueError("two ranks are on the same GPU")
+        for rank in ranks:
+            self._check_rank(rank)
+        if self.cluster_fingerprint != self.cluster.fingerprint:
+            raise ValueError(
+                f"cluster_fingerprint is {self.cluster_fingerprint}, the cluster in the plan has "
+                f"{self.cluster.fingerprint}; make the plan again"
+            )
+        return self
+
+    def _check_rank(self, rank: RankPlan) -> None:
+        split = self.split
+        order = rank.replica * split.pp * split.tp + rank.stage * split.tp + rank.tp_rank
+        if split.cp == 1 and (order != rank.rank or rank.stage >= split.pp):
+            raise ValueError(
+                f"rank {rank.rank} is listed as replica {rank.replica}, stage {rank.stage}, "
+                f"tp_rank {rank.tp_rank}; rank must be (replica * pp + stage) * tp + tp_rank"
+            )
+        first = sum(split.stage_layers[: rank.stage])
+        layers = (first, first + split.stage_layers[rank.stage])
+        if rank.layers != layers:
+            raise ValueError(
+                f"rank {rank.rank} holds layers {rank.layers}, stage {rank.stage} has {layers}"
+            )
+        try:
+            node = self.cluster.node(rank.node)
+        except IndexError:
+            raise ValueError(
+                f"rank {rank.rank} is on node {rank.node}, the cluster has "
+                f"{self.cluster.num_nodes} nodes"
+            ) from None
+        if rank.gpu not in {gpu.index for gpu in node.gpus}:
+            raise ValueError(f"rank {rank.rank} is on GPU {rank.gpu}, {node.name} has none such")
+
+    def nodes_used(self) -> tuple[int, ...]:
+        """Machines that hold a rank, ascending."""
+        return tuple(sorted({rank.node for rank in self.ranks}))
+
+    def ranks_of_node(self, node: int) -> tuple[RankPlan, ...]:
+        """Ranks on machine `node`, ascending."""
+        return tuple(rank for rank in self.ranks if rank.node == node)
+
+    def explain(self) -> str:
+        """The plan in words and figures: what binds, what it costs, why the others lost."""
+        text: str = import_module("rankwright.planner.explain").explain(self)
+        return text
+
+    def render(self, target: str, directory: Path | str | None = None) -> dict[str, str]:
+        """Return the manifests for `target` by file name; write them to `directory` if given."""
+        files: dict[str, str] = import_module("rankwright.templates.render").render(
+            self, target, directory
+        )
+        return files
+
+    def launch(self, **options: object) -> int:
+        """Run the plan on this machine and serve it until stopped; return the exit code."""
+        code: int = import_module("rankwright.executor.launch").launch(self, **options)
+        return code

@@ -1,0 +1,182 @@
+"""`Cluster`: the machines, as the planner sees them.
+
+Made by a probe, a file, or the shorthand (`topology/shorthand.py`). Holds facts only: what a link
+is worth to a collective is in `topology/graph.py`, what a step costs is in `cost_model`.
+"""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rankwright.topology.value import Value
+
+FabricKind = Literal["infiniband", "roce", "ethernet"]
+
+
+class Gpu(Value):
+    """One accelerator, or one CPU rank of a machine without any (`device == "cpu"`)."""
+
+    index: int = Field(ge=0, description="index on its node, in the driver's PCI order")
+    device: str = Field(description="key in topology/devices.py, such as 'h100-sxm'")
+    name: str = Field(description="name as the driver prints it")
+    memory_bytes: int = Field(gt=0, description="bytes that are free for us")
+    total_memory_bytes: int = Field(gt=0, description="bytes the device has")
+    compute_capability: tuple[int, int] | None = None
+    uuid: str | None = None
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
+    numa_node: int | None = None
+    num_processes: int = Field(default=0, ge=0, description="other compute processes on it")
+    mig: bool = False
+    memory_bytes_per_s: float | None = Field(
+        default=None, description="measured or derived here; None: the device table's"
+    )
+    flops_per_s: dict[str, float] | None = Field(
+        default=None, description="dense FLOP/s by dtype; None: the device table's"
+    )
+
+
+class Link(Value):
+    """A path between two GPUs of one node, undirected."""
+
+    a: int = Field(ge=0)
+    b: int = Field(ge=0)
+    kind: str = Field(description="token as nvidia-smi prints it: NV18, PIX, PXB, PHB, NODE, SYS")
+    bytes_per_s: float = Field(gt=0, description="each way")
+    latency_s: float = Field(gt=0)
+
+
+class Nic(Value):
+    """A network port of a node."""
+
+    name: str
+    bytes_per_s: float = Field(gt=0)
+    rdma: bool
+    numa_node: int | None = None
+
+
+class Node(Value):
+    """A machine, or `count` machines that are alike."""
+
+    name: str
+    count: int = Field(default=1, ge=1)
+    gpus: tuple[Gpu, ...]
+    links: tuple[Link, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    num_cpus: int = Field(default=1, ge=1)
+    host_memory_bytes: int = Field(default=0, ge=0)
+    driver: str | None = None
+
+    @model_validator(mode="after")
+    def _links_join_gpus(self) -> "Node":
+        known = {gpu.index for gpu in self.gpus}
+        if len(known) != len(self.gpus):
+            raise ValueError(f"node {self.name!r}: two GPUs have the same index")
+        for link in self.links:
+            if link.a not in known or link.b not in known or link.a == link.b:
+                raise ValueError(
+                    f"node {self.name!r}: link {link.a}-{link.b} joins no two of GPUs "
+                    f"{sorted(known)}"
+                )
+        return self
+
+
+class Fabric(Value):
+    """The network between nodes."""
+
+    kind: FabricKind
+    bytes_per_s: float = Field(gt=0, description="of one port, each way")
+    ports_per_node: int = Field(ge=1)
+    latency_s: float = Field(gt=0)
+
+
+class Cluster(Value):
+    """Nodes and the fabric between them.
+
+    Ranks and plans name a GPU by `(node, gpu)`: `node` counts machines, so a `Node` with
+    `count=2` is nodes 0 and 1.
+    """
+
+    schema_version: Literal[1] = 1
+    nodes: tuple[Node, ...] = Field(min_length=1)
+    fabric: Fabric | None = None
+    source: str = Field(default="", description="'probe', a file, or the shorthand it came from")
+    notes: tuple[str, ...] = Field(default=(), description="what the reader should know")
+
+    @model_validator(mode="after")
+    def _has_gpus_and_a_fabric(self) -> "Cluster":
+        if self.num_gpus == 0:
+            raise ValueError("the cluster has no GPU and no CPU rank")
+        if self.num_nodes > 1 and self.fabric is None:
+            raise ValueError(
+                f"{self.num_nodes} nodes need a fabric between them; append one to the shorthand, "
+                "such as +ib400, +roce200 or +eth100"
+            )
+        return self
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines in the cluster."""
+        return sum(node.count for node in self.nodes)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs (or CPU ranks) in the cluster."""
+        return sum(node.count * len(node.gpus) for node in self.nodes)
+
+    def node(self, index: int) -> Node:
+        """Return machine `index` (0-based over all machines).
+
+        Raises:
+            IndexError: There are fewer machines.
+        """
+        for node in self.nodes:
+            if index < node.count:
+                return node
+            index -= node.count
+        raise IndexError(f"node {index} of a cluster with {self.num_nodes}")
+
+    def facts(self) -> dict[str, object]:
+        """What must be alike for a plan to fit: devices, memory size, links and fabric.
+
+        Free memory, process counts, names and uuids may change from day to day and are left out.
+        """
+        return {
+            "nodes": [
+                {
+                    "count": node.count,
+                    "gpus": [
+                        [gpu.index, gpu.device, round(gpu.total_memory_bytes / 2**30)]
+                        for gpu in node.gpus
+                    ],
+                    "links": sorted([link.a, link.b, link.kind] for link in node.links),
+                }
+                for node in self.nodes
+            ],
+            "fabric": None
+            if self.fabric is None
+            else [self.fabric.kind, self.fabric.bytes_per_s, self.fabric.ports_per_node],
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of `facts`; a plan made for one fingerprint refuses to run on another."""
+        text = json.dumps(self.facts(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """One line: `2 x (8 x h100-sxm) + infiniband 8 x 400 Gb/s`."""
+        parts: list[str] = []
+        for node in self.nodes:
+            kinds: dict[str, int] = {}
+            for gpu in node.gpus:
+                kinds[gpu.device] = kinds.get(gpu.device, 0) + 1
+            text = " + ".join(f"{count} x {device}" for device, count in kinds.items())
+            parts.append(text if node.count == 1 else f"{node.count} x ({text})")
+        line = ", ".join(parts)
+        if self.fabric is not None and self.num_nodes > 1:
+            gbit = self.fabric.bytes_per_s * 8 / 1e9
+            line += f" + {self.fabric.kind} {self.fabric.ports_per_node} x {gbit:.0f} Gb/s"
+        return line
