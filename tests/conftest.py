@@ -1,0 +1,30 @@
+"""What every test runs under: no network, Triton interpreted where there is no GPU."""
+
+import os
+import shutil
+
+import pytest
+
+# Set before anything imports these libraries, which read them once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+HAS_GPU = shutil.which("nvidia-smi") is not None
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    reason = None
+    if not HAS_GPU:
+        reason = "needs a CUDA GPU: no nvidia-smi here"
+    else:
+        import torch  # only where a GPU test is about to run: it takes seconds
+
+        if not torch.cuda.is_available():
+            reason = "needs a CUDA GPU: torch sees none"
+    if reason is not None:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
