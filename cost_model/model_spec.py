@@ -30,6 +30,22 @@ class Attention(Value):
     rope_head_dim: int | None = Field(default=None, description="MLA: rotary part of a head")
 
 
+class Router(Value):
+    """How a MoE block turns router logits into experts and their weights."""
+
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    softmax_after_top_k: bool = Field(default=False, description="softmax over the chosen only")
+    normalize: bool = Field(default=True, description="weights of the chosen sum to one")
+    scale: float = Field(default=1.0, gt=0, description="the weights are multiplied by it")
+    num_groups: int = Field(default=1, ge=1, description="groups that the experts form")
+    groups_per_token: int = Field(default=1, ge=1, description="groups a token may choose from")
+    group_score: Literal["max", "top2_sum"] = "max"
+    bias: bool = Field(default=False, description="added to the logits (gpt-oss)")
+    correction_bias: bool = Field(
+        default=False, description="float32, added to the scores for the choice only (DeepSeek-V3)"
+    )
+
+
 class FeedForward(Value):
     """The feed-forward block of one layer: one gated MLP, or experts with a router."""
 
@@ -40,7 +56,10 @@ class FeedForward(Value):
     num_experts: int = Field(default=0, ge=0)
     experts_per_token: int = Field(default=0, ge=0)
     shared_intermediate_size: int = Field(default=0, ge=0, description="of all shared experts")
-    router_bias: bool = False
+    activation_limit: float | None = Field(
+        default=None, description="gate and up are clamped to it before the activation (gpt-oss)"
+    )
+    router: Router = Router()
 
     @model_validator(mode="after")
     def _experts(self) -> "FeedForward":
@@ -70,22 +89,37 @@ class Rope(Value):
     """Rotary position embedding, as `config.json` gives it."""
 
     theta: float = Field(default=10000.0, gt=0)
-    scaling: dict[str, float | int | str | bool | list[float]] | None = None
+    scaling: dict[str, float | int | str | bool | list[float]] | None = Field(
+        default=None, description="with 'rope_type' as a key; None: no scaling"
+    )
+    interleaved: bool = Field(
+        default=False, description="pairs are (0, 1), (2, 3), ...; else (0, d/2), (1, d/2 + 1), ..."
+    )
 
 
 class WeightDtypes(Value):
-    """Number format of each group of weights; what is not a matrix is in `other`."""
+    """Number format of each group of weights; what is not a matrix is in `other`.
 
+    The matrices of `attention` and `feed_forward` in `float8`, `int8` or `int4` have scales beside
+    them: one for each `scale_rows` outputs and `scale_group` inputs.
+    """
+
+    method: str | None = Field(
+        default=None, description="'fp8', 'awq', 'gptq', 'mxfp4', ...; None: not quantised"
+    )
     attention: Dtype = "bfloat16"
     feed_forward: Dtype = "bfloat16"
     embedding: Dtype = "bfloat16"
     head: Dtype = "bfloat16"
     other: Dtype = Field(default="bfloat16", description="norms, biases, routers")
     scale_group: int | None = Field(
-        default=None, description="weights that share one scale along the input dimension"
+        default=None, ge=1, description="inputs that share a scale; None: all of a matrix"
     )
-    scale_rows: int = Field(default=1, ge=1, description="output rows that share a scale")
+    scale_rows: int | None = Field(
+        default=1, ge=1, description="outputs that share a scale; None: all of a matrix"
+    )
     scale_dtype: Dtype = "float32"
+    zero_point_bits: int = Field(default=0, ge=0, description="beside each scale (awq, gptq)")
 
 
 class ModelSpec(Value):
@@ -105,6 +139,8 @@ class ModelSpec(Value):
     dtype: Dtype = Field(default="bfloat16", description="of activations")
     weight_dtypes: WeightDtypes = WeightDtypes()
     kv_dtype: Dtype = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = Field(default=(), description="any of them ends a sequence")
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -1,0 +1,239 @@
+"""Bytes of every rank: weights by shard, KV cache, activations, and what the runtime reserves.
+
+Weights and KV are exact: they are what the executor allocates. Activations are a bound derived
+from the buffers that live at once. What CUDA, NCCL and graphs take cannot be derived; it is a row
+of `RESERVED_BYTES`, until a calibration of this machine replaces it.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from rankwright.cost_model.dtypes import num_bytes
+from rankwright.cost_model.model_spec import Layer, ModelSpec
+from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
+from rankwright.cost_model.prediction import MemoryPart
+from rankwright.cost_model.shards import even_range, head_ranges, range_size
+from rankwright.cost_model.split import Split
+
+AttentionSplit = Literal["tp", "dp"]
+
+# Bytes of a rank that no tensor of ours accounts for, by kind of device.
+RESERVED_BYTES: dict[str, int] = {
+    "cuda": 2_500_000_000,
+    "cpu": 300_000_000,
+}
+
+
+def layer_weight_bytes(
+    spec: ModelSpec,
+    layer: Layer,
+    *,
+    tp: int,
+    ep: int = 1,
+    attention: AttentionSplit = "tp",
+    tp_rank: int = 0,
+) -> int:
+    """Return the weight bytes of one layer on one rank; the default, rank 0, is the fullest.
+
+    Args:
+        spec: The model that `layer` is of.
+        layer: An entry of `spec.layers`.
+        tp: Ranks of the stage.
+        ep: Groups that share the experts out.
+        attention: `dp` when every rank holds all heads.
+        tp_rank: Which rank.
+
+    Raises:
+        ValueError: heads or experts cannot be cut so.
+    """
+    return sum(
+        tensor_bytes(tensor, spec.weight_dtypes)
+        for tensor in layer_tensors(
+            layer, spec.hidden_size, tp=tp, ep=ep, attention=attention, tp_rank=tp_rank
+        )
+    )
+
+
+def embedding_weight_bytes(spec: ModelSpec, *, tp: int, tp_rank: int = 0) -> int:
+    """Return the bytes of one rank's rows of the embedding, on the first stage."""
+    rows = range_size(even_range(spec.vocab_size, tp, tp_rank))
+    return tensor_bytes(
+        Tensor("embedding", "embedding", rows, spec.hidden_size), spec.weight_dtypes
+    )
+
+
+def head_weight_bytes(spec: ModelSpec, *, tp: int, tp_rank: int = 0) -> int:
+    """Return the bytes of one rank's rows of the head, on the last stage.
+
+    With tied embeddings and one stage these are the embedding's own bytes: count one of the two,
+    as `stage_weight_bytes` does.
+    """
+    rows = range_size(even_range(spec.vocab_size, tp, tp_rank))
+    group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
+    return tensor_bytes(Tensor("head", group, rows, spec.hidden_size), spec.weight_dtypes)
+
+
+def final_norm_bytes(spec: ModelSpec) -> int:
+    """Return the bytes of the norm before the head, on every rank of the last stage."""
+    return tensor_bytes(Tensor("final norm", "other", 1, spec.hidden_size), spec.weight_dtypes)
+
+
+def stage_layers(spec: ModelSpec, split: Split, stage: int) -> Iterator[tuple[int, Layer]]:
+    """Yield the layers of `stage` as (count, layer), equal neighbours together."""
+    first = sum(split.stage_layers[:stage])
+    stop = first + split.stage_layers[stage]
+    start = 0
+    for run in spec.layer_runs:
+        count = min(stop, start + run.count) - max(first, start)
+        if count > 0:
+            yield count, run.layer
+        start += run.count
+
+
+def stage_weight_bytes(spec: ModelSpec, split: Split, *, stage: int, tp_rank: int = 0) -> int:
+    """Return the weight bytes of one rank of `stage`, with embedding and head where it has them."""
+    total = sum(
+        count
+        * layer_weight_bytes(
+            spec, layer, tp=split.tp, ep=split.ep, attention=split.attention, tp_rank=tp_rank
+        )
+        for count, layer in stage_layers(spec, split, stage)
+    )
+    if stage == 0:
+        total += embedding_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank)
+    if stage == split.pp - 1:
+        total += final_norm_bytes(spec)
+        if not (spec.tie_embeddings and split.pp == 1):
+            total += head_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank)
+    return total
+
+
+def kv_bytes_per_token(
+    spec: ModelSpec, layer: Layer, *, tp: int, attention: AttentionSplit = "tp"
+) -> int:
+    """Return the KV bytes of one token in one layer on one rank.
+
+    MLA keeps the latent and the rotary key, whole on every rank. Other kinds keep keys and values
+    of the rank's KV heads. A sliding window does not shorten it: pages are kept for all tokens.
+    """
+    heads = layer.attention
+    if heads.kind == "mla":
+        assert heads.kv_lora_rank is not None
+        assert heads.rope_head_dim is not None
+        return num_bytes(heads.kv_lora_rank + heads.rope_head_dim, spec.kv_dtype)
+    _, kv = head_ranges(heads, 1 if attention == "dp" else tp, 0)
+    return num_bytes(range_size(kv) * (heads.head_dim + heads.value_head_dim), spec.kv_dtype)
+
+
+def stage_kv_bytes_per_token(spec: ModelSpec, split: Split, *, stage: int) -> int:
+    """Return the KV bytes of one token in all layers of `stage` on one rank."""
+    return sum(
+        count * kv_bytes_per_token(spec, layer, tp=split.tp, attention=split.attention)
+        for count, layer in stage_layers(spec, split, stage)
+    )
+
+
+def activation_bytes(
+    spec: ModelSpec,
+    *,
+    tp: int,
+    max_batched_tokens: int,
+    max_num_seqs: int,
+    ep: int = 1,
+    attention: AttentionSplit = "tp",
+) -> int:
+    """Return the peak bytes of one step's buffers on one rank, logits included.
+
+    Three terms, summed although they do not all live at once: the allocator keeps the blocks of
+    each for itself (sizes differ, and captured graphs have a pool of their own).
+
+    1. `tokens x 4 hidden`: hidden states, residual, the block's output, and one buffer for the
+       all-reduce or for what arrives from the stage before.
+    2. The widest block of any layer: queries, keys, values and attention output; or gate and up
+       with their product; or for experts a copy of each chosen token, its gate, up, product and
+       output. A rank gets at most `min(experts_per_token, its experts)` copies of a token.
+    3. `sequences x vocabulary`: logits as the head makes them, in float32, and the sampler's
+       sorted copy with int64 indices.
+    """
+    token_values = 4 * spec.hidden_size + max(
+        max(
+            _attention_values(layer, tp=1 if attention == "dp" else tp),
+            _feed_forward_values(layer, spec.hidden_size, tp=tp, ep=ep),
+        )
+        for layer in (run.layer for run in spec.layer_runs)
+    )
+    logit_bytes = num_bytes(1, spec.dtype) + 4 + 4 + 8
+    return (
+        num_bytes(max_batched_tokens * token_values, spec.dtype)
+        + max_num_seqs * spec.vocab_size * logit_bytes
+    )
+
+
+def _attention_values(layer: Layer, *, tp: int) -> int:
+    """Return the values of a token that live at once in attention."""
+    heads = layer.attention
+    query, kv = head_ranges(heads, tp, 0)
+    output = range_size(query) * heads.value_head_dim
+    queries = range_size(query) * heads.head_dim
+    if heads.kind == "mla":
+        assert heads.kv_lora_rank is not None
+        assert heads.rope_head_dim is not None
+        latent = heads.kv_lora_rank + heads.rope_head_dim
+        # A prefill expands the latent to keys and values of the rank's heads.
+        return (heads.q_lora_rank or 0) + latent + 2 * queries + 2 * output
+    return queries + range_size(kv) * (heads.head_dim + heads.value_head_dim) + output
+
+
+def _feed_forward_values(layer: Layer, hidden_size: int, *, tp: int, ep: int) -> int:
+    """Return the values of a token that live at once in the feed-forward block."""
+    block = layer.feed_forward
+    if block.kind == "dense":
+        return 3 * range_size(even_range(block.intermediate_size, tp, 0))
+    columns = range_size(even_range(block.intermediate_size, tp // ep, 0))
+    copies = min(block.experts_per_token, range_size(even_range(block.num_experts, ep, 0)))
+    shared = 3 * range_size(even_range(block.shared_intermediate_size, tp, 0))
+    return copies * (2 * hidden_size + 3 * columns) + shared
+
+
+def rank_memory(
+    spec: ModelSpec,
+    split: Split,
+    *,
+    stage: int,
+    kv_tokens: int,
+    max_batched_tokens: int,
+    max_num_seqs: int,
+    device: str = "cuda",
+) -> tuple[MemoryPart, ...]:
+    """Return the bytes of the fullest rank of `stage`, by what they are for.
+
+    Args:
+        spec: The model.
+        split: Its cut.
+        stage: 0 is the first.
+        kv_tokens: Tokens that the rank's KV cache has room for.
+        max_batched_tokens: Tokens of one step at most.
+        max_num_seqs: Sequences that get a token in one step at most.
+        device: Row of `RESERVED_BYTES`.
+    """
+    if device not in RESERVED_BYTES:
+        raise ValueError(f"device kind {device!r}: expected one of {', '.join(RESERVED_BYTES)}")
+    last = stage == split.pp - 1
+    return (
+        MemoryPart(name="weights", bytes=stage_weight_bytes(spec, split, stage=stage)),
+        MemoryPart(
+            name="kv cache", bytes=kv_tokens * stage_kv_bytes_per_token(spec, split, stage=stage)
+        ),
+        MemoryPart(
+            name="activations",
+            bytes=activation_bytes(
+                spec,
+                tp=split.tp,
+                ep=split.ep,
+                attention=split.attention,
+                max_batched_tokens=max_batched_tokens,
+                max_num_seqs=max_num_seqs if last else 0,
+            ),
+        ),
+        MemoryPart(name="reserved", bytes=RESERVED_BYTES[device]),
+    )
