@@ -2,8 +2,11 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+
+from rankwright.demo_model import FetchError, smollm2_folder
 
 # Set before anything imports these libraries, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,3 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32: real weights, 9 query and 3 KV heads."""
+    try:
+        return smollm2_folder()
+    except FetchError as error:
+        pytest.skip(f"no real model here: {error}")
