@@ -11,6 +11,9 @@ from pydantic import Field, TypeAdapter
 from rankwright.topology.value import Value
 
 
+FinishReason = Literal["stop", "length", "abort", "error"] | None
+
+
 class Sampling(Value):
     """How the next token is chosen."""
 
@@ -21,6 +24,7 @@ class Sampling(Value):
     max_tokens: int = Field(default=16, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = Field(default=False, description="for benchmarks: run to max_tokens")
 
 
 class Submit(Value):
@@ -65,7 +69,7 @@ class Tokens(Value):
     kind: Literal["tokens"] = "tokens"
     request_id: str
     token_ids: tuple[int, ...]
-    finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+    finish_reason: FinishReason = None
     error: str | None = None
 
 
@@ -82,9 +86,7 @@ class Stats(Value):
     prompt_tokens: int
 
 
-Message = Annotated[
-    Submit | Abort | Stop | Hello | Tokens | Stats, Field(discriminator="kind")
-]
+Message = Annotated[Submit | Abort | Stop | Hello | Tokens | Stats, Field(discriminator="kind")]
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Message)
 
 

@@ -1,0 +1,226 @@
+"""The loop of every rank: the leader schedules and tells, the others listen and run.
+
+One step: the leader takes in requests, decides a batch, broadcasts it; every rank of the replica
+runs its part; the rank that samples sends the tokens back to the leader, which tells the front end.
+In a pipeline as many batches are in flight as there are stages, so that all of them compute.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+
+from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.runner import Runner
+from rankwright.executor.scheduler import Scheduler, Sequence
+from rankwright.executor.step_batch import StepBatch
+from rankwright.planner.plan import Plan
+
+# First byte of a control message.
+BATCH, IDLE, STOP = b"b", b"i", b"s"
+# An idle leader speaks up this often, so that silence means death (mesh.CONTROL_TIMEOUT).
+HEARTBEAT_S = 5.0
+# State for /metrics and /health, at most this often.
+STATS_S = 0.1
+# How long an idle leader waits for a request before it looks at the clock again.
+IDLE_WAIT_S = 0.5
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A batch that has been issued: whom it samples, and where its tokens will be."""
+
+    sampled: list[Sequence]
+    tokens: list[int] | None
+    receiving: dist.Work | None
+    buffer: torch.Tensor | None
+
+    def wait(self) -> list[int]:
+        """Return its tokens, once they are there."""
+        if self.tokens is not None:
+            return self.tokens
+        assert self.receiving is not None
+        assert self.buffer is not None
+        self.receiving.wait()
+        return [int(token) for token in self.buffer[: len(self.sampled)]]
+
+
+class Follower:
+    """A rank that runs what its leader says."""
+
+    def __init__(self, mesh: Mesh, runner: Runner) -> None:
+        self._mesh = mesh
+        self._runner = runner
+
+    def run(self) -> None:
+        """Run batches until the leader says stop."""
+        pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        while True:
+            message = self._mesh.broadcast_bytes(None)
+            kind, body = message[:1], memoryview(message)[1:]
+            if kind == STOP:
+                break
+            if kind == IDLE:
+                continue
+            # A copy, because the offset of one byte leaves the arrays unaligned.
+            tokens = self._runner.execute(StepBatch.decode(bytes(body)))
+            if self._mesh.is_sampler:
+                assert tokens is not None
+                buffer = torch.tensor([*tokens, 0], dtype=torch.int64)
+                work = dist.isend(
+                    buffer, self._mesh.control.ranks[0], group=self._mesh.results.process_group
+                )
+                assert work is not None
+                pending.append((work, buffer))
+                while len(pending) > self._mesh.num_stages:
+                    pending.popleft()[0].wait()
+        while pending:
+            pending.popleft()[0].wait()
+
+
+class Leader:
+    """The rank that schedules its replica and talks to the front end."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        runner: Runner,
+        connection: Connection,
+        *,
+        eos_token_ids: tuple[int, ...],
+        peak_memory_bytes: tuple[int, ...] = (),
+    ) -> None:
+        self._mesh = mesh
+        self._runner = runner
+        self._connection = connection
+        self.scheduler = Scheduler(
+            num_blocks=plan.kv_cache.num_blocks,
+            block_tokens=plan.kv_cache.block_tokens,
+            max_num_seqs=plan.limits.max_num_seqs,
+            max_batched_tokens=plan.limits.max_batched_tokens,
+            max_model_len=plan.limits.max_model_len,
+            eos_token_ids=eos_token_ids,
+            depth=mesh.num_stages,
+        )
+        self._in_flight: deque[InFlight] = deque()
+        self._stopping: Stop | None = None
+        self._last_stats = self._last_word = 0.0
+        self._send(
+            Hello(
+                replica=mesh.place.replica,
+                num_kv_blocks=plan.kv_cache.num_blocks,
+                block_tokens=plan.kv_cache.block_tokens,
+                max_num_seqs=plan.limits.max_num_seqs,
+                max_model_len=self.scheduler.max_model_len,
+                eos_token_ids=eos_token_ids,
+                peak_memory_bytes=peak_memory_bytes,
+            )
+        )
+
+    def run(self) -> None:
+        """Serve until told to stop, or until the front end is gone."""
+        while not self._done():
+            self._take_messages()
+            issued = self._issue()
+            if self._in_flight and (not issued or len(self._in_flight) >= self._mesh.num_stages):
+                self._collect()
+            self._report()
+        while self._in_flight:
+            self._collect()
+        self._mesh.broadcast_bytes(STOP)
+
+    def _done(self) -> bool:
+        if self._stopping is None:
+            return False
+        return not (self._stopping.drain and self.scheduler.has_work)
+
+    def _take_messages(self) -> None:
+        idle = not (self.scheduler.has_work or self._in_flight or self._stopping)
+        try:
+            while self._connection.poll(IDLE_WAIT_S if idle else 0):
+                self._take(self._connection.recv_bytes())
+                idle = False
+        except (EOFError, OSError):
+            # The front end is gone, and with it everybody who could read a token.
+            self._stopping = Stop()
+
+    def _take(self, data: bytes) -> None:
+        message = decode(data)
+        match message:
+            case Submit():
+                try:
+                    self.scheduler.add(message.request_id, message.prompt, message.sampling)
+                except ValueError as error:
+                    self._send(
+                        Tokens(
+                            request_id=message.request_id,
+                            token_ids=(),
+                            finish_reason="error",
+                            error=str(error),
+                        )
+                    )
+            case Abort():
+                if self.scheduler.abort(message.request_id):
+                    self._send(
+                        Tokens(request_id=message.request_id, token_ids=(), finish_reason="abort")
+                    )
+            case Stop():
+                self._stopping = message
+            case _:
+                raise AssertionError(f"the front end sent {message.kind!r}")
+
+    def _issue(self) -> bool:
+        """Start the next batch, if there is one; return whether there was."""
+        scheduled = self.scheduler.schedule()
+        if scheduled is None:
+            return False
+        batch, sampled = scheduled
+        if self._mesh.control.size > 1:
+            self._mesh.broadcast_bytes(BATCH + batch.encode())
+            self._last_word = time.monotonic()
+        receiving = buffer = None
+        if not self._mesh.is_sampler:
+            buffer = torch.zeros(len(sampled) + 1, dtype=torch.int64)
+            receiving = dist.irecv(
+                buffer, self._mesh.sampler_rank, group=self._mesh.results.process_group
+            )
+        tokens = self._runner.execute(batch)
+        self._in_flight.append(InFlight(sampled, tokens, receiving, buffer))
+        return True
+
+    def _collect(self) -> None:
+        """Take in the tokens of the oldest batch."""
+        oldest = self._in_flight.popleft()
+        for news in self.scheduler.complete(oldest.sampled, oldest.wait()):
+            self._send(news)
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        if now - self._last_stats >= STATS_S:
+            self._last_stats = now
+            scheduler = self.scheduler
+            self._send(
+                Stats(
+                    replica=self._mesh.place.replica,
+                    steps=scheduler.num_steps,
+                    running=len(scheduler.running),
+                    waiting=len(scheduler.waiting),
+                    free_kv_blocks=scheduler.pool.num_free,
+                    generated_tokens=scheduler.num_generated,
+                    prompt_tokens=scheduler.num_prompt_tokens,
+                )
+            )
+        if self._mesh.control.size > 1 and now - self._last_word >= HEARTBEAT_S:
+            self._mesh.broadcast_bytes(IDLE)
+            self._last_word = now
+
+    def _send(self, message: Hello | Tokens | Stats) -> None:
+        try:
+            self._connection.send_bytes(encode(message))
+        except OSError:
+            self._stopping = Stop()

@@ -1,0 +1,1 @@
+"""Sharded layers, each written once against a `Mesh` of groups."""

@@ -1,0 +1,73 @@
+"""Linear layers cut over the TP group.
+
+Shape letters: T tokens, D hidden, C columns of a shard.
+A column-parallel layer splits its outputs and needs no communication; a row-parallel layer splits
+its inputs and sums its partial outputs over the group (Megatron-LM, arXiv 1909.08053, section 3).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.weights import Range, WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one checkpoint tensor that a packed layer holds."""
+
+    name: str
+    whole_rows: int
+    rows: Range
+
+
+class ColumnParallelLinear:
+    """`y_TC = x_TD W^T + b`: this rank's rows of one or more tensors, packed into one product."""
+
+    def __init__(
+        self, source: WeightSource, parts: tuple[Part, ...], num_inputs: int, *, bias: bool
+    ) -> None:
+        self.weight_CD = torch.cat(
+            [
+                source.shard(f"{part.name}.weight", (part.whole_rows, num_inputs), part.rows)
+                for part in parts
+            ]
+        )
+        self.bias_C = (
+            torch.cat(
+                [source.shard(f"{part.name}.bias", (part.whole_rows,), part.rows) for part in parts]
+            )
+            if bias
+            else None
+        )
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return [T, C]."""
+        return linear(x_TD, self.weight_CD, self.bias_C)
+
+
+class RowParallelLinear:
+    """`y_TD = sum over ranks of x_TC W_c^T, + b`: this rank's columns of one tensor."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        mesh: Mesh,
+        name: str,
+        shape: tuple[int, int],
+        columns: Range,
+        *,
+        bias: bool,
+    ) -> None:
+        self._mesh = mesh
+        self.weight_DC = source.shard(f"{name}.weight", shape, None, columns)
+        # The sum over ranks must hold the bias once.
+        self.bias_D = (
+            source.shard(f"{name}.bias", (shape[0],)) if bias and mesh.place.tp_rank == 0 else None
+        )
+
+    def __call__(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """Return [T, D], equal on every rank of the group."""
+        return self._mesh.all_reduce(linear(x_TC, self.weight_DC, self.bias_D))

@@ -1,0 +1,152 @@
+"""`DecoderStage`: the layers of one pipeline stage, for every dense decoder family.
+
+What differs between families (biases, head norms, windows, rotary scaling) is in `ModelSpec`; where
+their tensors are is in `TensorNames`.
+Shape letters: T tokens, R rows to sample, D hidden.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from rankwright.cost_model.model_spec import Layer, ModelSpec
+from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.kv_cache import LayerCache
+from rankwright.executor.layers.attention import PagedAttention
+from rankwright.executor.layers.embedding import VocabularyEmbedding, VocabularyHead
+from rankwright.executor.layers.feed_forward import GatedMlp
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.models.names import TensorNames
+from rankwright.executor.weights import WeightSource
+from rankwright.kernels.rms_norm import rms_norm
+
+
+class DecoderLayer:
+    """Norm, attention, norm, feed-forward, around a residual stream that is updated in place."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        mesh: Mesh,
+        names: TensorNames,
+        spec: ModelSpec,
+        layer: Layer,
+        index: int,
+        cache: LayerCache,
+    ) -> None:
+        if layer.feed_forward.kind != "dense":
+            raise ValueError(
+                f"{spec.name}: layer {index} has experts; the executor runs dense ones"
+            )
+        if layer.feed_forward.activation not in ("silu", "swish"):
+            raise ValueError(
+                f"{spec.name}: activation {layer.feed_forward.activation!r} in layer {index}; "
+                "the executor runs silu"
+            )
+        hidden = spec.hidden_size
+        self._eps = spec.norm_eps
+        self.attention_norm_D = source.shard(names.attention_norm.format(layer=index), (hidden,))
+        self.feed_forward_norm_D = source.shard(
+            names.feed_forward_norm.format(layer=index), (hidden,)
+        )
+        self.attention = PagedAttention(
+            source,
+            mesh,
+            layer.attention,
+            cache,
+            prefix=names.attention.format(layer=index),
+            hidden_size=hidden,
+            norm_eps=spec.norm_eps,
+        )
+        self.feed_forward = GatedMlp(
+            source,
+            mesh,
+            prefix=names.feed_forward.format(layer=index),
+            hidden_size=hidden,
+            intermediate_size=layer.feed_forward.intermediate_size,
+            bias=layer.feed_forward.bias,
+        )
+
+    def __call__(
+        self, x_TD: torch.Tensor | None, residual_TD: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """Return what is to be added to `residual_TD`; `x_TD` is what the layer before returned."""
+        if x_TD is None:
+            x_TD = rms_norm(residual_TD, self.attention_norm_D, self._eps)
+        else:
+            x_TD = rms_norm(x_TD, self.attention_norm_D, self._eps, residual_TD=residual_TD)
+        x_TD = self.attention(x_TD, context)
+        x_TD = rms_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD=residual_TD)
+        return self.feed_forward(x_TD)
+
+
+class DecoderStage:
+    """Embedding (first stage), some layers, final norm and head (last stage)."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        mesh: Mesh,
+        names: TensorNames,
+        spec: ModelSpec,
+        caches: list[LayerCache],
+        *,
+        on_layer: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        """Load this rank's shard of the stage; `on_layer` is called as each layer is loaded."""
+        self._mesh = mesh
+        self._eps = spec.norm_eps
+        shape = (spec.vocab_size, spec.hidden_size)
+        vocabulary = mesh.place.vocab
+        self.embedding: VocabularyEmbedding | None = None
+        self.head: VocabularyHead | None = None
+        if mesh.is_first_stage:
+            self.embedding = VocabularyEmbedding(
+                mesh, source.shard(names.embedding, shape, vocabulary)
+            )
+        first, last = mesh.place.layers
+        self.layers: list[DecoderLayer] = []
+        for index, cache in zip(range(first, last), caches, strict=True):
+            self.layers.append(
+                DecoderLayer(source, mesh, names, spec, spec.layers[index], index, cache)
+            )
+            on_layer(index)
+        if mesh.is_last_stage:
+            self.final_norm_D = source.shard(names.final_norm, (spec.hidden_size,))
+            if not spec.tie_embeddings:
+                weight_VD = source.shard(names.head, shape, vocabulary)
+            elif self.embedding is not None:
+                weight_VD = self.embedding.weight_VD
+            else:
+                weight_VD = source.shard(names.embedding, shape, vocabulary)
+            self.head = VocabularyHead(mesh, weight_VD)
+
+    def forward(
+        self, ids_T: torch.Tensor, hidden_TD: torch.Tensor | None, context: ForwardContext
+    ) -> torch.Tensor:
+        """Run the stage.
+
+        Args:
+            ids_T: Token ids, used on the first stage.
+            hidden_TD: What the previous stage returned; None on the first. Overwritten.
+            context: Positions, slots and lengths.
+
+        Returns:
+            [T, D]: the residual stream for the next stage, or, on the last, after the final norm.
+        """
+        if self.embedding is not None:
+            hidden_TD = self.embedding(ids_T)
+        assert hidden_TD is not None
+        residual_TD = hidden_TD
+        x_TD: torch.Tensor | None = None
+        for layer in self.layers:
+            x_TD = layer(x_TD, residual_TD, context)
+        assert x_TD is not None
+        if self.head is None:
+            return residual_TD.add_(x_TD)
+        return rms_norm(x_TD, self.final_norm_D, self._eps, residual_TD=residual_TD)
+
+    def logits(self, normed_RD: torch.Tensor) -> torch.Tensor:
+        """Return [R, vocabulary] in float32 on every rank of the last stage."""
+        assert self.head is not None
+        return self.head(normed_RD)

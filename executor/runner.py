@@ -1,0 +1,191 @@
+"""`Runner`: runs step batches through this rank's stage and draws the tokens.
+
+Shape letters: S sequences, T tokens, R rows to sample, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
+from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.kv_cache import allocate
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.models import tensor_names
+from rankwright.executor.models.decoder import DecoderStage
+from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.weights import WeightSource
+from rankwright.kernels.rotary import rope_table
+from rankwright.kernels.sampling import sample
+from rankwright.planner.plan import Plan
+
+
+class Runner:
+    """One rank's layers, cache and graphs.
+
+    Args:
+        plan: What to run; this rank's part of it is `mesh.place`.
+        mesh: This rank's groups.
+        source: Where its weights come from.
+        dtype: Of weights, activations and cache.
+        use_graphs: Capture decode steps as CUDA graphs; ignored on CPUs.
+        progress: Called with a short text as loading goes on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        mesh: Mesh,
+        source: WeightSource,
+        *,
+        dtype: torch.dtype,
+        use_graphs: bool = True,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        spec: ModelSpec = plan.model
+        self.mesh = mesh
+        self._block_tokens = plan.kv_cache.block_tokens
+        self._hidden_size = spec.hidden_size
+        self._dtype = dtype
+        first, last = mesh.place.layers
+        attention = spec.layers[first].attention
+        first_kv, last_kv = mesh.place.kv_heads
+        caches = allocate(
+            num_layers=last - first,
+            num_blocks=plan.kv_cache.num_blocks,
+            num_kv_heads=last_kv - first_kv,
+            block_tokens=self._block_tokens,
+            head_dim=attention.head_dim,
+            dtype=dtype,
+            device=mesh.device,
+        )
+        scaling = None if spec.rope.scaling is None else dict(spec.rope.scaling)
+        self._cos_sin_PD = rope_table(
+            attention.head_dim,
+            plan.limits.max_model_len,
+            spec.rope.theta,
+            scaling,
+            mesh.device,
+        )
+        total = last - first
+        self.stage = DecoderStage(
+            source,
+            mesh,
+            tensor_names(spec.architecture),
+            spec,
+            caches,
+            on_layer=lambda index: progress(f"layer {index - first + 1} of {total}"),
+        )
+        self._graphs: DecodeGraphs | None = None
+        self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        if use_graphs and mesh.device.type == "cuda":
+            sizes = capture_sizes(min(plan.limits.max_num_seqs, LARGEST))
+            self._graphs = DecodeGraphs(
+                self.stage,
+                sizes=sizes,
+                max_blocks=-(-plan.limits.max_model_len // self._block_tokens),
+                block_tokens=self._block_tokens,
+                hidden_size=spec.hidden_size,
+                dtype=dtype,
+                device=mesh.device,
+                cos_sin_PD=self._cos_sin_PD,
+                on_size=lambda size: progress(f"graph of batch {size} captured"),
+            )
+
+    @torch.inference_mode()
+    def execute(self, batch: StepBatch) -> list[int] | None:
+        """Run a batch; return the R tokens drawn on the rank that samples, None elsewhere."""
+        if (
+            self._graphs is not None
+            and batch.decode_only
+            and (batch.num_sequences <= self._graphs.largest)
+        ):
+            out = self._replay(self._graphs, batch)
+            return None if out is None else self._draw(out, batch)
+        normed_TD = self._forward(batch)
+        if normed_TD is None or not batch.num_samples:
+            return [] if self.mesh.is_sampler else None
+        logits_RV = self.stage.logits(normed_TD[self._to_device(batch.sample_rows_R)])
+        return self._draw(logits_RV, batch)
+
+    @torch.inference_mode()
+    def all_logits(self, batch: StepBatch) -> torch.Tensor | None:
+        """Run a batch; return the logits of all tokens, [T, V], on the last stage."""
+        normed_TD = self._forward(batch)
+        return None if normed_TD is None else self.stage.logits(normed_TD)
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor | None:
+        """Run the stage eagerly; return [T, D] on the last one, and send it on elsewhere."""
+        decodes = batch.num_decodes
+        lens, contexts = batch.query_lens_S[decodes:], batch.context_lens_S[decodes:]
+        starts = [0]
+        for length in lens.tolist():
+            starts.append(starts[-1] + length)
+        context = ForwardContext(
+            num_decodes=decodes,
+            positions_T=self._to_device(batch.positions()),
+            slots_T=self._to_device(batch.slots(self._block_tokens)),
+            context_lens_S=self._to_device(batch.context_lens_S).to(torch.int32),
+            block_tables_SN=self._to_device(batch.block_tables_SN),
+            cos_sin_PD=self._cos_sin_PD,
+            prefill_query_starts=starts,
+            prefill_context_lens=contexts.tolist(),
+        )
+        hidden_TD = None
+        if not self.mesh.is_first_stage:
+            hidden_TD = self.mesh.receive_from_previous(
+                torch.empty(
+                    batch.num_tokens, self._hidden_size, dtype=self._dtype, device=self.mesh.device
+                )
+            )
+        out_TD = self.stage.forward(self._to_device(batch.token_ids_T), hidden_TD, context)
+        if self.mesh.is_last_stage:
+            return out_TD
+        self._send(out_TD)
+        return None
+
+    def _replay(self, graphs: DecodeGraphs, batch: StepBatch) -> torch.Tensor | None:
+        """Run the stage from a graph; return [R, V] on the last one, and send it on elsewhere."""
+        graphs.fill(batch)
+        count = batch.num_sequences
+        if not self.mesh.is_first_stage:
+            self.mesh.receive_from_previous(graphs.hidden_BD[:count])
+        out = graphs.replay(count)
+        if self.mesh.is_last_stage:
+            return out
+        self._send(out.clone())  # the next replay overwrites it before the peer may have it
+        return None
+
+    def _send(self, hidden_TD: torch.Tensor) -> None:
+        """Send to the next stage; hold the tensor until the send is over."""
+        self._sending = [
+            (work, tensor) for work, tensor in self._sending if not work.is_completed()
+        ]
+        work = self.mesh.send_to_next(hidden_TD)
+        if work is not None:
+            self._sending.append((work, hidden_TD))
+
+    def _draw(self, logits_RV: torch.Tensor, batch: StepBatch) -> list[int] | None:
+        if not self.mesh.is_sampler:
+            return None
+        if batch.greedy:
+            tokens_R = logits_RV.argmax(dim=-1)
+        else:
+            tokens_R = sample(
+                logits_RV,
+                self._to_device(batch.temperature_R),
+                self._to_device(batch.top_k_R),
+                self._to_device(batch.top_p_R),
+                self._to_device(batch.seeds_R),
+                self._to_device(batch.sample_positions_R),
+            )
+        tokens: list[int] = tokens_R.tolist()
+        return tokens
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        # A batch that came over the wire is read-only memory, which torch warns of: copy it.
+        return torch.from_numpy(array.copy()).to(self.mesh.device, non_blocking=True)

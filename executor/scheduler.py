@@ -1,0 +1,292 @@
+"""`Scheduler`: which sequences the next step computes. Pure bookkeeping on the leader, no tensors.
+
+Continuous batching: every step decodes one token of each running sequence that waits for nothing,
+then fills the token budget with prefill chunks of those that have prompt left. A sequence that
+finds no free block sends the youngest one back to the queue, to be computed again from its tokens.
+With a pipeline of depth `d` up to `d` batches are in flight; a sequence is in one batch that will
+be sampled at a time, and its next token is scheduled once that one has come back.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rankwright.executor.block_pool import BlockPool
+from rankwright.executor.messages import FinishReason, Sampling, Tokens
+from rankwright.executor.step_batch import StepBatch
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way: its tokens, how many are in the cache, and the blocks it holds."""
+
+    request_id: str
+    tokens: list[int]
+    num_prompt: int
+    sampling: Sampling
+    seed: int
+    max_tokens: int  # prompt and output
+    num_cached: int = 0  # scheduled into the cache, in flight or done
+    blocks: list[int] = field(default_factory=list)
+    in_flight: bool = False  # a batch that samples it has not come back
+    finished: bool = False
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+
+class Scheduler:
+    """Decides batches and takes in their tokens.
+
+    Args:
+        num_blocks: Blocks of the KV cache.
+        block_tokens: Tokens of a block.
+        max_num_seqs: Sequences running at once at most.
+        max_batched_tokens: Tokens of one step at most; prompts are cut into chunks of that size.
+        max_model_len: Prompt and output of one request at most, tokens.
+        eos_token_ids: Tokens that end a sequence.
+        depth: Batches in flight at most: the stages of the pipeline.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int] = (),
+        depth: int = 1,
+    ) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.block_tokens = block_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_batched_tokens = max_batched_tokens
+        # One sequence alone must always fit, or it would wait for ever.
+        self.max_model_len = min(max_model_len, num_blocks * block_tokens)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.depth = depth
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_steps = 0
+        self.num_generated = 0
+        self.num_prompt_tokens = 0
+        self._by_id: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request_id: str, prompt: Iterable[int], sampling: Sampling) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: The prompt leaves no room for a token, or the id is in use.
+        """
+        tokens = list(prompt)
+        if not tokens or len(tokens) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens; expected 1 to {self.max_model_len - 1}, "
+                f"because prompt and output together hold at most {self.max_model_len}"
+            )
+        if request_id in self._by_id:
+            raise ValueError(f"request id {request_id!r} is in use")
+        seed = (
+            sampling.seed
+            if sampling.seed is not None
+            else int(np.random.default_rng().integers(2**62))
+        )
+        sequence = Sequence(
+            request_id=request_id,
+            tokens=tokens,
+            num_prompt=len(tokens),
+            sampling=sampling,
+            seed=seed,
+            max_tokens=min(len(tokens) + sampling.max_tokens, self.max_model_len),
+        )
+        self._by_id[request_id] = sequence
+        self.waiting.append(sequence)
+        self.num_prompt_tokens += len(tokens)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request; return whether it was there."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return False
+        self._finish(sequence)
+        return True
+
+    def schedule(self) -> tuple[StepBatch, list[Sequence]] | None:
+        """Return the next batch and the sequences it samples, in order; None: nothing to do now."""
+        budget = self.max_batched_tokens
+        decodes: list[Sequence] = []
+        # A share of the sequences a batch, so that the batches in flight fill the pipeline evenly.
+        share = -(-len(self.running) // self.depth)
+        for sequence in list(self.running):
+            if len(decodes) == min(share, budget):
+                break
+            # Victims are younger, so none of those chosen already.
+            if self._decodes(sequence) and self._reserve(sequence, 1, keep=[]):
+                decodes.append(sequence)
+        chunks = self._prefill_chunks(budget - len(decodes), keep=decodes)
+        if not decodes and not chunks:
+            return None
+        return self._batch(decodes, chunks)
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        return (
+            not sequence.in_flight
+            and len(sequence.tokens) - sequence.num_cached == 1
+            and (sequence.num_output > 0)
+        )
+
+    def _prefill_chunks(self, budget: int, *, keep: list[Sequence]) -> list[tuple[Sequence, int]]:
+        chunks: list[tuple[Sequence, int]] = []
+        oldest = self.running[0] if self.running else None
+        for sequence in list(self.running):
+            if not sequence.blocks:
+                continue  # sent back to the queue just now
+            left = len(sequence.tokens) - sequence.num_cached
+            if budget and not sequence.in_flight and left and not self._decodes(sequence):
+                count = min(left, budget)
+                # Only the oldest may take from others: two half prompts must not swap for ever.
+                if self._reserve(sequence, count, keep=keep if sequence is oldest else None):
+                    chunks.append((sequence, count))
+                    budget -= count
+        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            count = min(len(sequence.tokens), budget)
+            # The whole prompt must find room, or two half prompts could wait for each other.
+            if not self._room(len(sequence.tokens) + 1) or not self._reserve(
+                sequence, count, keep=None
+            ):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            chunks.append((sequence, count))
+            budget -= count
+        return chunks
+
+    def _room(self, tokens: int) -> bool:
+        reserved = sum(
+            max(0, -(-(len(other.tokens) + 1) // self.block_tokens) - len(other.blocks))
+            for other in self.running
+        )
+        return -(-tokens // self.block_tokens) <= max(self.pool.num_free - reserved, 0) or (
+            not self.running
+        )
+
+    def _reserve(self, sequence: Sequence, count: int, *, keep: list[Sequence] | None) -> bool:
+        """Give the sequence blocks for `count` more tokens and return whether that worked.
+
+        Younger sequences are preempted for it, but for those in `keep`; with None, nobody is.
+        """
+        needed = -(-(sequence.num_cached + count) // self.block_tokens) - len(sequence.blocks)
+        while needed > self.pool.num_free:
+            victim = None if keep is None else self._victim(sequence, keep)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        if needed > 0:
+            sequence.blocks += self.pool.take(needed)
+        return True
+
+    def _victim(self, sequence: Sequence, keep: list[Sequence]) -> Sequence | None:
+        """The youngest running sequence that is not in flight and younger than `sequence`."""
+        place = self.running.index(sequence)
+        for other in reversed(self.running[place + 1 :]):
+            if not other.in_flight and other.blocks and other not in keep:
+                return other
+        return None
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.pool.give(victim.blocks)
+        victim.blocks = []
+        victim.num_cached = 0
+        self.running.remove(victim)
+        self.waiting.appendleft(victim)
+
+    def _batch(
+        self, decodes: list[Sequence], chunks: list[tuple[Sequence, int]]
+    ) -> tuple[StepBatch, list[Sequence]]:
+        entries = [(sequence, 1) for sequence in decodes] + chunks
+        tokens: list[int] = []
+        rows: list[int] = []
+        sampled: list[Sequence] = []
+        for sequence, count in entries:
+            tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + count]
+            sequence.num_cached += count
+            if sequence.num_cached == len(sequence.tokens):
+                sequence.in_flight = True
+                sampled.append(sequence)
+                rows.append(len(tokens) - 1)
+        width = max(len(sequence.blocks) for sequence, _ in entries)
+        tables = np.zeros((len(entries), width), dtype=np.int32)
+        for index, (sequence, _) in enumerate(entries):
+            tables[index, : len(sequence.blocks)] = sequence.blocks
+        sampling = [sequence.sampling for sequence in sampled]
+        batch = StepBatch(
+            step=self.num_steps,
+            num_decodes=len(decodes),
+            query_lens_S=np.array([count for _, count in entries], dtype=np.int64),
+            context_lens_S=np.array([sequence.num_cached for sequence, _ in entries], np.int64),
+            token_ids_T=np.array(tokens, dtype=np.int64),
+            block_tables_SN=tables,
+            sample_rows_R=np.array(rows, dtype=np.int64),
+            temperature_R=np.array([one.temperature for one in sampling], dtype=np.float32),
+            top_p_R=np.array([one.top_p for one in sampling], dtype=np.float32),
+            top_k_R=np.array([one.top_k for one in sampling], dtype=np.int64),
+            seeds_R=np.array([sequence.seed for sequence in sampled], dtype=np.int64),
+            sample_positions_R=np.array([len(sequence.tokens) for sequence in sampled], np.int64),
+        )
+        self.num_steps += 1
+        return batch, sampled
+
+    def complete(self, sampled: list[Sequence], token_ids: list[int]) -> list[Tokens]:
+        """Take in the tokens of a batch; return what to tell the front end."""
+        assert len(sampled) == len(token_ids)
+        news: list[Tokens] = []
+        for sequence, token in zip(sampled, token_ids, strict=True):
+            sequence.in_flight = False
+            if sequence.finished:
+                self._release(sequence)
+                continue
+            sequence.tokens.append(token)
+            self.num_generated += 1
+            reason = self._finish_reason(sequence, token)
+            if reason is not None:
+                self._finish(sequence)
+            news.append(
+                Tokens(request_id=sequence.request_id, token_ids=(token,), finish_reason=reason)
+            )
+        return news
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason:
+        sampling = sequence.sampling
+        if sequence.num_output >= sampling.min_tokens and (
+            token in sampling.stop_token_ids
+            or (token in self.eos_token_ids and not sampling.ignore_eos)
+        ):
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.max_tokens else None
+
+    def _finish(self, sequence: Sequence) -> None:
+        sequence.finished = True
+        self._by_id.pop(sequence.request_id, None)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if not sequence.in_flight:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.give(sequence.blocks)
+        sequence.blocks = []

@@ -1,0 +1,118 @@
+"""`StepBatch`: what one forward pass computes, as the leader decides it and every rank reads it.
+
+Shape letters: S sequences, T tokens of all of them, R rows to sample, N blocks of a table row.
+Sequences that decode one token stand first, then those that prefill a chunk.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepBatch:
+    """One forward pass over T tokens of S sequences, and which R of them to sample after."""
+
+    step: int
+    num_decodes: int
+    query_lens_S: Int64
+    context_lens_S: Int64  # tokens in the cache once this pass is done
+    token_ids_T: Int64
+    block_tables_SN: Int32
+    sample_rows_R: Int64  # indices into T
+    temperature_R: Float32
+    top_p_R: Float32
+    top_k_R: Int64
+    seeds_R: Int64
+    sample_positions_R: Int64  # position of the token to be drawn
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.query_lens_S)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.token_ids_T)
+
+    @property
+    def num_samples(self) -> int:
+        """R."""
+        return len(self.sample_rows_R)
+
+    @property
+    def decode_only(self) -> bool:
+        """Whether every sequence decodes one token and is sampled: what a CUDA graph captured."""
+        return self.num_decodes == self.num_sequences == self.num_samples
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no row draws at random."""
+        return not self.temperature_R.any()
+
+    def positions(self) -> Int64:
+        """Return the position of each token in its sequence, [T]."""
+        starts = np.cumsum(self.query_lens_S) - self.query_lens_S
+        first = self.context_lens_S - self.query_lens_S
+        offset = np.arange(self.num_tokens) - np.repeat(starts, self.query_lens_S)
+        return np.repeat(first, self.query_lens_S) + offset
+
+    def slots(self, block_tokens: int) -> Int64:
+        """Return where each token's key and value go: block * block_tokens + offset, [T]."""
+        positions = self.positions()
+        sequence = np.repeat(np.arange(self.num_sequences), self.query_lens_S)
+        blocks = self.block_tables_SN[sequence, positions // block_tokens].astype(np.int64)
+        return blocks * block_tokens + positions % block_tokens
+
+    def encode(self) -> bytes:
+        """Return the batch as bytes: a header of sizes, then the arrays."""
+        width = self.block_tables_SN.shape[1]
+        header = np.array(
+            [
+                self.step,
+                self.num_decodes,
+                self.num_sequences,
+                self.num_tokens,
+                self.num_samples,
+                width,
+            ],
+            dtype=np.int64,
+        )
+        arrays = [getattr(self, name) for name, _, _ in _ARRAYS]
+        return b"".join([header.tobytes(), *(array.tobytes() for array in arrays)])
+
+    @classmethod
+    def decode(cls, data: bytes | memoryview) -> Self:
+        """Return the batch that `encode` wrote."""
+        head = np.frombuffer(data, dtype=np.int64, count=6)
+        step, num_decodes, *dims = (int(value) for value in head)
+        sizes = dict(zip("STRN", dims, strict=True))
+        offset = head.nbytes
+        fields: dict[str, npt.NDArray[np.generic]] = {}
+        for name, shape, dtype in _ARRAYS:
+            extent = [sizes[letter] for letter in shape]
+            array = np.frombuffer(data, dtype=dtype, count=int(np.prod(extent)), offset=offset)
+            fields[name] = array.reshape(extent)
+            offset += array.nbytes
+        return cls(step=step, num_decodes=num_decodes, **fields)  # type: ignore[arg-type]
+
+
+_ARRAYS: tuple[tuple[str, str, type[np.generic]], ...] = (
+    ("query_lens_S", "S", np.int64),
+    ("context_lens_S", "S", np.int64),
+    ("token_ids_T", "T", np.int64),
+    ("sample_rows_R", "R", np.int64),
+    ("top_k_R", "R", np.int64),
+    ("seeds_R", "R", np.int64),
+    ("sample_positions_R", "R", np.int64),
+    ("block_tables_SN", "SN", np.int32),
+    ("temperature_R", "R", np.float32),
+    ("top_p_R", "R", np.float32),
+)

@@ -1,0 +1,157 @@
+"""Where weights come from: safetensors read shard by shard, or random ones for benchmarks.
+
+A layer asks its source for the rows and columns its rank holds, so that no rank ever holds a whole
+tensor that it shares, and host memory holds one shard at a time.
+"""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+
+Range = tuple[int, int]
+
+
+class WeightSource(Protocol):
+    """Hands out one shard of a named tensor."""
+
+    def shard(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Range | None = None,
+        columns: Range | None = None,
+    ) -> torch.Tensor:
+        """Return rows and columns of the tensor `name`, whose whole shape is `shape`.
+
+        Args:
+            name: Name in the checkpoint.
+            shape: Shape that the model needs; another one in the checkpoint is an error.
+            rows: Half-open range of dim 0; None: all.
+            columns: Half-open range of dim 1; None: all.
+
+        Returns:
+            The shard on the target device in the target dtype, owning its memory.
+        """
+        ...
+
+
+class SafetensorsSource:
+    """Shards of a Hugging Face folder: `model.safetensors`, or several with an index.
+
+    Args:
+        folder: Where the files are.
+        dtype: What the weights are converted to.
+        device: Where they go.
+
+    Raises:
+        ValueError: The folder has no safetensors, or the index names a file that is missing.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._device = device
+        self._file_of = _tensor_files(folder)
+        self._open: dict[Path, safe_open] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of that name."""
+        return name in self._file_of
+
+    def shard(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Range | None = None,
+        columns: Range | None = None,
+    ) -> torch.Tensor:
+        """Return rows and columns of the tensor `name`; see `WeightSource.shard`.
+
+        Raises:
+            ValueError: The checkpoint has no such tensor, or of another shape.
+        """
+        path = self._file_of.get(name)
+        if path is None:
+            raise ValueError(
+                f"{self._folder}: no tensor {name!r} among {len(self._file_of)}; the checkpoint is "
+                "of another architecture than its config.json says, or incomplete"
+            )
+        if path not in self._open:
+            self._open[path] = safe_open(str(path), framework="pt")
+        view = self._open[path].get_slice(name)
+        found = tuple(view.get_shape())
+        if found != shape:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {found}, config.json asks for {shape}"
+            )
+        index = [slice(*rows) if rows else slice(None)]
+        if len(shape) > 1:
+            index.append(slice(*columns) if columns else slice(None))
+        return view[tuple(index)].to(self._device, self._dtype, copy=True).contiguous()
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor in `folder`."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: folder / file for name, file in names.items()}
+        for path in sorted(set(files.values())):
+            if not path.exists():
+                raise ValueError(f"{index} names {path.name}, which is missing; download it again")
+        return files
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                files.update(dict.fromkeys(opened.keys(), path))
+        except Exception as error:  # safetensors raises its own SafetensorError, and OSError
+            raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+    if not files:
+        raise ValueError(
+            f"{folder} holds no .safetensors file; give a Hugging Face model folder, or "
+            "--load-format dummy for random weights"
+        )
+    return files
+
+
+class DummySource:
+    """Random weights of the right shapes, made on the device: speed is real, text is not.
+
+    Values are small and the norms are one, so that activations stay finite through many layers.
+    """
+
+    # Width of GPT-2's initialisation (Radford et al. 2019, section 2.3), usual for decoders.
+    STANDARD_DEVIATION = 0.02
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __contains__(self, name: str) -> bool:
+        """Every tensor can be made up."""
+        return True
+
+    def shard(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Range | None = None,
+        columns: Range | None = None,
+    ) -> torch.Tensor:
+        """Return random rows and columns; see `WeightSource.shard`."""
+        extent = [_length(rows, shape[0])]
+        if len(shape) > 1:
+            extent.append(_length(columns, shape[1]))
+        tensor = torch.empty(extent, dtype=self._dtype, device=self._device)
+        if "norm" in name:
+            return tensor.fill_(1.0)
+        return tensor.normal_(0, self.STANDARD_DEVIATION, generator=self._generator)
+
+
+def _length(part: Range | None, whole: int) -> int:
+    return whole if part is None else part[1] - part[0]

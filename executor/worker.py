@@ -1,0 +1,156 @@
+"""Entry point of a rank: `python -m rankwright.executor.worker --plan plan.json`, under torchrun.
+
+Makes the groups, loads this rank's shard, captures graphs, and then leads or follows until told to
+stop. What goes wrong is written in one line to `$RANKWRIGHT_RUN_DIR/rank-<r>.error`, for the
+launcher to show.
+"""
+
+import argparse
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Client
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rankwright.executor.checkpoint import find_checkpoint
+from rankwright.executor.engine import Follower, Leader
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.runner import Runner
+from rankwright.executor.weights import DummySource, SafetensorsSource, WeightSource
+from rankwright.planner.plan import Plan
+from rankwright.planner.read_plan import read_plan
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def main() -> None:
+    """Run this rank to its end; exit 0 after a stop, 1 with an error file otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
+    parser.add_argument("--model-path", type=Path)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments = parser.parse_args()
+    # A terminal's Ctrl-C reaches every process; the launcher decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.environ.get("RANKWRIGHT_IGNORE_TERM") == "1":
+        # Slurm signals every process of a step at once; the launcher drains and then stops us.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    rank = int(os.environ["RANK"])
+    try:
+        run(arguments.plan, arguments.load_format, arguments.model_path, arguments.device, rank)
+    except BaseException as error:
+        _report(rank, error)
+        # No clean-up: a collective that waits for a dead peer would keep us here.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def run(
+    plan_path: Path, load_format: str, model_path: Path | None, device_kind: str, rank: int
+) -> None:
+    """Load rank `rank` of the plan and serve until stopped."""
+    started = time.monotonic()
+    plan = read_plan(plan_path)
+    device = _device(plan, rank, device_kind)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        threads = os.environ.get("OMP_NUM_THREADS")
+        if threads is not None:
+            torch.set_num_threads(int(threads))
+        dist.init_process_group("gloo")
+    mesh = Mesh(plan, rank, device)
+    dtype = DTYPES.get(plan.model.dtype)
+    if dtype is None:
+        raise ValueError(f"the executor cannot compute in {plan.model.dtype}")
+    folder = None if load_format == "dummy" else find_checkpoint(plan.model.name, model_path)
+    source: WeightSource = (
+        DummySource(dtype, device, seed=rank)
+        if folder is None
+        else SafetensorsSource(folder, dtype, device)
+    )
+
+    def progress(text: str) -> None:
+        print(f"{time.monotonic() - started:7.2f} s  {text}", flush=True)
+
+    runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peaks = tuple(mesh.gather_integers(peak))
+    progress("ready")
+    if mesh.is_leader:
+        connection = Client(_front_end(), authkey=bytes.fromhex(os.environ["RANKWRIGHT_AUTHKEY"]))
+        eos = eos_token_ids(plan, folder)
+        Leader(plan, mesh, runner, connection, eos_token_ids=eos, peak_memory_bytes=peaks).run()
+        connection.close()
+    else:
+        Follower(mesh, runner).run()
+    progress("stopped")
+    # Graphs hold NCCL work; they must go before the communicators do.
+    del runner
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def eos_token_ids(plan: Plan, folder: Path | None) -> tuple[int, ...]:
+    """Return the tokens that end a sequence: generation_config.json's, else the model's.
+
+    Chat models often end turns with a token that only generation_config.json names.
+    """
+    if folder is not None and (folder / "generation_config.json").exists():
+        config = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+        found = config.get("eos_token_id")
+        if isinstance(found, int):
+            return (found,)
+        if isinstance(found, list):
+            return tuple(int(token) for token in found)
+    return plan.model.eos_token_ids
+
+
+def _device(plan: Plan, rank: int, kind: str) -> torch.device:
+    place = plan.ranks[rank]
+    gpus = {gpu.index: gpu.device for gpu in plan.cluster.node(place.node).gpus}
+    if kind == "cpu" or (kind == "auto" and gpus[place.gpu] == "cpu"):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if place.gpu >= count:
+        raise ValueError(
+            f"rank {rank} is planned on GPU {place.gpu}, PyTorch sees {count} CUDA devices here; "
+            "check the driver and CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", place.gpu)
+
+
+def _front_end() -> tuple[str, int]:
+    host, port = os.environ["RANKWRIGHT_FRONT_END"].rsplit(":", 1)
+    return host, int(port)
+
+
+def _report(rank: int, error: BaseException) -> None:
+    traceback.print_exc()
+    folder = os.environ.get("RANKWRIGHT_RUN_DIR")
+    if folder is None:
+        return
+    target = Path(folder) / f"rank-{rank}.error"
+    temporary = target.with_suffix(".part")
+    text = " ".join(str(error).split()) or type(error).__name__
+    temporary.write_text(f"{type(error).__name__}: {text}\n", encoding="utf-8")
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Plans for tests: any split of any small model over CPU ranks, without the planner."""
+
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.prediction import Estimate, Prediction
+from rankwright.cost_model.shards import even_range, head_ranges
+from rankwright.cost_model.split import Split
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan, RankPlan
+from rankwright.topology.cluster import Cluster, Gpu, Node
+
+
+def cpu_plan(
+    spec: ModelSpec,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    stage_layers: tuple[int, ...] | None = None,
+    num_blocks: int = 64,
+    block_tokens: int = 16,
+    max_num_seqs: int = 8,
+    max_batched_tokens: int = 64,
+    max_model_len: int = 256,
+    device: str = "cpu",
+) -> Plan:
+    """Return a plan of `dp` replicas of `pp` stages of `tp` ranks, one node."""
+    if stage_layers is None:
+        stage_layers = tuple(
+            stop - start for start, stop in (even_range(spec.num_layers, pp, i) for i in range(pp))
+        )
+    split = Split(tp=tp, pp=pp, dp=dp, stage_layers=stage_layers, max_batch_size=max_num_seqs)
+    cluster = Cluster(
+        nodes=(
+            Node(
+                name="here",
+                gpus=tuple(
+                    Gpu(index=i, device=device, name=device, memory_bytes=1, total_memory_bytes=1)
+                    for i in range(split.num_gpus)
+                ),
+            ),
+        )
+    )
+    ranks = []
+    attention = spec.layers[0].attention
+    for rank in range(split.num_gpus):
+        replica, rest = divmod(rank, pp * tp)
+        stage, tp_rank = divmod(rest, tp)
+        first = sum(stage_layers[:stage])
+        query_heads, kv_heads = head_ranges(attention, tp, tp_rank)
+        ranks.append(
+            RankPlan(
+                rank=rank,
+                node=0,
+                gpu=rank,
+                replica=replica,
+                stage=stage,
+                tp_rank=tp_rank,
+                layers=(first, first + stage_layers[stage]),
+                query_heads=query_heads,
+                kv_heads=kv_heads,
+                ffn_columns=even_range(
+                    spec.layers[0].feed_forward.intermediate_size, tp, tp_rank
+                ),
+                vocab=even_range(spec.vocab_size, tp, tp_rank),
+            )
+        )
+    nothing = Estimate(value=1, low=1, high=1)
+    return Plan(
+        num_gpus=split.num_gpus,
+        model=spec,
+        workload=Workload(),
+        cluster=cluster,
+        cluster_fingerprint=cluster.fingerprint,
+        split=split,
+        ranks=tuple(ranks),
+        kv_cache=KvCachePlan(block_tokens=block_tokens, num_blocks=num_blocks),
+        limits=Limits(
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=max_batched_tokens,
+            max_model_len=max_model_len,
+        ),
+        prediction=Prediction(
+            ttft_s=nothing,
+            tpot_s=nothing,
+            output_tokens_per_s=nothing,
+            memory_bytes_per_gpu=nothing,
+            batch_size=1,
+        ),
+        certificate=Certificate(
+            objective="none: made by a test",
+            objective_value=1,
+            bound=1,
+            gap=0,
+            solver="none",
+            status="optimal",
+            solve_s=0,
+            num_candidates=1,
+            binding_constraint="none",
+        ),
+    )

@@ -1,0 +1,98 @@
+"""Worker processes for tests of many ranks over gloo, kept alive over cases.
+
+Importing torch takes seconds, so a pool of processes is started once a session and runs one case
+after another: each makes a fresh process group over a file, runs `function(rank, *arguments)` and
+returns what rank 0 (or every rank) returned.
+"""
+
+import importlib
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            case = connection.recv()
+        except EOFError:
+            return
+        module, function, rank, world_size, store, arguments = case
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+            )
+            result = getattr(importlib.import_module(module), function)(rank, *arguments)
+            dist.destroy_process_group()
+            connection.send((True, result))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+            return
+
+
+class Ranks:
+    """A pool of processes, one a rank."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def run(self, world_size: int, module: str, function: str, *arguments: object) -> list[Any]:
+        """Return what `module.function(rank, *arguments)` returned on each rank."""
+        while len(self._connections) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._connections.append(ours)
+            self._processes.append(process)
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank in range(world_size):
+                self._connections[rank].send(
+                    (module, function, rank, world_size, store, arguments)
+                )
+            results = []
+            for rank in range(world_size):
+                if not self._connections[rank].poll(120):
+                    self.close()
+                    raise TimeoutError(f"rank {rank} of {world_size} said nothing for 120 s")
+                good, result = self._connections[rank].recv()
+                if not good:
+                    self.close()
+                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}")
+                results.append(result)
+        return results
+
+    def close(self) -> None:
+        """End every process; the next `run` starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+        self._processes.clear()
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """A pool that is closed at the end."""
+    pool = Ranks()
+    try:
+        yield pool
+    finally:
+        pool.close()

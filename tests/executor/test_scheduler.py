@@ -1,0 +1,183 @@
+"""The scheduler against a model of the cache: every slot a step reads holds what it should."""
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwright.executor.messages import Sampling, Tokens
+from rankwright.executor.scheduler import Scheduler, Sequence
+from rankwright.executor.step_batch import StepBatch
+
+
+def make(**changes: int) -> Scheduler:
+    sizes = {
+        "num_blocks": 8,
+        "block_tokens": 4,
+        "max_num_seqs": 4,
+        "max_batched_tokens": 8,
+        "max_model_len": 24,
+    }
+    return Scheduler(**{**sizes, **changes}, eos_token_ids=(0,))  # type: ignore[arg-type]
+
+
+def next_token(context: list[int]) -> int:
+    """A stand-in for a model: the next token depends on every token before it."""
+    return 1 + (sum((i + 1) * token for i, token in enumerate(context)) * 31 + 7) % 97
+
+
+class Cache:
+    """Slots of the paged cache, filled and read as a forward pass does."""
+
+    def __init__(self, block_tokens: int) -> None:
+        self.block_tokens = block_tokens
+        self.slots: dict[int, int] = {}
+
+    def run(self, batch: StepBatch) -> list[int]:
+        batch = StepBatch.decode(batch.encode())  # as it travels
+        for slot, token in zip(batch.slots(self.block_tokens), batch.token_ids_T, strict=True):
+            self.slots[int(slot)] = int(token)
+        ends = batch.query_lens_S.cumsum() - 1
+        drawn = []
+        for row in batch.sample_rows_R:
+            index = int((ends == row).argmax())
+            context = [
+                self.slots[
+                    int(batch.block_tables_SN[index, p // self.block_tokens]) * self.block_tokens
+                    + p % self.block_tokens
+                ]
+                for p in range(int(batch.context_lens_S[index]))
+            ]
+            drawn.append(next_token(context))
+        return drawn
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> dict[str, list[int]]:
+    cache = Cache(scheduler.block_tokens)
+    out: dict[str, list[int]] = {name: [] for name in requests}
+    waiting = deque(requests.items())
+    in_flight: deque[tuple[list[Sequence], list[int]]] = deque()
+    for _ in range(10_000):
+        if waiting:  # requests arrive one a step
+            name, (prompt, count) = waiting.popleft()
+            scheduler.add(name, prompt, Sampling(max_tokens=count))
+        scheduled = scheduler.schedule()
+        if scheduled is not None:
+            batch, sampled = scheduled
+            assert batch.num_tokens <= scheduler.max_batched_tokens
+            assert len(scheduler.running) <= scheduler.max_num_seqs
+            in_flight.append((sampled, cache.run(batch)))
+        if in_flight and (scheduled is None or len(in_flight) >= scheduler.depth):
+            for news in scheduler.complete(*in_flight.popleft()):
+                out[news.request_id] += news.token_ids
+        if not waiting and not in_flight and not scheduler.has_work:
+            return out
+    raise AssertionError("the scheduler never finished")
+
+
+@given(
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(1, 97), min_size=1, max_size=20), st.integers(1, 12)),
+        min_size=1,
+        max_size=9,
+    ),
+    num_blocks=st.integers(6, 20),
+    block_tokens=st.sampled_from([1, 4, 16]),
+    max_num_seqs=st.integers(1, 6),
+    max_batched_tokens=st.integers(1, 30),
+    depth=st.integers(1, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_request_gets_the_tokens_it_would_get_alone(
+    prompts: list[tuple[list[int], int]],
+    num_blocks: int,
+    block_tokens: int,
+    max_num_seqs: int,
+    max_batched_tokens: int,
+    depth: int,
+) -> None:
+    scheduler = make(
+        num_blocks=num_blocks * (16 // block_tokens),
+        block_tokens=block_tokens,
+        max_num_seqs=max_num_seqs,
+        max_batched_tokens=max_batched_tokens,
+        max_model_len=40,
+        depth=depth,
+    )
+    requests = {f"r{i}": prompt for i, prompt in enumerate(prompts)}
+    out = drain(scheduler, requests)
+    for name, (prompt, count) in requests.items():
+        assert out[name] == expected(prompt, min(count, 40 - len(prompt)))
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+
+
+def test_too_little_memory_sends_the_youngest_back_and_still_finishes() -> None:
+    scheduler = make(num_blocks=6, max_num_seqs=4)
+    requests = {f"r{i}": ([i + 1] * 6, 14) for i in range(4)}
+    out = drain(scheduler, requests)
+    assert out == {name: expected(*request) for name, request in requests.items()}
+
+
+def test_a_long_prompt_is_cut_into_chunks_that_leave_room_for_decodes() -> None:
+    scheduler = make(max_batched_tokens=8)
+    scheduler.add("short", [1, 2], Sampling(max_tokens=5))
+    first = scheduler.schedule()
+    assert first is not None
+    scheduler.complete(first[1], [9])
+    scheduler.add("long", [3] * 15, Sampling(max_tokens=1))
+    second = scheduler.schedule()
+    assert second is not None
+    assert second[0].query_lens_S.tolist() == [1, 7]
+    assert second[0].num_decodes == 1
+    assert [sequence.request_id for sequence in second[1]] == ["short"]
+
+
+def test_eos_ends_a_sequence_unless_ignored() -> None:
+    for ignore, reason in ((False, "stop"), (True, None)):
+        scheduler = make()
+        scheduler.add("a", [1], Sampling(max_tokens=5, ignore_eos=ignore))
+        scheduled = scheduler.schedule()
+        assert scheduled is not None
+        assert scheduler.complete(scheduled[1], [0]) == [
+            Tokens(request_id="a", token_ids=(0,), finish_reason=reason)
+        ]
+
+
+def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() -> None:
+    scheduler = make()
+    scheduler.add("a", [1] * 5, Sampling(max_tokens=5))
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    assert scheduler.abort("a")
+    assert not scheduler.abort("a")
+    assert scheduler.pool.num_free == 6
+    assert scheduler.complete(scheduled[1], [3]) == []
+    assert scheduler.pool.num_free == 8
+    assert not scheduler.has_work
+
+
+def test_a_prompt_without_room_for_a_token_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"the prompt has 24 tokens; expected 1 to 23"):
+        make().add("a", [1] * 24, Sampling())
+
+
+def test_a_step_batch_survives_the_wire() -> None:
+    scheduler = make()
+    scheduler.add("a", [5, 6, 7], Sampling(temperature=0.5, top_p=0.9, top_k=3, seed=11))
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    batch = StepBatch.decode(scheduled[0].encode())
+    assert batch.token_ids_T.tolist() == [5, 6, 7]
+    assert batch.positions().tolist() == [0, 1, 2]
+    assert batch.seeds_R.tolist() == [11]
+    assert batch.temperature_R.tolist() == [0.5]
+    assert not batch.greedy
+    assert batch.sample_positions_R.tolist() == [3]
