@@ -32,10 +32,15 @@ KNOWN_MODELS: Mapping[str, Mapping[str, object]] = _Rows()
 
 @cache
 def _rows() -> dict[str, dict[str, object]]:
-    """Return each id and alias with its row: `config`, `parameters`, `source`."""
+    """Return each id and alias with its row: `config`, and perhaps `parameters` and its source.
+
+    A row that is `like` another holds the keys that differ; the other stands above it.
+    """
     stored = json.loads(_FILE.read_text(encoding="utf-8"))
     rows: dict[str, dict[str, object]] = {}
     for row in stored["models"]:
+        if "like" in row:
+            row["config"] = cast("dict[str, object]", rows[row["like"]]["config"]) | row["config"]
         for name in row["ids"]:
             if name in rows:
                 raise ValueError(f"{_FILE.name} has two rows for {name}")

@@ -5,7 +5,7 @@ from the buffers that live at once. What CUDA, NCCL and graphs take cannot be de
 of `RESERVED_BYTES`, until a calibration of this machine replaces it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 from rankwright.cost_model.dtypes import num_bytes
@@ -78,16 +78,18 @@ def final_norm_bytes(spec: ModelSpec) -> int:
     return tensor_bytes(Tensor("final norm", "other", 1, spec.hidden_size), spec.weight_dtypes)
 
 
-def stage_layers(spec: ModelSpec, split: Split, stage: int) -> Iterator[tuple[int, Layer]]:
-    """Yield the layers of `stage` as (count, layer), equal neighbours together."""
+def stage_layers(spec: ModelSpec, split: Split, stage: int) -> Iterable[tuple[Layer, int]]:
+    """Return each kind of layer in `stage` with how many there are."""
     first = sum(split.stage_layers[:stage])
     stop = first + split.stage_layers[stage]
+    counts: dict[Layer, int] = {}
     start = 0
     for run in spec.layer_runs:
         count = min(stop, start + run.count) - max(first, start)
         if count > 0:
-            yield count, run.layer
+            counts[run.layer] = counts.get(run.layer, 0) + count
         start += run.count
+    return counts.items()
 
 
 def stage_weight_bytes(spec: ModelSpec, split: Split, *, stage: int, tp_rank: int = 0) -> int:
@@ -97,7 +99,7 @@ def stage_weight_bytes(spec: ModelSpec, split: Split, *, stage: int, tp_rank: in
         * layer_weight_bytes(
             spec, layer, tp=split.tp, ep=split.ep, attention=split.attention, tp_rank=tp_rank
         )
-        for count, layer in stage_layers(spec, split, stage)
+        for layer, count in stage_layers(spec, split, stage)
     )
     if stage == 0:
         total += embedding_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank)
@@ -129,7 +131,7 @@ def stage_kv_bytes_per_token(spec: ModelSpec, split: Split, *, stage: int) -> in
     """Return the KV bytes of one token in all layers of `stage` on one rank."""
     return sum(
         count * kv_bytes_per_token(spec, layer, tp=split.tp, attention=split.attention)
-        for count, layer in stage_layers(spec, split, stage)
+        for layer, count in stage_layers(spec, split, stage)
     )
 
 
@@ -149,9 +151,10 @@ def activation_bytes(
 
     1. `tokens x 4 hidden`: hidden states, residual, the block's output, and one buffer for the
        all-reduce or for what arrives from the stage before.
-    2. The widest block of any layer: queries, keys, values and attention output; or gate and up
-       with their product; or for experts a copy of each chosen token, its gate, up, product and
-       output. A rank gets at most `min(experts_per_token, its experts)` copies of a token.
+    2. The widest block of any layer: queries, keys and values, the rotated queries and the output
+       of attention; or gate and up with their product; or for experts a copy of each chosen token,
+       its gate, up, product and output. A rank gets at most `min(experts_per_token, its experts)`
+       copies of a token.
     3. `sequences x vocabulary`: logits as the head makes them, in float32, and the sampler's
        sorted copy with int64 indices.
     """
@@ -181,7 +184,7 @@ def _attention_values(layer: Layer, *, tp: int) -> int:
         latent = heads.kv_lora_rank + heads.rope_head_dim
         # A prefill expands the latent to keys and values of the rank's heads.
         return (heads.q_lora_rank or 0) + latent + 2 * queries + 2 * output
-    return queries + range_size(kv) * (heads.head_dim + heads.value_head_dim) + output
+    return 2 * queries + range_size(kv) * (heads.head_dim + heads.value_head_dim) + output
 
 
 def _feed_forward_values(layer: Layer, hidden_size: int, *, tp: int, ep: int) -> int:

@@ -34,7 +34,6 @@ class Router(Value):
     """How a MoE block turns router logits into experts and their weights."""
 
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    softmax_after_top_k: bool = Field(default=False, description="softmax over the chosen only")
     normalize: bool = Field(default=True, description="weights of the chosen sum to one")
     scale: float = Field(default=1.0, gt=0, description="the weights are multiplied by it")
     num_groups: int = Field(default=1, ge=1, description="groups that the experts form")

@@ -70,7 +70,10 @@ def layer_tensors(
     attention: Literal["tp", "dp"] = "tp",
     tp_rank: int = 0,
 ) -> Iterator[Tensor]:
-    """Yield what one rank holds of `layer`; rank 0 is as full as any.
+    """Yield what one rank holds of `layer`; no rank holds more than rank 0.
+
+    Norms and routers are whole on every rank. The bias of a product that is summed over ranks is on
+    the first of them only, so that the sum holds it once.
 
     Args:
         layer: Shapes before any split.
@@ -105,7 +108,7 @@ def _head_tensors(attention: Attention, hidden: int, tp: int, rank: int) -> Iter
     yield Tensor("o", "attention", hidden, o_columns)
     if attention.qkv_bias:
         yield Tensor("qkv bias", "other", 1, q_rows + k_rows + v_rows)
-    if attention.output_bias:
+    if attention.output_bias and rank == 0:
         yield Tensor("o bias", "other", 1, hidden)
     if attention.qk_norm:
         yield Tensor("q and k norm", "other", 1, attention.head_dim, copies=2)
@@ -135,7 +138,7 @@ def _mla_tensors(attention: Attention, hidden: int, tp: int, rank: int) -> Itera
     if attention.qkv_bias:
         q_bias = attention.q_lora_rank or 0
         yield Tensor("a bias", "other", 1, q_bias + latent + rotary)
-    if attention.output_bias:
+    if attention.output_bias and rank == 0:
         yield Tensor("o bias", "other", 1, hidden)
 
 
@@ -153,7 +156,9 @@ def _mlp_tensors(
     yield Tensor(f"{name} up", "feed_forward", columns, hidden, copies)
     yield Tensor(f"{name} down", "feed_forward", hidden, columns, copies)
     if block.bias:
-        yield Tensor(f"{name} bias", "other", 1, 2 * columns + hidden, copies)
+        yield Tensor(f"{name} gate and up bias", "other", 1, 2 * columns, copies)
+        if rank == 0:
+            yield Tensor(f"{name} down bias", "other", 1, hidden, copies)
 
 
 def _moe_tensors(block: FeedForward, hidden: int, tp: int, ep: int, rank: int) -> Iterator[Tensor]:
@@ -199,7 +204,6 @@ def count_active_parameters(spec: ModelSpec) -> int:
         chosen = run.layer.feed_forward.experts_per_token
         for tensor in layer_tensors(run.layer, spec.hidden_size):
             is_expert = tensor.name.startswith("expert ")
-            total += run.count * (
-                tensor.size // tensor.copies * chosen if is_expert else tensor.size
-            )
+            copies = chosen if is_expert else tensor.copies
+            total += run.count * copies * tensor.rows * tensor.columns
     return total

@@ -101,10 +101,10 @@ class Config:
             raise self.wrong(key, "an object")
         return value
 
-    def dtype(self) -> Dtype:
-        """Return the number format in `dtype` or `torch_dtype`; float32, as PyTorch, if neither."""
+    def dtype(self, default: Dtype = "float32") -> Dtype:
+        """Return the number format in `dtype` or `torch_dtype`; `default` if neither is there."""
         key = "dtype" if self.has("dtype") else "torch_dtype"
-        text = self.text(key, "float32").removeprefix("torch.")
+        text = self.text(key, default).removeprefix("torch.")
         if text not in _DTYPES:
             raise self.wrong(key, f"one of {', '.join(sorted(_DTYPES))}")
         return _DTYPES[text]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
+from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.families.config import Config
 from rankwright.cost_model.families.quantization import read_weight_dtypes
 from rankwright.cost_model.model_spec import (
@@ -109,6 +110,7 @@ def build_spec(
     layers: Sequence[Layer],
     tie_embeddings: bool = False,
     default_norm_eps: float = 1e-6,
+    default_dtype: Dtype = "float32",
     rope: Rope | None = None,
 ) -> ModelSpec:
     """Return the spec of `layers`, with what every family reads the same way.
@@ -120,9 +122,10 @@ def build_spec(
         layers: First to last.
         tie_embeddings: The class default, where the config is silent.
         default_norm_eps: The class default, where the config is silent.
+        default_dtype: Where the config is silent; PyTorch's own is float32.
         rope: None: read it with the class default theta of 10,000.
     """
-    dtype = config.dtype()
+    dtype = config.dtype(default_dtype)
     rope = rope or config.rope()
     begin = config.integers("bos_token_id")
     return ModelSpec(
