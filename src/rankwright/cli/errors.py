@@ -1,0 +1,88 @@
+"""What an exception means to a user: a line of text and an exit code."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+# Class, where it is defined, exit code. Looked up among loaded modules only: an exception of a
+# module that was never imported cannot have been raised.
+_EXIT_CODES = (
+    ("rankwright.planner.make_plan", "NoFeasiblePlanError", 3),
+    ("rankwright.topology.probe", "ProbeError", 4),
+    ("rankwright.executor.launch", "LaunchError", 5),
+)
+USAGE, RUN_FAILED, OUR_MISTAKE = 2, 5, 1
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code for `error`; 1 for one that no user's input should cause."""
+    for module, name, code in _EXIT_CODES:
+        if module in sys.modules and isinstance(error, getattr(sys.modules[module], name)):
+            return code
+    if _is_usage(error) or isinstance(error, (ValueError, OSError)):
+        return USAGE
+    if isinstance(error, ModuleNotFoundError):
+        return RUN_FAILED
+    return OUR_MISTAKE
+
+
+def describe_error(error: Exception) -> tuple[str, str]:
+    """Return the name of the error's kind and one line that says what to do."""
+    kind = str(getattr(error, "kind", type(error).__name__))
+    if isinstance(error, ValidationError):
+        return kind, describe_validation(error)
+    if isinstance(error, ModuleNotFoundError):
+        return kind, f"{error.name} is missing; install it with: pip install 'rankwright[executor]'"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return kind, f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    message = error.format_message() if _is_usage(error) else str(error)  # type: ignore[attr-defined]
+    if _is_usage(error):
+        message = _tidy_usage(message, error)
+    return kind, re.sub(r"\s*\n\s*", " ", message.strip()) or kind
+
+
+def describe_validation(error: ValidationError) -> str:
+    """Return the first complaint of pydantic in one line, with the field that it is about."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{where}: {message}{more}" if where else f"{message}{more}"
+
+
+def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
+    """Return the known words nearest to `word`, for an error message.
+
+    >>> nearest("slrum", ["slurm", "kubernetes"])
+    "nearest are 'slurm'"
+    """
+    choices = list(known)
+    close = difflib.get_close_matches(word, choices, limit, cutoff=0.5)
+    if close:
+        return "nearest are " + ", ".join(map(repr, close))
+    return "known are " + ", ".join(map(repr, choices[:12]))
+
+
+def _is_usage(error: Exception) -> bool:
+    # typer's own classes moved between releases; what they all have is this method.
+    return hasattr(error, "format_message")
+
+
+def _tidy_usage(message: str, error: Exception) -> str:
+    message = message[:1].lower() + message[1:].rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", "rankwright")
+    if message.startswith("no such command"):
+        # Only the commands known to typer at that point; the full list helps when nothing is near.
+        from rankwright.cli import COMMANDS
+
+        word = message.split("'")[1]
+        return f"no such command {word!r}; {nearest(word, COMMANDS)}"
+    if message.startswith("no such option"):
+        option = str(getattr(error, "option_name", ""))
+        known = [name for param in context.command.params for name in param.opts if "--" in name]
+        return f"no such option {option}; {nearest(option, sorted(known))}; see `{path} --help`"
+    return f"{message}; see `{path} --help`"

@@ -1,0 +1,138 @@
+"""Options that several commands share, and the values they stand for."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwright.cost_model.dtypes import BITS, Dtype
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.workload import Objective, Workload
+from rankwright.planner.plan import Plan
+from rankwright.planner.read_plan import read_plan
+
+Model = Annotated[
+    str, typer.Argument(help="Hub id, local Hugging Face folder or config.json.", show_default=False)
+]
+ModelOrPlan = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|PLAN",
+        help="A plan.json, or a model, which is planned first.",
+        show_default=False,
+    ),
+]
+Cluster = Annotated[
+    str,
+    typer.Option(
+        help="auto (probe this machine), a shorthand such as 2x8xh100-sxm+ib400, or a file."
+    ),
+]
+InputTokens = Annotated[int, typer.Option("--isl", min=1, help="Prompt length, tokens.")]
+OutputTokens = Annotated[int, typer.Option("--osl", min=1, help="Tokens generated a request.")]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(min=1, help="Requests in flight at most.  [default: what memory holds]"),
+]
+Rate = Annotated[float | None, typer.Option(help="Requests a second, instead of --concurrency.")]
+Ttft = Annotated[
+    float | None, typer.Option("--ttft", metavar="MS", help="Limit of the time to first token.")
+]
+Tpot = Annotated[
+    float | None,
+    typer.Option("--tpot", metavar="MS", help="Limit of the time per output token."),
+]
+Percentile = Annotated[float, typer.Option(help="Percentile at which the limits hold.")]
+ObjectiveOption = Annotated[Objective, typer.Option(help="What to optimise.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Weights, instead of the checkpoint's format.")
+]
+KvDtype = Annotated[Dtype | None, typer.Option(help="KV cache, instead of the weights' format.")]
+MemoryBudget = Annotated[
+    float | None, typer.Option(metavar="GB", help="Memory of each GPU that may be used.")
+]
+Tp = Annotated[int | None, typer.Option(min=1, help="Pin tensor parallelism.")]
+Pp = Annotated[int | None, typer.Option(min=1, help="Pin pipeline stages.")]
+Ep = Annotated[int | None, typer.Option(min=1, help="Pin expert parallelism.")]
+Dp = Annotated[int | None, typer.Option(min=1, help="Pin replicas.")]
+Cp = Annotated[int | None, typer.Option(min=1, help="Pin context parallelism.")]
+
+
+def workload(
+    *,
+    isl: int,
+    osl: int,
+    concurrency: int | None = None,
+    rate: float | None = None,
+    ttft_ms: float | None = None,
+    tpot_ms: float | None = None,
+    percentile: float = 50,
+    objective: Objective = "throughput",
+) -> Workload:
+    """Return the `Workload` that the options describe.
+
+    Raises:
+        ValueError: Concurrency and rate are both given, or a limit, rate or percentile is out of
+            range.
+    """
+    if concurrency is not None and rate is not None:
+        raise ValueError("--concurrency and --rate are two ways to say the load; give one")
+    for name, number in (("--rate", rate), ("--ttft", ttft_ms), ("--tpot", tpot_ms)):
+        if number is not None and number <= 0:
+            raise ValueError(f"{name} must be above 0, got {number:g}")
+    if not 0 < percentile < 100:
+        raise ValueError(f"--percentile must be between 0 and 100, got {percentile:g}")
+    return Workload(
+        input_tokens=isl,
+        output_tokens=osl,
+        concurrency=concurrency,
+        request_rate=rate,
+        ttft_limit_s=None if ttft_ms is None else ttft_ms / 1e3,
+        tpot_limit_s=None if tpot_ms is None else tpot_ms / 1e3,
+        percentile=percentile,
+        objective=objective,
+    )
+
+
+def plan_or_model(text: str) -> Plan | ModelSpec:
+    """Return the plan in the file `text`, or the model that `text` names.
+
+    A JSON file with a `split` in it is a plan; `config.json` files have none.
+    """
+    path = Path(text)
+    if path.suffix == ".json" and path.name != "config.json":
+        if not path.is_file():
+            raise ValueError(f"there is no file {text}; `rankwright plan MODEL -o FILE` makes one")
+        return read_plan(path)
+    if path.is_file():
+        try:
+            is_plan = "split" in json.loads(path.read_text(encoding="utf-8"))
+        except (TypeError, ValueError):
+            is_plan = False
+        if is_plan:
+            return read_plan(path)
+    return read_model(text)
+
+
+def with_dtypes(spec: ModelSpec, dtype: Dtype | None, kv_dtype: Dtype | None) -> ModelSpec:
+    """Return `spec` as if its checkpoint had been stored in other number formats.
+
+    A format of 16 or 32 bits is for all weights and activations; a shorter one is for the matrices
+    of the layers, as checkpoints are quantised, and leaves embeddings, head and norms alone.
+    """
+    if dtype is not None:
+        matrices = {"attention": dtype, "feed_forward": dtype, "scale_group": None}
+        if BITS[dtype] >= 16:
+            weights = matrices | {"embedding": dtype, "head": dtype, "other": dtype}
+            spec = spec.model_copy(update={"dtype": dtype, "kv_dtype": kv_dtype or dtype})
+        else:
+            weights = matrices
+        spec = spec.model_copy(
+            update={"weight_dtypes": spec.weight_dtypes.model_copy(update=weights)}
+        )
+    if kv_dtype is not None:
+        spec = spec.model_copy(update={"kv_dtype": kv_dtype})
+    return spec

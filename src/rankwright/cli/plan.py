@@ -1,0 +1,81 @@
+"""`rankwright plan`: the best split of a model over a cluster, with its proof."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwright.cli import options
+from rankwright.cli.output import print_json, status
+from rankwright.cli.plan_page import print_plan
+from rankwright.cli.planning import plan_for
+from rankwright.cost_model.read_model import read_model
+from rankwright.planner.explain import explain as explain_plan
+from rankwright.planner.pins import Pins
+from rankwright.planner.read_plan import write_plan
+
+
+def run(
+    model: options.Model,
+    cluster: options.Cluster = "auto",
+    isl: options.InputTokens = 1024,
+    osl: options.OutputTokens = 128,
+    concurrency: options.Concurrency = None,
+    rate: options.Rate = None,
+    ttft: options.Ttft = None,
+    tpot: options.Tpot = None,
+    percentile: options.Percentile = 50,
+    objective: options.ObjectiveOption = "throughput",
+    memory_budget: options.MemoryBudget = None,
+    dtype: options.DtypeOption = None,
+    kv_dtype: options.KvDtype = None,
+    tp: options.Tp = None,
+    pp: options.Pp = None,
+    ep: options.Ep = None,
+    dp: options.Dp = None,
+    cp: options.Cp = None,
+    top: Annotated[int, typer.Option(min=1, help="Runners-up to list, with why they lost.")] = 3,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why, in words.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the plan here, as JSON.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures here, as HTML.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find the best split of MODEL over a cluster, and prove it."""
+    plan = plan_for(
+        read_model(model),
+        cluster,
+        options.workload(
+            isl=isl,
+            osl=osl,
+            concurrency=concurrency,
+            rate=rate,
+            ttft_ms=ttft,
+            tpot_ms=tpot,
+            percentile=percentile,
+            objective=objective,
+        ),
+        pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp),
+        memory_budget_gb=memory_budget,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        top=top,
+    )
+    if output is not None:
+        write_plan(plan, output)
+        status(f"wrote {output}")
+    if report is not None:
+        from rankwright.report import write_report  # jinja2 costs 30 ms, and few ask for a page
+
+        write_report(plan, report)
+        status(f"wrote {report}")
+    if as_json:
+        print_json(plan)
+        return
+    print_plan(plan)
+    if explain:
+        print()
+        print(explain_plan(plan))

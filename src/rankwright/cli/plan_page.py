@@ -1,0 +1,110 @@
+"""A `Plan` as tables on a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from rankwright.cli.output import (
+    console,
+    gigabytes,
+    memory_table,
+    prediction_table,
+    ranges,
+    seconds,
+    table,
+)
+from rankwright.planner.plan import Certificate, Plan
+
+_STAGES_SHOWN = 16  # a screen; the JSON has them all
+
+
+def print_plan(plan: Plan, out: Console | None = None) -> None:
+    """Print what the plan is, where its ranks are, what it will do, and the proof."""
+    out = out or console()
+    split, workload = plan.split, plan.workload
+    out.print(f"[bold]{plan.model.name}[/] on {plan.cluster.describe()}: ", end="")
+    gpus = "GPU" if plan.num_gpus == 1 else "GPUs"
+    out.print(f"[bold green]{split.label()}[/], {plan.num_gpus} {gpus}")
+    load = (
+        f"{workload.request_rate:g} requests/s"
+        if workload.request_rate is not None
+        else f"up to {workload.concurrency} requests at once"
+        if workload.concurrency is not None
+        else "as many requests at once as memory holds"
+    )
+    out.print(
+        f"for {workload.input_tokens} input and {workload.output_tokens} output tokens, {load}, "
+        f"best {workload.objective}"
+    )
+    for part in (
+        _ranks(plan),
+        prediction_table(plan.prediction, plan.num_gpus),
+        memory_table(plan.prediction, _capacity_bytes(plan)),
+        _certificate(plan.certificate),
+    ):
+        out.print()
+        out.print(part)
+    if plan.certificate.runners_up:
+        out.print()
+        out.print(_runners_up(plan.certificate))
+    for note in (*plan.assumptions, *plan.cluster.notes):
+        out.print(f"[dim]note: {note}[/]")
+
+
+def _ranks(plan: Plan) -> Table:
+    made = table("replica", "stage", "ranks", "GPUs", "layers", "KV cache of a rank")
+    stages: dict[tuple[int, int], list[int]] = {}
+    for rank in plan.ranks:
+        stages.setdefault((rank.replica, rank.stage), []).append(rank.rank)
+    tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens
+    for (replica, stage), ranks in list(stages.items())[:_STAGES_SHOWN]:
+        first, stop = plan.ranks[ranks[0]].layers
+        made.add_row(
+            str(replica),
+            str(stage),
+            ranges(ranks),
+            _places(plan, ranks),
+            f"{first}-{stop - 1} ({stop - first})",
+            f"{plan.kv_cache.num_blocks} blocks of {plan.kv_cache.block_tokens} = {tokens} tokens",
+        )
+    if len(stages) > _STAGES_SHOWN:
+        made.add_row("...", "", "", f"{len(stages) - _STAGES_SHOWN} more: see --json", "", "")
+    return made
+
+
+def _places(plan: Plan, ranks: list[int]) -> str:
+    gpus: dict[int, list[int]] = {}
+    for rank in ranks:
+        gpus.setdefault(plan.ranks[rank].node, []).append(plan.ranks[rank].gpu)
+    return ", ".join(f"node {node}: {ranges(sorted(gpus[node]))}" for node in sorted(gpus))
+
+
+def _capacity_bytes(plan: Plan) -> int:
+    """Memory of the smallest GPU that the plan uses."""
+    capacity = []
+    for rank in plan.ranks:
+        node = plan.cluster.node(rank.node)
+        capacity += [gpu.memory_bytes for gpu in node.gpus if gpu.index == rank.gpu]
+    return min(capacity)
+
+
+def _certificate(certificate: Certificate) -> Table:
+    made = table("proof", "")
+    made.add_row("objective", f"{certificate.objective}: {certificate.objective_value:.5g}")
+    made.add_row("no plan is better than", f"{certificate.bound:.5g} (gap {certificate.gap:.2%})")
+    made.add_row(
+        "solver",
+        f"{certificate.solver}: {certificate.status} in {seconds(certificate.solve_s)}, "
+        f"{certificate.num_candidates} legal candidates, {certificate.num_illegal} illegal",
+    )
+    made.add_row("what binds", certificate.binding_constraint)
+    return made
+
+
+def _runners_up(certificate: Certificate) -> Table:
+    made = table("runner-up", "objective", "why it lost", right=("objective",))
+    for runner_up in certificate.runners_up:
+        label = runner_up.split.label()
+        made.add_row(label, f"{runner_up.objective_value:.5g}", runner_up.reason)
+    return made
+
+

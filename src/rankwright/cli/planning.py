@@ -1,0 +1,60 @@
+"""From what was typed to a `Plan`: the road that `plan`, `launch`, `generate` and `bench` share."""
+
+from pathlib import Path
+
+from rankwright.cli.options import plan_or_model, with_dtypes
+from rankwright.cost_model.dtypes import Dtype
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.make_plan import make_plan
+from rankwright.planner.pins import Pins
+from rankwright.planner.plan import Plan
+from rankwright.topology.read_cluster import read_cluster
+
+
+def plan_for(
+    model: ModelSpec,
+    cluster: str,
+    workload: Workload,
+    *,
+    pins: Pins | None = None,
+    memory_budget_gb: float | None = None,
+    dtype: Dtype | None = None,
+    kv_dtype: Dtype | None = None,
+    top: int = 1,
+) -> Plan:
+    """Return the plan for `model` on the cluster that `cluster` names.
+
+    Raises:
+        ValueError: An input is unsound.
+        NoFeasiblePlanError: Nothing fits.
+        ProbeError: `cluster` is "auto" and this machine cannot be read.
+    """
+    if memory_budget_gb is not None and memory_budget_gb <= 0:
+        raise ValueError(f"--memory-budget must be above 0 GB, got {memory_budget_gb:g}")
+    return make_plan(
+        with_dtypes(model, dtype, kv_dtype),
+        read_cluster(cluster),
+        workload,
+        memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+        pins=pins,
+        top=top,
+    )
+
+
+def plan_of(
+    text: str, cluster: str, workload: Workload, *, pins: Pins | None = None
+) -> tuple[Plan, bool]:
+    """Return the plan that `text` names, or one made now for the model it names, and which."""
+    value = plan_or_model(text)
+    if isinstance(value, Plan):
+        return value, False
+    return plan_for(value, cluster, workload, pins=pins), True
+
+
+def weights_folder(plan: Plan, model_path: Path | None) -> Path | None:
+    """Return the folder with the plan's weights if it is known: `model_path`, or the model's."""
+    if model_path is not None:
+        return model_path
+    own = Path(plan.model.name).expanduser()
+    return own if own.is_dir() else None
