@@ -6,11 +6,17 @@ is worth to a collective is in `topology/graph.py`, what a step costs is in `cos
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from rankwright.topology import graph as links
 from rankwright.topology.value import Value
+
+if TYPE_CHECKING:
+    import networkx
 
 FabricKind = Literal["infiniband", "roce", "ethernet"]
 
@@ -137,6 +143,28 @@ class Cluster(Value):
                 return node
             index -= node.count
         raise IndexError(f"node {index} of a cluster with {self.num_nodes}")
+
+    @cached_property
+    def graph(self) -> "networkx.Graph[links.GpuId]":
+        """Every GPU and link, with `bandwidth` (bytes/s each way) and `latency` (s) on the edges.
+
+        See `topology/graph.py`. Its size grows with the GPUs: ask `bandwidth` about a group instead
+        where that will do.
+        """
+        return links.graph(self)
+
+    @cached_property
+    def islands(self) -> tuple[tuple[links.GpuId, ...], ...]:
+        """Maximal sets of `(node, gpu)` joined by NVLink or by one PCIe switch; may be unequal."""
+        return links.islands(self)
+
+    def bandwidth(self, group: Iterable[links.GpuId]) -> float:
+        """Bytes/s each way of a collective over a set of `(node, gpu)`; infinite for one GPU."""
+        return links.bandwidth(self, group)
+
+    def latency(self, group: Iterable[links.GpuId]) -> float:
+        """Seconds one hop of a small message takes on the slowest link of a set; 0 for one GPU."""
+        return links.latency(self, group)
 
     def facts(self) -> dict[str, object]:
         """What must be alike for a plan to fit: devices, memory size, links and fabric.
