@@ -1,0 +1,56 @@
+"""Fills a `.j2` file: nothing undefined passes, and every value is quoted for where it lands."""
+
+import json
+
+import jinja2
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("rankwright.templates", ""),
+    undefined=jinja2.StrictUndefined,
+    autoescape=False,  # shell and YAML, not HTML: the filters below quote
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def comment(text: str) -> str:
+    r"""Return `text` on one line, so that it cannot end the comment it stands in.
+
+    >>> comment("a\nb\x07")
+    'a b?'
+    """
+    line = " ".join(text.split())
+    return "".join(char if char.isprintable() else "?" for char in line)
+
+
+def shell_word(text: str) -> str:
+    r"""Return `text` as one word of a POSIX shell. Quoted always: a bare `A==b` misleads readers.
+
+    >>> print(shell_word("it's"))
+    'it'\''s'
+    """
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def yaml_string(text: str) -> str:
+    """Return printable `text` as a YAML double-quoted scalar; JSON's is one.
+
+    Raises:
+        ValueError: `text` has a control character, which YAML would refuse or fold.
+    """
+    if not text.isprintable():
+        raise ValueError(f"{text!r} has a control character; expected printable text")
+    return json.dumps(text, ensure_ascii=False)
+
+
+_ENVIRONMENT.filters.update(comment=comment, shell=shell_word, yaml=yaml_string)
+
+
+def fill(template: str, **values: object) -> str:
+    """Return the file `template` with `values` in place.
+
+    Raises:
+        jinja2.UndefinedError: The template names a value that is not given.
+    """
+    return _ENVIRONMENT.get_template(template).render(**values)

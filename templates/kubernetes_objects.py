@@ -1,0 +1,197 @@
+"""A plan as plain Kubernetes objects, for clusters without any operator.
+
+One machine is a Deployment. Several are StatefulSets and not an Indexed Job, because a server has
+no completion: a StatefulSet restarts a lost pod for ever under the same name and number, where a
+Job counts it towards a limit and then gives up. The head has a set of its own, since only it has an
+HTTP port to probe; workers follow, a set for each run of machines that ask for the same.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+
+from rankwright import __version__
+from rankwright.planner.plan import EnvironmentVariable, Plan
+from rankwright.templates.fill import fill
+from rankwright.templates.layout import (
+    DRAIN_S,
+    SHM_BYTES_PER_RANK,
+    NodeShare,
+    node_shares,
+    start_budget_s,
+)
+from rankwright.templates.options import (
+    KUBERNETES_RENDEZVOUS_PORT,
+    KubernetesOptions,
+    default_name,
+)
+from rankwright.templates.plan_text import plan_text
+from rankwright.templates.variables import checked_environment
+
+KUBERNETES_FILE = "rankwright.yaml"
+
+# The API server's limit on the data of a ConfigMap (Kubernetes docs, ConfigMap, "Motivation").
+MAX_CONFIG_MAP_BYTES = 2**20
+
+# kube-proxy and ingresses need a moment to forget a pod that is ending; 10 s is the usual preStop
+# sleep of servers behind them. Then the drain, then what the processes take to end.
+PRE_STOP_S = 10
+END_S = 20
+
+PROBE_PERIOD_S = 10
+WAIT_FOR_HEAD_S = 300
+
+# These name the host's network interfaces, which a pod's network does not have.
+HOST_ONLY_VARIABLES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
+
+
+@dataclass(frozen=True, slots=True)
+class PodShare:
+    """What one pod asks for, as Kubernetes quantities."""
+
+    num_cpus: int
+    num_gpus: int
+    memory: str
+    shm: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Machines that are alike and follow each other: one StatefulSet."""
+
+    name: str
+    component: str
+    start: int  # node rank of the first
+    replicas: int
+    share: PodShare
+
+
+def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
+    """Return the objects of `plan` as one YAML file, by file name.
+
+    Raises:
+        ValueError: The machines are unlike, or the plan is too large for a ConfigMap.
+    """
+    name = options.name or default_name(plan)
+    shares = node_shares(plan)
+    groups = _groups(name, shares)
+    head_host = f"{name}-head-0.{name}-nodes"  # pod and headless Service
+    text = plan_text(plan)
+    if len(text) > MAX_CONFIG_MAP_BYTES:
+        raise ValueError(
+            f"the plan of {plan.num_gpus} ranks has {len(text)} bytes, a ConfigMap takes "
+            f"{MAX_CONFIG_MAP_BYTES}; deploy replicas on their own (a smaller --dp)"
+        )
+    environment, left_out = _environment(plan)
+    model_mount, model_path, host_path = _model(plan, options)
+    objects = fill(
+        "kubernetes/rankwright.yaml.j2",
+        version=__version__,
+        model=plan.model.name,
+        split=plan.split.label(),
+        size=_describe_size(shares),
+        notes=_notes(options, left_out, host_path),
+        name=name,
+        plan_name=f"{name}-plan-{hashlib.sha256(text.encode()).hexdigest()[:8]}",
+        namespace=options.namespace,
+        plan_text=text.rstrip("\n"),
+        num_nodes=len(shares),
+        groups=groups,
+        image=options.image or f"rankwright:{__version__}",
+        port=options.port,
+        rendezvous_port=KUBERNETES_RENDEZVOUS_PORT,
+        head_host=head_host,
+        wait_tries=WAIT_FOR_HEAD_S,
+        environment=environment,
+        gpu_resource=options.gpu_resource or _gpu_resource(shares[0].devices[0]),
+        model_path=model_path,
+        model_mount=model_mount,
+        model_pvc=options.model_pvc,
+        model_host_path=host_path,
+        startup_failures=math.ceil(start_budget_s(shares) / PROBE_PERIOD_S),
+        head_pre_stop_s=PRE_STOP_S,
+        worker_pre_stop_s=PRE_STOP_S + DRAIN_S,
+        grace_s=PRE_STOP_S + DRAIN_S + END_S,
+        health_url=f"http://{head_host}:{options.port}/health",
+    )
+    return {KUBERNETES_FILE: objects}
+
+
+def _groups(name: str, shares: tuple[NodeShare, ...]) -> tuple[Group, ...]:
+    head = Group(f"{name}-head", "head", 0, 1, _pod_share(shares[0]))
+    runs = [list(run) for _, run in groupby(shares[1:], key=_pod_share)]
+    workers = []
+    for run in runs:
+        start = run[0].node_rank
+        suffix = "workers" if len(runs) == 1 else f"from-{start}"
+        component = "worker" if len(runs) == 1 else f"worker-from-{start}"
+        workers.append(Group(f"{name}-{suffix}", component, start, len(run), _pod_share(run[0])))
+    return (head, *workers)
+
+
+def _pod_share(share: NodeShare) -> PodShare:
+    shm_bytes = SHM_BYTES_PER_RANK * share.num_ranks
+    num_cpus = share.num_cpus
+    if share.num_gpus == 0:
+        # A CPU plan takes the whole machine; leave one CPU to kubelet and the daemons beside us,
+        # or no machine can ever give it. A request only: idle CPUs are used all the same.
+        num_cpus = max(1, num_cpus - 1)
+    return PodShare(
+        num_cpus=num_cpus,
+        num_gpus=share.num_gpus,
+        memory=_quantity(share.memory_bytes + shm_bytes),
+        shm=_quantity(shm_bytes),
+    )
+
+
+def _quantity(num_bytes: int) -> str:
+    return f"{math.ceil(num_bytes / 2**20)}Mi"
+
+
+def _gpu_resource(device: str) -> str:
+    """Return the name under which the vendor's device plugin offers `device`."""
+    return "amd.com/gpu" if device.startswith("mi") else "nvidia.com/gpu"
+
+
+def _environment(plan: Plan) -> tuple[tuple[EnvironmentVariable, ...], tuple[str, ...]]:
+    variables = checked_environment(plan)
+    kept = tuple(v for v in variables if v.name not in HOST_ONLY_VARIABLES)
+    return kept, tuple(v.name for v in variables if v.name in HOST_ONLY_VARIABLES)
+
+
+def _model(plan: Plan, options: KubernetesOptions) -> tuple[str, str | None, str | None]:
+    """Return where weights are mounted, the path to launch from, and the folder on the machine."""
+    host_path, mount, path = options.model_host_path, "/models", options.model_path
+    if options.model_pvc is not None or host_path is not None:
+        path = path or mount
+    elif PurePosixPath(plan.model.name).is_absolute():  # planned from a local folder
+        host_path = mount = plan.model.name
+    if host_path is not None and ".." in PurePosixPath(host_path).parts:
+        raise ValueError(f"a hostPath must not contain '..', got {host_path!r}; resolve it first")
+    return mount, path, host_path
+
+
+def _notes(
+    options: KubernetesOptions, left_out: tuple[str, ...], host_path: str | None
+) -> tuple[str, ...]:
+    """Return what the reader of the file must know."""
+    notes = []
+    if options.image is None:
+        notes.append("Build and push the image of docs/deploy-kubernetes.md, or set `image`.")
+    if host_path is not None:
+        notes.append("Weights are read from the same folder of every machine (hostPath).")
+    elif options.model_pvc is None:
+        notes.append("No volume holds the weights: set `model_pvc` or `model_host_path`.")
+    if left_out:
+        notes.append(f"Left out, since pods have interfaces of their own: {', '.join(left_out)}.")
+    return tuple(notes)
+
+
+def _describe_size(shares: tuple[NodeShare, ...]) -> str:
+    what = "GPUs" if shares[0].num_gpus else "CPU ranks"
+    counts = [share.num_ranks for share in shares]
+    if len(counts) == 1:
+        return f"one machine, {counts[0]} {what}"
+    return f"{len(counts)} machines, {' + '.join(map(str, counts))} {what}"

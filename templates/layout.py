@@ -1,0 +1,104 @@
+"""What each machine of a plan must give: GPUs, CPUs, memory, and time to load.
+
+Node rank `i` of a launch is the plan's `i`-th used machine. Targets share this arithmetic, so that
+a Slurm job and a pod ask for the same things.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rankwright.planner.plan import Plan
+
+# A GPU rank keeps one thread busy with Python and kernel launches and one with NCCL's proxy or with
+# reading weights; the node's front end and launcher share two more.
+CPUS_PER_GPU_RANK = 2
+CPUS_PER_LAUNCHER = 2
+
+# Host memory asked for a GPU rank: interpreter, torch, CUDA context and pinned buffers. Weights are
+# read through the page cache straight to the GPU. A request, not a limit.
+HOST_BYTES_PER_GPU_RANK = 4 * 2**30
+
+# NCCL's shared-memory transport. 64 MiB, the default of containers, is too small; NVIDIA's user
+# guide (Troubleshooting, Docker) starts containers with --shm-size=1g.
+SHM_BYTES_PER_RANK = 2**30
+
+# Loading may take as long as the slowest volume that people do serve from: 125 MiB/s, the baseline
+# of an Amazon EBS gp3 volume (EBS user guide). Then graphs are captured, images and page caches are
+# cold, and the peers are waited for.
+SLOWEST_STORAGE_BYTES_PER_S = 125 * 2**20
+START_S = 300
+
+# How long running requests get to finish after a TERM.
+DRAIN_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShare:
+    """One machine's part of a plan."""
+
+    node_rank: int
+    node: int
+    devices: tuple[str, ...]  # of its ranks, in rank order
+    num_cpus: int  # to ask for
+    memory_bytes: int  # of host memory to ask for, without /dev/shm
+    device_bytes: int  # held by all its ranks at most
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks on this machine."""
+        return len(self.devices)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs to ask for: none on a machine of CPU ranks."""
+        return sum(device != "cpu" for device in self.devices)
+
+
+def node_shares(plan: Plan) -> tuple[NodeShare, ...]:
+    """Return what each used machine must give, by node rank.
+
+    Raises:
+        ValueError: The machines hold different devices. A scheduler hands out machines in an order
+            of its own, and a plan for unlike machines is right in one order only.
+    """
+    shares = tuple(_share(plan, rank, node) for rank, node in enumerate(plan.nodes_used()))
+    kinds = [sorted(set(share.devices)) for share in shares]
+    for share, kind in zip(shares, kinds, strict=True):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"the plan runs on {', '.join(kinds[0])} on node {shares[0].node} and on "
+                f"{', '.join(kind)} on node {share.node}, and a scheduler cannot be told which of "
+                "its machines is which; plan for machines of one kind"
+            )
+    return shares
+
+
+def _share(plan: Plan, node_rank: int, node: int) -> NodeShare:
+    machine = plan.cluster.node(node)
+    kinds = {gpu.index: gpu.device for gpu in machine.gpus}
+    devices = tuple(kinds[rank.gpu] for rank in plan.ranks_of_node(node))
+    num_ranks = len(devices)
+    held_bytes = math.ceil(plan.prediction.memory_bytes_per_gpu.high) * num_ranks
+    if all(device == "cpu" for device in devices):
+        # Ranks split the machine's CPUs. There may be fewer CPUs than ranks.
+        num_cpus = max(1, machine.num_cpus * num_ranks // len(machine.gpus))
+        memory_bytes = held_bytes
+    else:
+        num_cpus = CPUS_PER_GPU_RANK * num_ranks + CPUS_PER_LAUNCHER
+        if machine.num_cpus > 1:  # 1 stands for unknown: no GPU machine has a single CPU
+            num_cpus = min(num_cpus, machine.num_cpus)
+        memory_bytes = HOST_BYTES_PER_GPU_RANK * num_ranks
+    return NodeShare(
+        node_rank=node_rank,
+        node=node,
+        devices=devices,
+        num_cpus=num_cpus,
+        memory_bytes=memory_bytes,
+        device_bytes=held_bytes,
+    )
+
+
+def start_budget_s(shares: tuple[NodeShare, ...]) -> int:
+    """Return the seconds after which a start counts as failed: slow storage, then `START_S`."""
+    most_bytes = max(share.device_bytes for share in shares)
+    return START_S + math.ceil(most_bytes / SLOWEST_STORAGE_BYTES_PER_S)

@@ -1,0 +1,199 @@
+"""What a user may say about a target, beyond the plan: names, places, ports.
+
+One frozen model a target. An option that is unknown or malformed is refused in one line that says
+what would be valid; each field's description is the "expected" half of that line.
+"""
+
+import difflib
+import re
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from rankwright.planner.plan import Plan
+from rankwright.topology.value import Value
+
+
+def _path(text: str) -> str:
+    """Return `text` if it can stand in shell words, YAML and `SOURCE:TARGET,...` mounts."""
+    if not text.startswith("/") or not text.isprintable() or set(text) & set(":,"):
+        raise ValueError("not an absolute path without ':', ',' and control characters")
+    return text
+
+
+AbsolutePath = Annotated[str, AfterValidator(_path)]
+Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9/_][!-~]*$")]
+
+# Unprivileged users cannot bind lower ports.
+Port = Annotated[int, Field(ge=1024, le=65535)]
+DEFAULT_PORT = 8000
+
+# Ranks meet here. Slurm jobs may share a node, so each takes its own port out of a range; a pod has
+# the whole port space to itself.
+SLURM_RENDEZVOUS_PORTS = range(20000, 30000)
+KUBERNETES_RENDEZVOUS_PORT = 29500
+
+# A Service name is a DNS label of 63 characters, but a StatefulSet's becomes a label value together
+# with an 11-character revision hash: longer than 52 and its pods are never made. The longest suffix
+# appended to the name is '-from-' and five digits.
+MAX_KUBERNETES_NAME = 52 - len("-from-99999")
+
+
+class SlurmOptions(Value):
+    """Options of `render(plan, "slurm", ...)`."""
+
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="a job name of letters, digits, '.', '_' and '-', at most 64",
+    )
+    partition: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.,-]+$",
+        description="a partition, or several with commas, as `sinfo` lists them",
+    )
+    account: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_.@-]+$", description="an account to charge"
+    )
+    time_limit: str | None = Field(
+        default=None,
+        pattern=r"^(\d+(:\d{2}){0,2}|\d+-\d{1,2}(:\d{2}){0,2}|UNLIMITED)$",
+        description="a time such as 30 (minutes), 08:00:00 or 2-00:00:00; None: the partition's",
+    )
+    container_image: Image | None = Field(
+        default=None,
+        description="an image for pyxis, such as docker://registry/rankwright:1.0 or a .sqsh file",
+    )
+    venv: AbsolutePath | None = Field(
+        default=None,
+        description="the absolute path of a virtual environment that every node sees",
+    )
+    log_dir: AbsolutePath | None = Field(
+        default=None,
+        description="an absolute path that every node sees; None: rankwright-logs where sbatch ran",
+    )
+    model_path: AbsolutePath | None = Field(
+        default=None, description="the absolute path of the weights, which every node sees"
+    )
+    port: Port = Field(default=DEFAULT_PORT, description="a port from 1024 to 65535 for HTTP")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SlurmOptions":
+        if self.container_image is not None and self.venv is not None:
+            raise ValueError("give container_image or venv, not both: the image has its own Python")
+        if self.port in SLURM_RENDEZVOUS_PORTS:
+            raise ValueError(
+                f"port={self.port} may be the port where the job's ranks meet (20000 to 29999, by "
+                f"job id); expected another, such as {DEFAULT_PORT}"
+            )
+        return self
+
+
+class KubernetesOptions(Value):
+    """Options of `render(plan, "kubernetes", ...)`."""
+
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        max_length=MAX_KUBERNETES_NAME,
+        description="a name of lower-case letters, digits and '-', letter first, at most "
+        f"{MAX_KUBERNETES_NAME}",
+    )
+    namespace: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        max_length=63,
+        description="a namespace; None: that of the kubectl context",
+    )
+    image: Image | None = Field(
+        default=None,
+        description="an image with rankwright[executor], such as registry/rankwright:1.0",
+    )
+    model_pvc: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
+        max_length=253,
+        description="the name of a PersistentVolumeClaim that every node may mount read-only",
+    )
+    model_host_path: AbsolutePath | None = Field(
+        default=None, description="the absolute path of a folder with the weights on every node"
+    )
+    model_path: AbsolutePath | None = Field(
+        default=None,
+        description="the absolute path of the weights inside the pod, under /models",
+    )
+    port: Port = Field(default=DEFAULT_PORT, description="a port from 1024 to 65535 for HTTP")
+    gpu_resource: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
+        max_length=128,
+        description="an extended resource such as nvidia.com/gpu",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KubernetesOptions":
+        if self.model_pvc is not None and self.model_host_path is not None:
+            raise ValueError("give model_pvc or model_host_path, not both")
+        has_volume = self.model_pvc is not None or self.model_host_path is not None
+        if self.model_path is not None:
+            if not has_volume:
+                raise ValueError(
+                    f"model_path={self.model_path!r} is inside the pod; say with model_pvc or "
+                    "model_host_path which volume holds it"
+                )
+            if not (self.model_path + "/").startswith("/models/"):
+                raise ValueError(
+                    f"model_path={self.model_path!r} must be under /models, where the volume is "
+                    "mounted"
+                )
+        if self.port == KUBERNETES_RENDEZVOUS_PORT:
+            raise ValueError(
+                f"port={self.port} is the port where the ranks meet; expected another, such as "
+                f"{DEFAULT_PORT}"
+            )
+        return self
+
+
+Options = TypeVar("Options", SlurmOptions, KubernetesOptions)
+
+
+def parse_options(model: type[Options], target: str, given: dict[str, object]) -> Options:
+    """Return `given` as a `model`.
+
+    Raises:
+        ValueError: An option is unknown or its value is not valid; one line.
+
+    >>> parse_options(SlurmOptions, "slurm", {"partitoin": "gpu"})
+    Traceback (most recent call last):
+    ValueError: target 'slurm' has no option 'partitoin'; did you mean 'partition'?
+    """
+    known = list(model.model_fields)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"target {target!r} has no option {name!r}; {hint}")
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise ValueError(str(first["ctx"]["error"])) from None
+        field = str(first["loc"][0])
+        expected = model.model_fields[field].description
+        raise ValueError(
+            f"option {field}={given[field]!r} of target {target!r} is not valid; "
+            f"expected {expected}"
+        ) from None
+
+
+def default_name(plan: Plan) -> str:
+    """Return a name for the deployment that every target accepts, made from the model's.
+
+    `meta-llama/Llama-3.1-405B` becomes `llama-3-1-405b`.
+    """
+    base = plan.model.name.rstrip("/").rpartition("/")[2].lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", base).strip("-")
+    if not slug or not slug[0].isalpha():
+        slug = f"rankwright-{slug}"
+    return slug[:MAX_KUBERNETES_NAME].rstrip("-")

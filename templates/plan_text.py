@@ -1,0 +1,24 @@
+"""A plan as text that survives a shell's heredoc and a YAML block unchanged."""
+
+import json
+
+from rankwright.planner.plan import Plan
+
+
+def plan_text(plan: Plan) -> str:
+    r"""Return `plan` as JSON: a line a field, a line a rank, printable ASCII only.
+
+    Short enough to be embedded, and a changed rank is one changed line in a diff. JSON leaves the
+    delete character (0x7f) as it is, which YAML forbids; it only occurs inside strings, where
+    `\u007f` means the same.
+    """
+    fields = json.loads(plan.model_dump_json())
+    lines = []
+    for name, value in fields.items():
+        if name == "ranks":
+            rows = ",\n".join("  " + json.dumps(rank) for rank in value)
+            lines.append(f' "ranks": [\n{rows}\n ]')
+        else:
+            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    return text.replace("\x7f", "\\u007f")

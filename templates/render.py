@@ -1,0 +1,77 @@
+"""`render(plan, target)`: a plan as the files a scheduler takes. A new target is a row here."""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwright.planner.plan import Plan
+from rankwright.templates.check import check
+from rankwright.templates.kubernetes_objects import kubernetes_files
+from rankwright.templates.options import KubernetesOptions, SlurmOptions, parse_options
+from rankwright.templates.plan_text import plan_text
+from rankwright.templates.slurm_script import slurm_files
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A scheduler that a plan can be rendered for."""
+
+    summary: str
+    options: type[Any]  # a model of templates/options.py
+    files: Callable[[Plan, Any], dict[str, str]]  # of a plan and an instance of `options`
+
+
+TARGETS: dict[str, Target] = {
+    "slurm": Target("one sbatch script", SlurmOptions, slurm_files),
+    "kubernetes": Target("plain objects in one YAML file", KubernetesOptions, kubernetes_files),
+}
+
+
+def render(
+    plan: Plan, target: str, directory: Path | str | None = None, **options: object
+) -> dict[str, str]:
+    """Return the files of `plan` for `target` by name, `plan.json` among them.
+
+    Args:
+        plan: What to run, and where.
+        target: A key of `TARGETS`.
+        directory: Where to write the files; made if missing. None: they are only returned.
+        options: Fields of the target's model in `templates/options.py`.
+
+    Raises:
+        ValueError: The target or an option is unknown or not valid, the plan does not fit the
+            target, or `directory` cannot be written to.
+        ManifestMismatchError: The result does not say what the plan says (a fault of ours).
+    """
+    if target not in TARGETS:
+        near = difflib.get_close_matches(target, TARGETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TARGETS)}"
+        raise ValueError(f"no target {target!r}; {hint}")
+    row = TARGETS[target]
+    files = row.files(plan, parse_options(row.options, target, options))
+    files[PLAN_FILE] = plan_text(plan)
+    check(plan, target, files)
+    if directory is not None:
+        _write(files, Path(directory))
+    return files
+
+
+def _write(files: dict[str, str], directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            unfinished = directory / f".{name}.{os.getpid()}.tmp"
+            try:
+                unfinished.write_text(text, encoding="utf-8")
+                unfinished.replace(directory / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {str(directory)!r}: {error.strerror}; give a folder you may write to"
+        ) from None
