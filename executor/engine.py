@@ -80,6 +80,7 @@ class Follower:
                     pending.popleft()[0].wait()
         while pending:
             pending.popleft()[0].wait()
+        self._runner.finish()
 
 
 class Leader:
@@ -133,6 +134,7 @@ class Leader:
         while self._in_flight:
             self._collect()
         self._mesh.broadcast_bytes(STOP)
+        self._runner.finish()
 
     def _done(self) -> bool:
         if self._stopping is None:

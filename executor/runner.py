@@ -169,6 +169,12 @@ class Runner:
         if work is not None:
             self._sending.append((work, hidden_TD))
 
+    def finish(self) -> None:
+        """Wait until the next stage has everything that was sent."""
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
     def _draw(self, logits_RV: torch.Tensor, batch: StepBatch) -> list[int] | None:
         if not self.mesh.is_sampler:
             return None

@@ -58,9 +58,7 @@ def cpu_plan(
                 layers=(first, first + stage_layers[stage]),
                 query_heads=query_heads,
                 kv_heads=kv_heads,
-                ffn_columns=even_range(
-                    spec.layers[0].feed_forward.intermediate_size, tp, tp_rank
-                ),
+                ffn_columns=even_range(spec.layers[0].feed_forward.intermediate_size, tp, tp_rank),
                 vocab=even_range(spec.vocab_size, tp, tp_rank),
             )
         )

@@ -62,9 +62,7 @@ class Ranks:
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(world_size):
-                self._connections[rank].send(
-                    (module, function, rank, world_size, store, arguments)
-                )
+                self._connections[rank].send((module, function, rank, world_size, store, arguments))
             results = []
             for rank in range(world_size):
                 if not self._connections[rank].poll(120):

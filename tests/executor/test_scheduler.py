@@ -89,7 +89,7 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
         min_size=1,
         max_size=9,
     ),
-    num_blocks=st.integers(6, 20),
+    cache_tokens=st.integers(40, 90),
     block_tokens=st.sampled_from([1, 4, 16]),
     max_num_seqs=st.integers(1, 6),
     max_batched_tokens=st.integers(1, 30),
@@ -98,14 +98,14 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
 @settings(max_examples=150, deadline=None)
 def test_every_request_gets_the_tokens_it_would_get_alone(
     prompts: list[tuple[list[int], int]],
-    num_blocks: int,
+    cache_tokens: int,
     block_tokens: int,
     max_num_seqs: int,
     max_batched_tokens: int,
     depth: int,
 ) -> None:
     scheduler = make(
-        num_blocks=num_blocks * (16 // block_tokens),
+        num_blocks=-(-cache_tokens // block_tokens),
         block_tokens=block_tokens,
         max_num_seqs=max_num_seqs,
         max_batched_tokens=max_batched_tokens,

@@ -1,0 +1,170 @@
+"""What the ranks of a test run: the real runner and engine over gloo."""
+
+import threading
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rankwright.executor.engine import Follower, Leader
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.messages import (
+    Abort,
+    Hello,
+    Sampling,
+    Stop,
+    Submit,
+    Tokens,
+    decode,
+    encode,
+)
+from rankwright.executor.runner import Runner
+from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.weights import SafetensorsSource
+from rankwright.planner.plan import Plan
+
+
+def make(
+    rank: int, plan_json: str, folder: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Plan, Mesh, Runner]:
+    plan = Plan.model_validate_json(plan_json)
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    mesh = Mesh(plan, rank, where)
+    source = SafetensorsSource(Path(folder), dtype, where)
+    return plan, mesh, Runner(plan, mesh, source, dtype=dtype)
+
+
+def teacher_batches(
+    sequences: list[list[int]], prefill: list[int], chunk: int, block_tokens: int
+) -> Iterator[tuple[StepBatch, list[tuple[int, int]]]]:
+    """Batches that compute given tokens: prompts in chunks, then one token a step, mixed.
+
+    Yields each batch with the (sequence, position) of its tokens. Sequence i holds blocks
+    i, i + S, i + 2 S, ...: neighbours in time are not neighbours in the cache.
+    """
+    done = [0] * len(sequences)
+    step = 0
+    while any(count < len(tokens) for count, tokens in zip(done, sequences, strict=True)):
+        decodes, chunks = [], []
+        for index, tokens in enumerate(sequences):
+            if done[index] >= len(tokens):
+                continue
+            if done[index] >= prefill[index]:
+                decodes.append((index, 1))
+            else:
+                chunks.append((index, min(chunk, prefill[index] - done[index])))
+        entries = decodes + chunks
+        places = [(i, done[i] + k) for i, count in entries for k in range(count)]
+        width = max(-(-(done[i] + count) // block_tokens) for i, count in entries)
+        yield (
+            StepBatch(
+                step=step,
+                num_decodes=len(decodes),
+                query_lens_S=np.array([count for _, count in entries], dtype=np.int64),
+                context_lens_S=np.array([done[i] + count for i, count in entries], dtype=np.int64),
+                token_ids_T=np.array([sequences[i][k] for i, k in places], dtype=np.int64),
+                block_tables_SN=np.array(
+                    [[i + k * len(sequences) for k in range(width)] for i, _ in entries],
+                    dtype=np.int32,
+                ),
+                sample_rows_R=np.array([], dtype=np.int64),
+                temperature_R=np.array([], dtype=np.float32),
+                top_p_R=np.array([], dtype=np.float32),
+                top_k_R=np.array([], dtype=np.int64),
+                seeds_R=np.array([], dtype=np.int64),
+                sample_positions_R=np.array([], dtype=np.int64),
+            ),
+            places,
+        )
+        for i, count in entries:
+            done[i] += count
+        step += 1
+
+
+def logits(
+    rank: int,
+    plan_json: str,
+    folder: str,
+    sequences: list[list[int]],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[np.ndarray] | None:
+    """Logits of every token of every sequence, from the ranks that sample; None elsewhere."""
+    plan, mesh, runner = make(rank, plan_json, folder, device, dtype)
+    out = [
+        np.full((len(tokens), plan.model.vocab_size), np.nan, np.float32) for tokens in sequences
+    ]
+    prefill = [max(1, len(tokens) - 5 - index) for index, tokens in enumerate(sequences)]
+    for batch, places in teacher_batches(sequences, prefill, 7, plan.kv_cache.block_tokens):
+        logits_TV = runner.all_logits(batch)
+        if logits_TV is not None:
+            for row, (index, position) in zip(logits_TV.cpu().numpy(), places, strict=True):
+                out[index][position] = row
+    runner.finish()
+    return out if mesh.is_sampler else None
+
+
+def serve(
+    rank: int,
+    plan_json: str,
+    folder: str,
+    requests: list[tuple[str, list[int], dict[str, Any]]],
+    abort: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, list[int]] | None:
+    """Tokens of each request, from each leader; requests of other replicas are not its own.
+
+    A new request arrives for every two tokens that come back, so that they join and leave while
+    others run. `abort` is withdrawn after its third token.
+    """
+    plan, mesh, runner = make(rank, plan_json, folder, device, dtype)
+    if not mesh.is_leader:
+        Follower(mesh, runner).run()
+        return None
+    ours, theirs = Pipe()
+    mine = requests[mesh.place.replica :: plan.split.dp]
+    out: dict[str, list[int]] = {}
+    client = threading.Thread(target=_client, args=(ours, mine, abort, out))
+    client.start()
+    Leader(plan, mesh, runner, theirs, eos_token_ids=()).run()
+    theirs.close()  # ends the client's reading
+    client.join(timeout=60)
+    ours.close()
+    return out
+
+
+def _client(
+    connection: Connection,
+    requests: list[tuple[str, list[int], dict[str, Any]]],
+    abort: str | None,
+    out: dict[str, list[int]],
+) -> None:
+    waiting = list(requests)
+    unfinished = {name for name, _, _ in requests}
+    heard = 0
+    while unfinished:
+        message = decode(connection.recv_bytes())
+        if isinstance(message, Tokens):
+            assert message.error is None, message.error
+            out.setdefault(message.request_id, []).extend(message.token_ids)
+            if message.request_id == abort and len(out[abort]) == 3:
+                connection.send_bytes(encode(Abort(request_id=abort)))
+            if message.finish_reason is not None:
+                unfinished.discard(message.request_id)
+            heard += 1
+        if waiting and (isinstance(message, Hello) or heard % 2 == 0):
+            name, prompt, sampling = waiting.pop(0)
+            connection.send_bytes(
+                encode(Submit(request_id=name, prompt=tuple(prompt), sampling=Sampling(**sampling)))
+            )
+    connection.send_bytes(encode(Stop()))
+    while True:  # the leader may be telling its last state
+        try:
+            connection.recv_bytes()
+        except (EOFError, OSError):
+            return

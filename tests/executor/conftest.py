@@ -1,0 +1,115 @@
+"""Small models with random weights, saved as transformers saves them, and a pool of ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.executor.ranks import Ranks, ranks
+
+# One row a family and trait: GQA everywhere, tied and untied embeddings, odd vocabularies, feed-
+# forward widths that ranks cannot share evenly, biases, head norms, sliding windows, rope scaling.
+COMMON: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 74,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.4,  # large, so that attention matters to the logits
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"vocab_size": 211, "tie_word_embeddings": False, "attention_bias": True},
+    "llama-tied-mqa": {
+        "model_type": "llama",
+        "vocab_size": 127,
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {"vocab_size": 199, "tie_word_embeddings": False, "sliding_window": 9},
+    "qwen2": {"vocab_size": 203, "tie_word_embeddings": True, "num_key_value_heads": 2},
+    "qwen3": {"vocab_size": 197, "tie_word_embeddings": False, "head_dim": 16},
+    "qwen3-tied": {
+        "model_type": "qwen3",
+        "vocab_size": 150,
+        "tie_word_embeddings": True,
+        "head_dim": 8,
+    },
+}
+
+
+@dataclass
+class Reference:
+    """A model of transformers, and the folder it is saved in."""
+
+    folder: Path
+    model: Any
+    vocab_size: int
+    _greedy: dict[tuple[tuple[int, ...], int], list[int]] = field(default_factory=dict)
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """[T, V] of one sequence."""
+        with torch.inference_mode():
+            return self.model(torch.tensor([tokens])).logits[0].float()
+
+    def greedy(self, prompt: list[int], count: int) -> list[int]:
+        """The next `count` tokens, whatever they are."""
+        key = (tuple(prompt), count)
+        if key not in self._greedy:
+            with torch.inference_mode():
+                out = self.model.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+                    max_new_tokens=count,
+                    min_new_tokens=count,
+                    do_sample=False,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                )
+            self._greedy[key] = out[0, len(prompt) :].tolist()
+        return self._greedy[key]
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = {}
+    for seed, (name, changes) in enumerate(MODELS.items()):
+        options = {**COMMON, "model_type": name, **changes}
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(**options)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if "norm" in parameter_name or parameter_name.endswith("bias"):
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        made[name] = Reference(folder, model, config.vocab_size)
+    return made
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Ranks]:
+    with ranks() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2: Path) -> Reference:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    return Reference(smollm2, model, model.config.vocab_size)
