@@ -1,0 +1,1 @@
+"""Readers of one source each: NVML, the text of nvidia-smi, the CPU."""
