@@ -1,0 +1,425 @@
+"""Attention of one new token a sequence over its paged KV cache (decode).
+
+Shapes: B sequences, H query heads, K key/value heads, G = H / K query heads that share one, D head
+dimension, N columns of the block table, S splits; caches are [blocks, K, block tokens, D].
+
+Reading the cache is the whole cost, so a program takes all query heads of one key/value head
+(packed as the 16 rows that a tensor-core product has anyway) and reads each key and value once.
+Few sequences cannot fill a GPU: their context is cut into splits, merged by a second small kernel.
+The number of splits is fixed by the launch, as a CUDA graph needs; each program finds its share of
+the context on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from rankwright.kernels.backend import (
+    DOT_PRECISION,
+    Backend,
+    ceil_div,
+    jit,
+    next_power_of_two,
+    runs_triton,
+    tl,
+)
+
+
+def decode_attention_reference(
+    q_BHD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    context_lens_B: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Return softmax(q k^T * scale) v over each sequence's own blocks; zeros where it has none."""
+    batch, num_heads, head_dim = q_BHD.shape
+    _, num_kv_heads, block_tokens, _ = k_cache.shape
+    num_blocks = ceil_div(int(context_lens_B.max()), block_tokens) if batch else 0
+    token_L = torch.arange(num_blocks * block_tokens, device=q_BHD.device)
+    seen_BL = token_L < context_lens_B[:, None]
+    if window is not None:
+        seen_BL &= token_L >= context_lens_B[:, None] - window
+    # Blocks without a seen token may be anything: read block 0 in their place, then hide it.
+    used_BN = seen_BL.unflatten(1, (num_blocks, block_tokens)).any(-1)
+    table_BN = block_tables_BN[:, :num_blocks].masked_fill(~used_BN, 0).long()
+    hidden_B1L1 = ~seen_BL[:, None, :, None]
+
+    def gather(cache: torch.Tensor) -> torch.Tensor:
+        rows_BKLD = cache[table_BN].transpose(1, 2).flatten(2, 3).float()
+        return rows_BKLD.masked_fill(hidden_B1L1, 0.0)
+
+    q_BKGD = q_BHD.float().view(batch, num_kv_heads, -1, head_dim)
+    scores_BKGL = q_BKGD @ gather(k_cache).transpose(2, 3) * scale
+    weights_BKGL = scores_BKGL.masked_fill(~seen_BL[:, None, None], -math.inf).softmax(-1)
+    weights_BKGL = weights_BKGL.masked_fill(~seen_BL[:, None, None], 0.0)
+    return (weights_BKGL @ gather(v_cache)).view(q_BHD.shape).to(q_BHD.dtype)
+
+
+@jit()
+def _share(context, window, split, TILE, NUM_SPLITS, MIN_TILES):
+    """Return first and last + 1 tile of a split, and how many splits have any."""
+    first_tile = tl.maximum(context - window, 0) // TILE
+    num_tiles = (context + TILE - 1) // TILE - first_tile
+    tiles_per_split = tl.maximum((num_tiles + NUM_SPLITS - 1) // NUM_SPLITS, MIN_TILES)
+    start = first_tile + split * tiles_per_split
+    stop = tl.minimum(start + tiles_per_split, first_tile + num_tiles)
+    active = (num_tiles + tiles_per_split - 1) // tiles_per_split
+    return start, stop, active
+
+
+@jit(do_not_specialize=("window", "table_stride"))
+def _decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    context_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    scale_log2,
+    window,
+    q_stride_b,
+    q_stride_h,
+    k_block_stride,
+    k_head_stride,
+    k_token_stride,
+    v_block_stride,
+    v_head_stride,
+    v_token_stride,
+    table_stride,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    context = tl.load(context_ptr + batch)
+    start, stop, _ = _share(context, window, split, TILE, NUM_SPLITS, MIN_TILES)
+    if NUM_SPLITS > 1:
+        if start >= stop:  # noqa: SIM102  (a static and a dynamic condition)
+            return  # the merge reads active splits only
+
+    g = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, TILE)
+    head = kv_head * GROUP + g
+    q_mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    q_at = q_ptr + batch * q_stride_b + head[:, None] * q_stride_h + d[None, :]
+    q = tl.load(q_at, mask=q_mask, other=0.0)
+
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    k_at = k_ptr + kv_head * k_head_stride + d[:, None]
+    v_at = v_ptr + kv_head * v_head_stride + d[None, :]
+    for tile in tl.range(start, stop):
+        token = tile * TILE
+        # int64: a pool may hold more than 2**31 values.
+        block = tl.load(table_ptr + batch * table_stride + token // BLOCK_TOKENS).to(tl.int64)
+        offset = token % BLOCK_TOKENS + n
+        seen = (token + n < context) & (token + n >= context - window)
+        k = tl.load(
+            k_at + block * k_block_stride + offset[None, :] * k_token_stride,
+            mask=seen[None, :] & (d < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        # Every tile of a share holds a seen token, so the new maximum is finite.
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        p = tl.exp2(scores - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = tl.load(
+            v_at + block * v_block_stride + offset[:, None] * v_token_stride,
+            mask=seen[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        highest = new_highest
+
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    row = batch * NUM_HEADS + head
+    if NUM_SPLITS == 1:
+        out_at = out_ptr + row[:, None] * HEAD_DIM + d[None, :]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    else:
+        part = row * NUM_SPLITS + split
+        tl.store(partial_ptr + part[:, None] * HEAD_DIM + d[None, :], out, mask=q_mask)
+        tl.store(lse_ptr + part, highest + tl.log2(total), mask=g < GROUP)
+
+
+@jit(do_not_specialize=("window",))
+def _merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    context_ptr,
+    out_ptr,
+    window,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """Write the mean of a row's splits, weighted with their log-sum-exp."""
+    row = tl.program_id(0).to(tl.int64)
+    context = tl.load(context_ptr + row // NUM_HEADS)
+    _, _, active = _share(context, window, 0, TILE, NUM_SPLITS, MIN_TILES)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + row * NUM_SPLITS + s, mask=s < active, other=-float("inf"))
+    # An empty context has no maximum; 0 in its place keeps inf - inf out.
+    highest = tl.where(active > 0, tl.max(lse, axis=0), 0.0)
+    total = tl.sum(tl.exp2(lse - highest), axis=0)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, active, CHUNK):
+        c = first + tl.arange(0, CHUNK)
+        at = row * NUM_SPLITS + c
+        chunk_lse = tl.load(lse_ptr + at, mask=c < active, other=-float("inf"))
+        part = tl.load(
+            partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
+            mask=(c < active)[:, None] & (d < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(part * tl.exp2(chunk_lse - highest)[:, None], axis=0)
+    out = acc / tl.where(active > 0, total, 1.0)
+    tl.store(out_ptr + row * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the kernel is cut and compiled: `tile` tokens a loop iteration, `min_tiles` a split."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    num_splits: int = 1
+    min_tiles: int = 1
+
+
+# (padded head dim, bytes a value) -> tile, warps, stages, for sm_90. Chosen so that two programs
+# fit in the 227 KB of shared memory of an H100 or H200 (CUDA C programming guide, table of compute
+# capabilities) and together keep at least 64 KB in flight: a multiprocessor's share of 3.0 to
+# 4.3 TB/s over 132 of them is 23 to 33 KB in each microsecond of latency.
+_SHAPES: dict[tuple[int, int], DecodeConfig] = {
+    (64, 2): DecodeConfig(tile=64, num_warps=4, num_stages=4),
+    (128, 2): DecodeConfig(tile=64, num_warps=4, num_stages=3),
+    (256, 2): DecodeConfig(tile=64, num_warps=4, num_stages=2),
+    (64, 4): DecodeConfig(tile=64, num_warps=4, num_stages=3),
+    (128, 4): DecodeConfig(tile=32, num_warps=4, num_stages=3),
+    (256, 4): DecodeConfig(tile=32, num_warps=4, num_stages=2),
+}
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+# The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
+_MAX_SPLITS = 128
+
+
+@lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter runs one program at a time; 4 lets its tests meet splits
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_config(
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_blocks: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    num_multiprocessors: int,
+) -> DecodeConfig:
+    """Return the launch configuration of a geometry: the same for every step of a CUDA graph.
+
+    Splits fill the GPU: the fewest whose programs come in waves at least 85 % as full as the best
+    number's (the rule of FlashAttention-2's `num_splits_heuristic`).
+    """
+    shape = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
+    tile = min(shape.tile, block_tokens)
+    programs = max(batch * num_kv_heads, 1)
+    slots = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
+    # Past four waves the last, partly filled one no longer matters.
+    limit = 1 if programs >= 4 * slots else max(4, ceil_div(slots, programs))
+    limit = max(1, min(limit, _MAX_SPLITS, ceil_div(max_blocks * block_tokens, tile)))
+    waves = [programs * num_splits / slots for num_splits in range(1, limit + 1)]
+    fullness = [wave / math.ceil(wave) for wave in waves]
+    num_splits = 1 + next(i for i, full in enumerate(fullness) if full >= 0.85 * max(fullness))
+    return replace(shape, tile=tile, num_splits=num_splits)
+
+
+def decode_workspace_elements(batch: int, num_heads: int, head_dim: int, num_splits: int) -> int:
+    """Return the float32 values of scratch memory that `decode_attention` needs."""
+    return 0 if num_splits == 1 else batch * num_heads * num_splits * (head_dim + 1)
+
+
+def _check(
+    q_BHD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    context_lens_B: torch.Tensor,
+    window: int | None,
+) -> None:
+    if q_BHD.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"decode_attention: q {tuple(q_BHD.shape)}, caches {tuple(k_cache.shape)} and "
+            f"{tuple(v_cache.shape)}; expected [batch, heads, head dim] and twice "
+            "[blocks, kv heads, block tokens, head dim]"
+        )
+    batch, num_heads, head_dim = q_BHD.shape
+    _, num_kv_heads, block_tokens, cache_dim = k_cache.shape
+    if cache_dim != head_dim or num_heads % num_kv_heads:
+        raise ValueError(
+            f"decode_attention: {num_heads} query heads of {head_dim} with {num_kv_heads} key/value "
+            f"heads of {cache_dim}; expected equal dims and a multiple of the key/value heads"
+        )
+    if block_tokens < 16 or block_tokens & (block_tokens - 1):
+        raise ValueError(
+            f"decode_attention: {block_tokens} tokens a block; expected a power of two >= 16"
+        )
+    if len(block_tables_BN) != batch or context_lens_B.shape != (batch,):
+        raise ValueError(
+            f"decode_attention: block tables {tuple(block_tables_BN.shape)} and context lengths "
+            f"{tuple(context_lens_B.shape)}; expected one row for each of {batch} sequences"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention: window={window}; expected at least 1, or None")
+
+
+def decode_attention(
+    q_BHD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    context_lens_B: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    num_splits: int | None = None,
+    workspace: torch.Tensor | None = None,
+    *,
+    config: DecodeConfig | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Return the attention of one query a sequence as [B, H, D]; zeros where the context is empty.
+
+    Args:
+        q_BHD: One query token a sequence; the first two axes may be strided.
+        k_cache: Pool of key blocks; all axes but the last may be strided.
+        v_cache: Pool of value blocks.
+        block_tables_BN: int32, blocks of each sequence in order; entries past the context (or
+            wholly before the window) are never read.
+        context_lens_B: int32, tokens in the cache, the new one included; 0 marks a padding row.
+        scale: Factor of the scores, usually `head_dim ** -0.5`.
+        window: Attend to the last `window` tokens only; None: to all.
+        num_splits: Parts that a context is cut into; None: `decode_config` chooses.
+        workspace: float32 scratch of `decode_workspace_elements` values, or None to allocate.
+        config: Overrides `decode_config` (for tuning).
+        backend: What runs it, see `runs_triton`.
+
+    Raises:
+        ValueError: When shapes disagree or the workspace is too small.
+    """
+    _check(q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, window)
+    if not runs_triton(q_BHD, backend):
+        return decode_attention_reference(
+            q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, scale, window
+        )
+    batch, num_heads, head_dim = q_BHD.shape
+    _, num_kv_heads, block_tokens, _ = k_cache.shape
+    out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
+    if batch == 0:
+        return out_BHD
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or block_tables_BN.stride(1) != 1:
+        raise ValueError("decode_attention: the last axis of caches and tables must be dense")
+    if q_BHD.stride(2) != 1:
+        q_BHD = q_BHD.contiguous()
+    if config is None:
+        config = decode_config(
+            batch,
+            num_kv_heads,
+            head_dim,
+            block_tables_BN.shape[1],
+            block_tokens,
+            k_cache.dtype,
+            _num_multiprocessors(q_BHD.device),
+        )
+    if num_splits is not None:
+        config = replace(config, num_splits=num_splits)
+    num_splits = config.num_splits
+    needed = decode_workspace_elements(batch, num_heads, head_dim, num_splits)
+    if workspace is None:
+        workspace = torch.empty(max(needed, 1), dtype=torch.float32, device=q_BHD.device)
+    elif workspace.numel() < needed or workspace.dtype != torch.float32:
+        raise ValueError(
+            f"decode_attention: workspace of {workspace.numel()} {workspace.dtype}; expected "
+            f"{needed} float32 for {num_splits} splits"
+        )
+    lse = workspace[batch * num_heads * num_splits * head_dim :] if num_splits > 1 else workspace
+    # Without a window every token lies in it: int32 positions never reach the limit.
+    window = 2**31 - 1 if window is None else window
+    block_d = max(16, next_power_of_two(head_dim))
+    cut = {"TILE": config.tile, "NUM_SPLITS": num_splits, "MIN_TILES": config.min_tiles}
+    _decode_kernel[(num_kv_heads, num_splits, batch)](
+        q_BHD,
+        k_cache,
+        v_cache,
+        block_tables_BN,
+        context_lens_B,
+        out_BHD,
+        workspace,
+        lse,
+        scale * math.log2(math.e),
+        window,
+        *q_BHD.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_tables_BN.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=num_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_M=max(16, next_power_of_two(num_heads // num_kv_heads)),
+        BLOCK_D=block_d,
+        BLOCK_TOKENS=block_tokens,
+        PRECISION=DOT_PRECISION[q_BHD.dtype],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **cut,
+    )
+    if num_splits > 1:
+        _merge_kernel[(batch * num_heads,)](
+            workspace,
+            lse,
+            context_lens_B,
+            out_BHD,
+            window,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_S=next_power_of_two(num_splits),
+            CHUNK=min(16, next_power_of_two(num_splits)),
+            num_warps=4,
+            **cut,
+        )
+    return out_BHD

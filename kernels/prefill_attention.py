@@ -1,0 +1,445 @@
+"""Causal attention of several new tokens a sequence over its paged KV cache (prefill chunks).
+
+Shapes: T query tokens of all sequences, one after the other, B sequences, H query heads, K
+key/value heads, G = H / K, D head dimension, N columns of the block table, Q query tokens and L
+context tokens of one sequence; caches are [blocks, K, block tokens, D].
+
+The last query token of a sequence is the last token of its context (lower-right alignment), so a
+chunk sees all that came before it and itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812  (PyTorch's own abbreviation)
+from torch.nn.attention.bias import causal_lower_right
+
+from rankwright.kernels.backend import (
+    DOT_PRECISION,
+    ceil_div,
+    jit,
+    next_power_of_two,
+    runs_triton,
+    tl,
+)
+
+PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
+
+
+def _seen(
+    num_queries: int, context: int, window: int | None, device: torch.device
+) -> torch.Tensor:
+    """Return bool [Q, L]: which context tokens each query token attends to."""
+    position_Q1 = torch.arange(context - num_queries, context, device=device)[:, None]
+    token_L = torch.arange(context, device=device)
+    seen_QL = token_L <= position_Q1
+    return seen_QL if window is None else seen_QL & (token_L > position_Q1 - window)
+
+
+def _attend_explicitly(
+    q_HQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    num_kv_heads, context, _ = k_KLD.shape
+    seen_QL = _seen(q_HQD.shape[1], context, window, q_HQD.device)
+    q_KGQD = q_HQD.float().unflatten(0, (num_kv_heads, -1))
+    scores_KGQL = q_KGQD @ k_KLD.float()[:, None].transpose(2, 3) * scale
+    weights_KGQL = scores_KGQL.masked_fill(~seen_QL, -math.inf).softmax(-1)
+    return (weights_KGQL @ v_KLD.float()[:, None]).flatten(0, 1).to(q_HQD.dtype)
+
+
+def _attend_sdpa(
+    q_HQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    num_queries, context = q_HQD.shape[1], k_KLD.shape[1]
+    whole = window is None or window >= context
+    mask: torch.Tensor | None = None
+    if whole and num_queries == context:
+        pass
+    elif whole and q_HQD.is_cuda:
+        mask = causal_lower_right(num_queries, context)  # lets PyTorch choose FlashAttention
+    else:
+        mask = _seen(num_queries, context, window, q_HQD.device)
+    return F.scaled_dot_product_attention(
+        q_HQD[None],
+        k_KLD[None],
+        v_KLD[None],
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=len(q_HQD) != len(k_KLD),
+    )[0]
+
+
+def _one_by_one(
+    attend: Callable[..., torch.Tensor],
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    query_starts: Sequence[int],
+    context_lens: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Return `attend` of every sequence, over keys and values copied out of its blocks."""
+    block_tokens = k_cache.shape[2]
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    for b, context in enumerate(context_lens):
+        start, stop = query_starts[b], query_starts[b + 1]
+        if start == stop:
+            continue
+        blocks = block_tables_BN[b, : ceil_div(context, block_tokens)].long()
+        k_KLD, v_KLD = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache)
+        )
+        out_HQD = attend(q_THD[start:stop].transpose(0, 1), k_KLD, v_KLD, scale, window)
+        out_THD[start:stop] = out_HQD.transpose(0, 1)
+    return out_THD
+
+
+def prefill_attention_reference(
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    query_starts: Sequence[int],
+    context_lens: Sequence[int],
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Return softmax(q k^T * scale, masked) v of each sequence, every score written out."""
+    return _one_by_one(
+        _attend_explicitly, q_THD, k_cache, v_cache, block_tables_BN,
+        query_starts, context_lens, scale, window,
+    )  # fmt: skip
+
+
+@jit()
+def _attend_tiles(
+    q,
+    acc,
+    total,
+    highest,
+    start,
+    stop,
+    k_at,
+    v_at,
+    table_at,
+    k_block_stride,
+    k_token_stride,
+    v_block_stride,
+    v_token_stride,
+    scale_log2,
+    position,
+    window,
+    context,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return the running sum, total and maximum after the tiles `start` to `stop`."""
+    n = tl.arange(0, TILE)
+    d = tl.arange(0, BLOCK_D)
+    for tile in tl.range(start, stop):
+        token = tile * TILE
+        # int64: a pool may hold more than 2**31 values.
+        block = tl.load(table_at + token // BLOCK_TOKENS).to(tl.int64)
+        offset = token % BLOCK_TOKENS + n
+        k_tile = k_at + block * k_block_stride + offset[None, :] * k_token_stride + d[:, None]
+        v_tile = v_at + block * v_block_stride + offset[:, None] * v_token_stride + d[None, :]
+        if MASKED:
+            inside = token + n < context
+            k = tl.load(k_tile, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
+            v = tl.load(v_tile, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        elif HEAD_DIM != BLOCK_D:
+            k = tl.load(k_tile, mask=(d < HEAD_DIM)[:, None], other=0.0)
+            v = tl.load(v_tile, mask=(d < HEAD_DIM)[None, :], other=0.0)
+        else:
+            k = tl.load(k_tile)
+            v = tl.load(v_tile)
+        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+        if MASKED:
+            ahead = position[:, None] - (token + n)[None, :]
+            scores = tl.where((ahead >= 0) & (ahead < window), scores, -float("inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        # A row whose window starts past this tile has seen nothing: keep inf - inf out of it.
+        shift = tl.where(new_highest == -float("inf"), 0.0, new_highest) if MASKED else new_highest
+        p = tl.exp2(scores - shift[:, None])
+        shrink = tl.exp2(highest - shift)
+        total = total * shrink + tl.sum(p, axis=1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        highest = new_highest
+    return acc, total, highest
+
+
+@jit(do_not_specialize=("window", "table_stride"))
+def _prefill_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    work_ptr,
+    out_ptr,
+    scale_log2,
+    window,
+    q_stride_t,
+    q_stride_h,
+    k_block_stride,
+    k_head_stride,
+    k_token_stride,
+    v_block_stride,
+    v_head_stride,
+    v_token_stride,
+    table_stride,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Heads run fastest, so that the heads of a group read their keys and values from L2.
+    head = tl.program_id(0)
+    work = work_ptr + tl.program_id(1) * 4
+    sequence = tl.load(work).to(tl.int64)
+    first_row = tl.load(work + 1).to(tl.int64)
+    num_rows = tl.load(work + 2)
+    first_position = tl.load(work + 3)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    row_mask = (m < num_rows)[:, None] & (d < HEAD_DIM)[None, :]
+    row = first_row + m
+    q_at = q_ptr + row[:, None] * q_stride_t + head * q_stride_h + d[None, :]
+    q = tl.load(q_at, mask=row_mask, other=0.0)
+
+    position = first_position + m
+    context = first_position + num_rows
+    last = (context + TILE - 1) // TILE
+    first = 0
+    # Tiles that every row sees whole need no mask; with a window there may be none.
+    unmasked = (first_position + 1) // TILE
+    if HAS_WINDOW:
+        first = tl.maximum(first_position - window + 1, 0) // TILE
+        unmasked = first
+    kv_head = head // GROUP
+    k_at = k_ptr + kv_head * k_head_stride
+    v_at = v_ptr + kv_head * v_head_stride
+    table_at = table_ptr + sequence * table_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    if not HAS_WINDOW:
+        acc, total, highest = _attend_tiles(
+            q, acc, total, highest, first, unmasked, k_at, v_at, table_at,
+            k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+            scale_log2, position, window, context,
+            HEAD_DIM, BLOCK_D, BLOCK_TOKENS, TILE, False, PRECISION,
+        )  # fmt: skip
+    acc, total, highest = _attend_tiles(
+        q, acc, total, highest, unmasked, last, k_at, v_at, table_at,
+        k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+        scale_log2, position, window, context,
+        HEAD_DIM, BLOCK_D, BLOCK_TOKENS, TILE, True, PRECISION,
+    )  # fmt: skip
+    out_at = out_ptr + (row[:, None] * NUM_HEADS + head) * HEAD_DIM + d[None, :]
+    tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """How the kernel is cut and compiled: `block_m` query tokens and `tile` context tokens."""
+
+    block_m: int
+    tile: int
+    num_warps: int
+    num_stages: int
+
+
+# (padded head dim, bytes a value), for sm_90: 128 rows are two warpgroups of 64, the height of
+# Hopper's matrix instruction; stages are what fits beside the queries in 227 KB of shared memory.
+_SHAPES: dict[tuple[int, int], PrefillConfig] = {
+    (64, 2): PrefillConfig(block_m=128, tile=64, num_warps=4, num_stages=3),
+    (128, 2): PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=3),
+    (256, 2): PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=2),
+    (64, 4): PrefillConfig(block_m=64, tile=32, num_warps=4, num_stages=2),
+    (128, 4): PrefillConfig(block_m=32, tile=32, num_warps=4, num_stages=2),
+    (256, 4): PrefillConfig(block_m=16, tile=16, num_warps=4, num_stages=2),
+}
+
+
+def prefill_config(
+    max_queries: int, head_dim: int, block_tokens: int, dtype: torch.dtype
+) -> PrefillConfig:
+    """Return the launch configuration for chunks of up to `max_queries` tokens."""
+    config = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
+    config = replace(config, tile=min(config.tile, block_tokens))
+    block_m = min(config.block_m, max(16, next_power_of_two(max_queries)))
+    if block_m < config.block_m:
+        config = replace(config, block_m=block_m, num_warps=4)
+    return config
+
+
+@lru_cache(maxsize=8)
+def _work(
+    query_starts: tuple[int, ...], context_lens: tuple[int, ...], block_m: int, device: torch.device
+) -> torch.Tensor:
+    """Return int32 [programs, 4]: sequence, first row, rows, position of the first row.
+
+    Cached because every layer of a step asks for the same. Longest first, so that the last
+    programs to start are short.
+    """
+    rows: list[tuple[int, int, int, int]] = []
+    for b, context in enumerate(context_lens):
+        start, stop = query_starts[b], query_starts[b + 1]
+        for row in range(start, stop, block_m):
+            rows.append((b, row, min(block_m, stop - row), context - stop + row))
+    rows.sort(key=lambda r: -(r[2] + r[3]))
+    table = torch.tensor(rows, dtype=torch.int32)
+    if device.type != "cuda":
+        return table
+    # Pinned, so that the copy does not wait for the work already queued.
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def _check(
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    query_starts: Sequence[int],
+    context_lens: Sequence[int],
+    window: int | None,
+) -> None:
+    if q_THD.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"prefill_attention: q {tuple(q_THD.shape)}, caches {tuple(k_cache.shape)} and "
+            f"{tuple(v_cache.shape)}; expected [tokens, heads, head dim] and twice "
+            "[blocks, kv heads, block tokens, head dim]"
+        )
+    num_tokens, num_heads, head_dim = q_THD.shape
+    _, num_kv_heads, block_tokens, cache_dim = k_cache.shape
+    if cache_dim != head_dim or num_heads % num_kv_heads:
+        raise ValueError(
+            f"prefill_attention: {num_heads} query heads of {head_dim} with {num_kv_heads} "
+            f"key/value heads of {cache_dim}; expected equal dims and a multiple of the latter"
+        )
+    if block_tokens < 16 or block_tokens & (block_tokens - 1):
+        raise ValueError(
+            f"prefill_attention: {block_tokens} tokens a block; expected a power of two >= 16"
+        )
+    batch = len(context_lens)
+    if len(query_starts) != batch + 1 or len(block_tables_BN) != batch:
+        raise ValueError(
+            f"prefill_attention: {len(query_starts)} query starts and {len(block_tables_BN)} block "
+            f"tables; expected {batch + 1} and {batch} for {batch} context lengths"
+        )
+    lengths = [query_starts[b + 1] - query_starts[b] for b in range(batch)]
+    if query_starts[0] != 0 or query_starts[-1] != num_tokens or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"prefill_attention: query starts {list(query_starts)}; expected to rise from 0 "
+            f"to {num_tokens}"
+        )
+    if any(lengths[b] > context_lens[b] for b in range(batch)):
+        raise ValueError(
+            f"prefill_attention: contexts {list(context_lens)} are shorter than chunks {lengths}"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"prefill_attention: window={window}; expected at least 1, or None")
+
+
+def prefill_attention(
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables_BN: torch.Tensor,
+    query_starts: Sequence[int],
+    context_lens: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    *,
+    config: PrefillConfig | None = None,
+    backend: PrefillBackend = "auto",
+) -> torch.Tensor:
+    """Return the causal attention of each sequence's new tokens as [T, H, D].
+
+    Args:
+        q_THD: Query tokens of all sequences, concatenated; the first two axes may be strided.
+        k_cache: Pool of key blocks, the new tokens already in it.
+        v_cache: Pool of value blocks.
+        block_tables_BN: int32, blocks of each sequence in order; entries past the context are
+            never read.
+        query_starts: B + 1 rising numbers: sequence b has the tokens from the b-th to the next.
+        context_lens: Tokens of each sequence in the cache, this chunk included.
+        scale: Factor of the scores, usually `head_dim ** -0.5`.
+        window: Each token attends to the last `window` tokens up to itself; None: to all.
+        config: Overrides `prefill_config` (for tuning).
+        backend: "sdpa" copies each sequence's keys and values out of the cache and calls PyTorch;
+            "auto" runs it on the CPU and Triton on a GPU; else see `runs_triton`.
+
+    Raises:
+        ValueError: When shapes or lengths disagree.
+    """
+    _check(q_THD, k_cache, v_cache, block_tables_BN, query_starts, context_lens, window)
+    if backend == "sdpa" or (backend == "auto" and not runs_triton(q_THD, backend)):
+        return _one_by_one(
+            _attend_sdpa, q_THD, k_cache, v_cache, block_tables_BN,
+            query_starts, context_lens, scale, window,
+        )  # fmt: skip
+    if not runs_triton(q_THD, backend):
+        return prefill_attention_reference(
+            q_THD, k_cache, v_cache, block_tables_BN, query_starts, context_lens, scale, window
+        )
+    num_tokens, num_heads, head_dim = q_THD.shape
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    if num_tokens == 0:
+        return out_THD
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or block_tables_BN.stride(1) != 1:
+        raise ValueError("prefill_attention: the last axis of caches and tables must be dense")
+    if q_THD.stride(2) != 1:
+        q_THD = q_THD.contiguous()
+    block_tokens = k_cache.shape[2]
+    group = num_heads // k_cache.shape[1]
+    if config is None:
+        longest = max(query_starts[b + 1] - query_starts[b] for b in range(len(context_lens)))
+        config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype)
+    work = _work(tuple(query_starts), tuple(context_lens), config.block_m, q_THD.device)
+    _prefill_kernel[(num_heads, len(work))](
+        q_THD,
+        k_cache,
+        v_cache,
+        block_tables_BN,
+        work,
+        out_THD,
+        scale * math.log2(math.e),
+        2**31 - 1 if window is None else window,  # positions never get this far apart
+        *q_THD.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_tables_BN.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_D=max(16, next_power_of_two(head_dim)),
+        BLOCK_TOKENS=block_tokens,
+        TILE=config.tile,
+        HAS_WINDOW=window is not None,
+        PRECISION=DOT_PRECISION[q_THD.dtype],
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out_THD

@@ -1,0 +1,228 @@
+"""Choice of the next token: greedy, or at random by temperature, top-k and top-p.
+
+Shapes: B rows (one a sequence), V vocabulary, W chunks of the vocabulary.
+
+A token is drawn as the argmax of `logit / temperature + Gumbel noise`, which needs no normalised
+probabilities. The noise is a hash of (seed, position, token id), so a draw is the same on every
+rank, on CPU and GPU, in whatever batch its sequence runs, and when a request is run again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from rankwright.kernels.backend import Backend, ceil_div, jit, runs_triton, tl
+
+_MASK = 0xFFFFFFFF
+# Multipliers of lowbias32, a 32-bit hash with an avalanche bias of 0.17
+# (C. Wellons, "Prospecting for Hash Functions", nullprogram.com, 2018).
+_MULTIPLY_1 = 0x7FEB352D
+_MULTIPLY_2 = 0x846CA68B
+# 2**32 over the golden ratio: any odd constant that keeps equal words from cancelling would do.
+_WEYL = 0x9E3779B9
+# Largest float32 below 1: the noise of a hash that rounds up to 1 stays finite.
+_BELOW_ONE = 1.0 - 2.0**-24
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """Return a hash of the low 32 bits of int64 `x`, in 0 to 2**32 - 1."""
+    x = x & _MASK
+    x = (((x ^ (x >> 16)) * _MULTIPLY_1)) & _MASK
+    x = (((x ^ (x >> 15)) * _MULTIPLY_2)) & _MASK
+    return x ^ (x >> 16)
+
+
+def _row_keys(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return two 32-bit keys a row, from all 64 bits of the seed and 32 of the position."""
+    key_B = _hash(_hash(_hash(seeds_B) + (seeds_B >> 32)) + positions_B * _WEYL)
+    return key_B, _hash(key_B + _WEYL)
+
+
+def exponential_noise(
+    seeds_B: torch.Tensor, positions_B: torch.Tensor, tokens_BV: torch.Tensor
+) -> torch.Tensor:
+    """Return float32 [B, V]: an exponential variate of mean 1 for each row and token id.
+
+    Small variates decide a draw, so these are the finely spaced ones: steps of 2**-32 near 0.
+    """
+    first_B, second_B = _row_keys(seeds_B, positions_B)
+    bits_BV = _hash(_hash(tokens_BV + first_B[:, None]) ^ second_B[:, None])
+    uniform_BV = (bits_BV.float() + 0.5) * 2.0**-32
+    return -torch.log1p(-uniform_BV.clamp(max=_BELOW_ONE))
+
+
+def _hide_filtered(
+    sorted_BV: torch.Tensor, top_k_B: torch.Tensor, top_p_B: torch.Tensor
+) -> torch.Tensor:
+    """Return descending logits with those set to -inf that Hugging Face's warpers remove.
+
+    Top-k keeps ties with the k-th value. Top-p keeps a token when what stands before it, out of
+    what top-k left, has a probability below p.
+    """
+    vocab = sorted_BV.shape[1]
+    k_B = torch.where(top_k_B <= 0, vocab, top_k_B.clamp(max=vocab)).long()
+    kth_B1 = sorted_BV.gather(1, k_B[:, None] - 1)
+    sorted_BV = sorted_BV.masked_fill(sorted_BV < kth_B1, -math.inf)
+    probability_BV = sorted_BV.softmax(-1)
+    before_BV = probability_BV.cumsum(-1) - probability_BV
+    p_B1 = top_p_B.float()[:, None]
+    removed_BV = (before_BV >= p_B1) & (p_B1 < 1)
+    removed_BV[:, 0] = False
+    return sorted_BV.masked_fill(removed_BV, -math.inf)
+
+
+def sample_reference(
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    top_k_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    seeds_B: torch.Tensor,
+    positions_B: torch.Tensor,
+    filtered: bool = True,
+) -> torch.Tensor:
+    """Return one token id a row; without `filtered`, top-k and top-p are not looked at."""
+    logits_BV = logits_BV.float()
+    greedy_B = logits_BV.argmax(-1)  # the first of several maxima, as PyTorch documents
+    scaled_BV = logits_BV / torch.where(temperature_B > 0, temperature_B, 1.0).float()[:, None]
+    if filtered:
+        # Stable, so that of equal logits the lower token id is kept, on every device.
+        scaled_BV, tokens_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
+        scaled_BV = _hide_filtered(scaled_BV, top_k_B, top_p_B)
+    else:
+        tokens_BV = torch.arange(logits_BV.shape[1], device=logits_BV.device)[None]
+    noise_BV = exponential_noise(seeds_B, positions_B, tokens_BV)
+    drawn_B1 = (scaled_BV - noise_BV.log()).argmax(-1, keepdim=True)
+    drawn_B = tokens_BV.expand_as(scaled_BV).gather(1, drawn_B1)[:, 0]
+    return torch.where(temperature_B > 0, drawn_B, greedy_B)
+
+
+@jit()
+def _hash_kernel(x, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constexpr):
+    x = (x ^ (x >> 16)) * MULTIPLY_1
+    x = (x ^ (x >> 15)) * MULTIPLY_2
+    return x ^ (x >> 16)
+
+
+@jit(do_not_specialize=("num_tokens",))
+def _sample_kernel(
+    logits_ptr,
+    temperature_ptr,
+    first_key_ptr,
+    second_key_ptr,
+    best_ptr,
+    token_ptr,
+    logits_stride,
+    num_tokens,
+    num_chunks,
+    BLOCK: tl.constexpr,
+    MULTIPLY_1: tl.constexpr,
+    MULTIPLY_2: tl.constexpr,
+    BELOW_ONE: tl.constexpr,
+):
+    """Write the best score and its token id of one chunk of the vocabulary."""
+    row = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < num_tokens
+    at = logits_ptr + row * logits_stride + token
+    score = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
+    temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    if temperature > 0:
+        first = tl.load(first_key_ptr + row).to(tl.uint32)
+        second = tl.load(second_key_ptr + row).to(tl.uint32)
+        bits = _hash_kernel(token.to(tl.uint32) + first, MULTIPLY_1, MULTIPLY_2)
+        bits = _hash_kernel(bits ^ second, MULTIPLY_1, MULTIPLY_2)
+        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, BELOW_ONE)
+        # -log(1 - u); below 1/128 by its series, whose first term left out is u**4 / 4.
+        series = u * (1.0 + u * (0.5 + u * 0.3333333333))
+        noise = tl.where(u < 0.0078125, series, -tl.log(1.0 - u))
+        score = score / temperature - tl.log(noise)
+    best, index = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(best_ptr + row * num_chunks + tl.program_id(0), best)
+    tl.store(token_ptr + row * num_chunks + tl.program_id(0), tl.program_id(0) * BLOCK + index)
+
+
+# 16 values a thread: the hash costs some 20 instructions a value, so several loads overlap it.
+_BLOCK = 4096
+
+
+def _sample_unfiltered(
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    seeds_B: torch.Tensor,
+    positions_B: torch.Tensor,
+) -> torch.Tensor:
+    """Return one token id a row in a single pass over the logits."""
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    batch, vocab = logits_BV.shape
+    num_chunks = ceil_div(vocab, _BLOCK)
+    first_B, second_B = _row_keys(seeds_B, positions_B)
+    best_BW = torch.empty((batch, num_chunks), dtype=torch.float32, device=logits_BV.device)
+    token_BW = torch.empty((batch, num_chunks), dtype=torch.int64, device=logits_BV.device)
+    if batch:
+        _sample_kernel[(num_chunks, batch)](
+            logits_BV,
+            temperature_B,
+            first_B,
+            second_B,
+            best_BW,
+            token_BW,
+            logits_BV.stride(0),
+            vocab,
+            num_chunks,
+            BLOCK=_BLOCK,
+            MULTIPLY_1=_MULTIPLY_1,
+            MULTIPLY_2=_MULTIPLY_2,
+            BELOW_ONE=_BELOW_ONE,
+            num_warps=8,
+        )
+    # argmax takes the first of equal chunks: the lowest token id again.
+    return token_BW.gather(1, best_BW.argmax(-1, keepdim=True))[:, 0]
+
+
+def sample(
+    logits_BV: torch.Tensor,
+    temperature_B: torch.Tensor,
+    top_k_B: torch.Tensor,
+    top_p_B: torch.Tensor,
+    seeds_B: torch.Tensor,
+    positions_B: torch.Tensor,
+    *,
+    filtered: bool | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Return one token id a row, int64 [B].
+
+    Args:
+        logits_BV: Scores of any float dtype.
+        temperature_B: 0 takes the best token, the lowest id where several are equal.
+        top_k_B: Keep this many best tokens; 0 or less: all.
+        top_p_B: Keep the best tokens that together reach this probability; 1 or more: all.
+        seeds_B: int64, one a request.
+        positions_B: int64, position in its sequence of the token to draw.
+        filtered: Whether any row has a top-k or top-p, which sorts every row; None: looked up on
+            the CPU, and taken as true on a GPU, where looking would wait for it.
+        backend: What runs the unfiltered case, see `runs_triton`; a filtered one is PyTorch.
+
+    Raises:
+        ValueError: When shapes disagree.
+    """
+    batch = len(logits_BV)
+    rows = (temperature_B, top_k_B, top_p_B, seeds_B, positions_B)
+    if logits_BV.dim() != 2 or any(row.shape != (batch,) for row in rows):
+        raise ValueError(
+            f"sample: logits {tuple(logits_BV.shape)} with rows of "
+            f"{[tuple(row.shape) for row in rows]}; expected [batch, vocabulary] and [batch] each"
+        )
+    if not logits_BV.is_cuda:
+        if not bool((temperature_B > 0).any()):
+            return logits_BV.argmax(-1)
+        if filtered is None:
+            filtered = bool(((top_k_B > 0) | (top_p_B < 1)).any())
+    if filtered is not False or not runs_triton(logits_BV, backend):
+        return sample_reference(
+            logits_BV, temperature_B, top_k_B, top_p_B, seeds_B, positions_B, filtered is not False
+        )
+    return _sample_unfiltered(logits_BV, temperature_B, seeds_B, positions_B)
