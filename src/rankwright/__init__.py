@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rankwright.cost_model.model_spec import ModelSpec
-    from rankwright.cost_model.prediction import Prediction
     from rankwright.cost_model.predict import predict
+    from rankwright.cost_model.prediction import Prediction
     from rankwright.cost_model.read_model import read_model
     from rankwright.cost_model.split import Split
     from rankwright.cost_model.workload import Workload

@@ -7,12 +7,19 @@ from collections.abc import Iterable
 
 from pydantic import ValidationError
 
+
+class RunError(Exception):
+    """Something that was started did not do its work; exit code 5."""
+
+
 # Class, where it is defined, exit code. Looked up among loaded modules only: an exception of a
 # module that was never imported cannot have been raised.
 _EXIT_CODES = (
     ("rankwright.planner.make_plan", "NoFeasiblePlanError", 3),
-    ("rankwright.topology.probe", "ProbeError", 4),
-    ("rankwright.executor.launch", "LaunchError", 5),
+    ("rankwright.topology.errors", "ProbeError", 4),
+    ("rankwright.executor.session", "LaunchError", 5),
+    ("rankwright.demo_model", "FetchError", 5),
+    ("rankwright.cli.errors", "RunError", 5),
 )
 USAGE, RUN_FAILED, OUR_MISTAKE = 2, 5, 1
 

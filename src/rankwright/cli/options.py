@@ -14,7 +14,8 @@ from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
 
 Model = Annotated[
-    str, typer.Argument(help="Hub id, local Hugging Face folder or config.json.", show_default=False)
+    str,
+    typer.Argument(help="Hub id, local Hugging Face folder or config.json.", show_default=False),
 ]
 ModelOrPlan = Annotated[
     str,

@@ -69,7 +69,9 @@ def bandwidth(bytes_per_s: float) -> str:
     >>> bandwidth(450e9)
     '450 GB/s'
     """
-    return f"{bytes_per_s / 1e9:.3g} GB/s" if bytes_per_s < 1e12 else f"{bytes_per_s / 1e9:.0f} GB/s"
+    return (
+        f"{bytes_per_s / 1e9:.3g} GB/s" if bytes_per_s < 1e12 else f"{bytes_per_s / 1e9:.0f} GB/s"
+    )
 
 
 def bar(share: float, width: int = 24) -> str:

@@ -5,7 +5,6 @@ from rich.table import Table
 
 from rankwright.cli.output import (
     console,
-    gigabytes,
     memory_table,
     prediction_table,
     ranges,
@@ -106,5 +105,3 @@ def _runners_up(certificate: Certificate) -> Table:
         label = runner_up.split.label()
         made.add_row(label, f"{runner_up.objective_value:.5g}", runner_up.reason)
     return made
-
-

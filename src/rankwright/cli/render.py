@@ -8,7 +8,7 @@ import typer
 from rankwright.cli import options
 from rankwright.cli.output import print_json, status
 from rankwright.planner.read_plan import read_plan
-from rankwright.templates.render import TARGETS, render
+from rankwright.templates.render import PLAN_FILE, TARGETS, render
 
 
 def run(
@@ -32,7 +32,8 @@ def run(
         print_json(dict(files))
     elif output is None:
         for name, text in files.items():
-            print(f"# {name}\n{text}" if len(files) > 1 else text, end="")
+            if name != PLAN_FILE:  # the manifests carry it
+                print(text, end="")
     else:
         for name in files:
             status(f"wrote {output / name}")

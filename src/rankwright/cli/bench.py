@@ -1,0 +1,218 @@
+"""`rankwright bench`: load a server, and print predicted beside measured."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rankwright.cli import options
+from rankwright.cli.errors import RunError
+from rankwright.cli.load import Load, Measured, measure
+from rankwright.cli.output import console, print_json, seconds, status, table
+from rankwright.cost_model.predict import predict
+from rankwright.cost_model.prediction import Estimate, Prediction
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.plan import Plan
+from rankwright.planner.read_plan import read_plan
+
+_START_LIMIT_S = 3600.0  # hundreds of gigabytes of weights from a slow disk
+_STOP_LIMIT_S = 60.0
+_MAX_CONCURRENCY = 256  # of a plan that says none; one client process keeps up with about as many
+
+
+def run(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN|URL",
+            help="A plan.json, which is launched first, or the address of a running server.",
+            show_default=False,
+        ),
+    ],
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan of the server at URL, to predict from.")
+    ] = None,
+    isl: Annotated[
+        int | None, typer.Option(min=1, help="Prompt length.  [default: the plan's, or 1024]")
+    ] = None,
+    osl: Annotated[
+        int | None, typer.Option(min=1, help="Answer length.  [default: the plan's, or 128]")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests in flight.  [default: the plan's, or 8]")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests a second, in open loop.")] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests in all.  [default: 4 rounds, 8 at least]")
+    ] = None,
+    load_format: Annotated[
+        Literal["auto", "dummy"], typer.Option(help="Weights, where PLAN is launched.")
+    ] = "auto",
+    model_path: Annotated[
+        Path | None, typer.Option(help="Folder with the weights, where PLAN is launched.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure a server under load, beside what its plan predicts."""
+    is_url = target.startswith(("http://", "https://"))
+    if not is_url and plan is not None:
+        raise ValueError("--plan goes with a URL; a PLAN given by itself is launched")
+    made = read_plan(Path(target)) if not is_url else None if plan is None else read_plan(plan)
+    load = _load(made, isl, osl, concurrency, rate, num_requests)
+    if is_url:
+        measured = measure(target, load)
+    else:
+        with _served(Path(target), load_format, model_path) as url:
+            measured = measure(url, load)
+    predicted = None if made is None else _predict(made, load)
+    if as_json:
+        print_json(
+            {
+                "load": {
+                    "input_tokens": load.input_tokens,
+                    "output_tokens": load.output_tokens,
+                    "concurrency": load.concurrency,
+                    "request_rate": load.request_rate,
+                    "num_requests": load.num_requests,
+                },
+                "measured": measured.model_dump(),
+                "predicted": None if predicted is None else predicted.model_dump(),
+            }
+        )
+        return
+    _print(load, measured, predicted)
+
+
+def _load(
+    plan: Plan | None,
+    isl: int | None,
+    osl: int | None,
+    concurrency: int | None,
+    rate: float | None,
+    num_requests: int | None,
+) -> Load:
+    planned = Workload(concurrency=8) if plan is None else plan.workload
+    if rate is None and concurrency is None:
+        rate, concurrency = planned.request_rate, planned.concurrency
+        if plan is not None and rate is None and concurrency is None:
+            at_once = plan.prediction.batch_size * plan.split.dp
+            concurrency = min(at_once, _MAX_CONCURRENCY)
+    checked = options.workload(
+        isl=isl or planned.input_tokens,
+        osl=osl or planned.output_tokens,
+        concurrency=concurrency,
+        rate=rate,
+    )
+    return Load(
+        input_tokens=checked.input_tokens,
+        output_tokens=checked.output_tokens,
+        num_requests=num_requests or max(8, 4 * (concurrency or 8)),
+        concurrency=checked.concurrency,
+        request_rate=checked.request_rate,
+        vocab_size=1000 if plan is None else plan.model.vocab_size,
+    )
+
+
+def _predict(plan: Plan, load: Load) -> Prediction:
+    workload = plan.workload.model_copy(
+        update={
+            "input_tokens": load.input_tokens,
+            "output_tokens": load.output_tokens,
+            "concurrency": load.concurrency,
+            "request_rate": load.request_rate,
+        }
+    )
+    return predict(plan.model, plan.cluster, workload, plan.split)
+
+
+@contextmanager
+def _served(plan: Path, load_format: str, model_path: Path | None) -> Iterator[str]:
+    """Launch `plan` for as long as the block runs; yield its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "rankwright", "launch", str(plan)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", load_format]
+    if model_path is not None:
+        command += ["--model-path", str(model_path)]
+    server = subprocess.Popen(command, stdout=sys.stderr)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(url, server)
+        status(f"{url} is ready; sending requests")
+        yield url
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(_STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
+    until_s = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < until_s:
+        code = server.poll()
+        if code is not None:
+            raise RunError(f"the server ended with code {code} before it was ready; see above")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise RunError(f"the server was not ready within {_START_LIMIT_S:.0f} s")
+
+
+def _print(load: Load, measured: Measured, predicted: Prediction | None) -> None:
+    out = console()
+    how = (
+        f"{load.concurrency} in flight"
+        if load.concurrency is not None
+        else f"{load.request_rate:g} a second"
+    )
+    out.print(
+        f"{measured.num_requests} requests of {load.input_tokens} + {load.output_tokens} tokens, "
+        f"{how}, in {seconds(measured.duration_s)}"
+    )
+    made = table(
+        "",
+        "measured",
+        "p50",
+        "p90",
+        "p99",
+        "predicted",
+        "interval",
+        right=("measured", "predicted"),
+    )
+    for name, spread, estimate in (
+        ("time to first token", measured.ttft_s, predicted and predicted.ttft_s),
+        ("time per output token", measured.tpot_s, predicted and predicted.tpot_s),
+    ):
+        if spread is not None:
+            percentiles = (seconds(at) for at in (spread.p50, spread.p90, spread.p99))
+            made.add_row(name, seconds(spread.mean), *percentiles, *_estimate(estimate, seconds))
+    made.add_row(
+        "output tokens/s",
+        f"{measured.output_tokens_per_s:,.1f}",
+        *("", "", ""),
+        *_estimate(predicted and predicted.output_tokens_per_s, lambda rate: f"{rate:,.1f}"),
+    )
+    out.print(made)
+    if measured.num_failed:
+        out.print(f"[red]{measured.num_failed} requests failed[/]: {measured.first_failure}")
+
+
+def _estimate(estimate: Estimate | None, show: Callable[[float], str]) -> tuple[str, str]:
+    if estimate is None:
+        return "", ""
+    return show(estimate.value), f"{show(estimate.low)} to {show(estimate.high)}"

@@ -1,0 +1,122 @@
+"""A `Cluster` as a tree, and its links as a matrix coloured by what they are worth."""
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from rankwright.cli.output import bandwidth, console, gigabytes, ranges, table
+from rankwright.topology.cluster import Cluster, Gpu, Node
+
+# Which tokens, their colour and what they mean, best links first. The PCIe ones are explained at
+# the foot of `nvidia-smi topo -m`.
+_CLASSES = (
+    (r"NV\d+|XGMI", "bold green", "NVLink or xGMI"),
+    (r"SHM", "green", "memory of this machine"),
+    (r"PIX|PXB", "cyan", "PCIe switches only"),
+    (r"PHB|NODE", "yellow", "through a CPU"),
+    (r"SYS|SOC", "red", "between CPU sockets"),
+)
+
+
+def print_cluster(cluster: Cluster, out: Console | None = None) -> None:
+    """Print the machines as a tree, then the links of each kind of machine."""
+    out = out or console()
+    tree = Tree(f"[bold]{cluster.describe()}[/]")
+    for node in cluster.nodes:
+        _add_node(tree, node)
+    if cluster.fabric is not None:
+        fabric = cluster.fabric
+        tree.add(
+            f"fabric: {fabric.kind}, {fabric.ports_per_node} ports a node of "
+            f"{bandwidth(fabric.bytes_per_s)}"
+        )
+    out.print(tree)
+    for node in cluster.nodes:
+        if len(node.gpus) > 1 and node.links:
+            out.print()
+            out.print(_links(node))
+    _print_legend(out, {link.kind for node in cluster.nodes for link in node.links})
+    for note in cluster.notes:
+        out.print(f"[dim]note: {note}[/]")
+    out.print(f"[dim]fingerprint {cluster.fingerprint}[/]")
+
+
+def print_matrix(
+    gpus: Sequence[str],
+    matrix: Sequence[Sequence[str]],
+    nics: Sequence[str] = (),
+    nic_matrix: Sequence[Sequence[str]] = (),
+    out: Console | None = None,
+) -> None:
+    """Print link tokens, GPU by GPU and then network port by GPU."""
+    out = out or console()
+    made = table("", *gpus)
+    for name, row in (*zip(gpus, matrix, strict=True), *zip(nics, nic_matrix, strict=True)):
+        made.add_row(name, *(Text(token, style=_colour(token)) for token in row))
+    out.print(made)
+    _print_legend(out, {token for row in (*matrix, *nic_matrix) for token in row})
+
+
+def _add_node(tree: Tree, node: Node) -> None:
+    times = f"{node.count} x " if node.count > 1 else ""
+    driver = f", driver {node.driver}" if node.driver else ""
+    memory = f", {gigabytes(node.host_memory_bytes)} memory" if node.host_memory_bytes else ""
+    branch = tree.add(f"{times}[bold]{node.name}[/]: {node.num_cpus} CPUs{memory}{driver}")
+    domains = sorted({gpu.numa_node for gpu in node.gpus}, key=lambda numa: (numa is None, numa))
+    for domain in domains:
+        inside = branch
+        if domain is not None and len(domains) > 1:
+            inside = branch.add(f"NUMA {domain}")
+        for line in _gpu_lines([gpu for gpu in node.gpus if gpu.numa_node == domain]):
+            inside.add(line)
+        for nic in node.nics:
+            if nic.numa_node == domain or (domain == domains[-1] and nic.numa_node not in domains):
+                rdma = "RDMA" if nic.rdma else "no RDMA"
+                inside.add(f"{nic.name}: {bandwidth(nic.bytes_per_s)}, {rdma}")
+
+
+def _gpu_lines(gpus: list[Gpu]) -> list[str]:
+    """Describe GPUs, those that are alike in one line."""
+    alike: dict[str, list[int]] = {}
+    for gpu in gpus:
+        line = f"{gpu.device}, {gigabytes(gpu.memory_bytes)} free of "
+        line += gigabytes(gpu.total_memory_bytes)
+        if gpu.pcie_generation is not None:
+            line += f", PCIe {gpu.pcie_generation}.0 x{gpu.pcie_width}"
+        if gpu.num_processes:
+            line += f" [yellow](busy: {gpu.num_processes} processes)[/]"
+        if gpu.mig:
+            line += " [yellow](MIG)[/]"
+        alike.setdefault(line, []).append(gpu.index)
+    kind = "rank" if gpus and gpus[0].device == "cpu" else "GPU"
+    return [f"{kind} {ranges(sorted(indices))}: {line}" for line, indices in alike.items()]
+
+
+def _links(node: Node) -> Table:
+    tokens = {(link.a, link.b): link.kind for link in node.links}
+    tokens |= {(link.b, link.a): link.kind for link in node.links}
+    indices = [gpu.index for gpu in node.gpus]
+    made = table(node.name, *(str(index) for index in indices))
+    for a in indices:
+        row = ["X" if a == b else tokens.get((a, b), "-") for b in indices]
+        made.add_row(str(a), *(Text(token, style=_colour(token)) for token in row))
+    return made
+
+
+def _print_legend(out: Console, tokens: set[str]) -> None:
+    parts: list[str] = []
+    for pattern, style, meaning in _CLASSES:
+        seen = sorted(token for token in tokens if re.fullmatch(pattern, token))
+        if seen:
+            parts.append(f"[{style}]{' '.join(seen)}[/] {meaning}")
+    if parts:
+        out.print("  ".join(parts))
+
+
+def _colour(token: str) -> str:
+    found = (style for pattern, style, _ in _CLASSES if re.fullmatch(pattern, token))
+    return next(found, "dim")

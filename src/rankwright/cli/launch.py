@@ -1,0 +1,73 @@
+"""`rankwright launch`: start the ranks of a plan and serve them over HTTP."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rankwright.cli import options
+from rankwright.cli.output import status
+from rankwright.cli.planning import plan_of, weights_folder
+from rankwright.planner.pins import Pins
+
+LoadFormat = Annotated[
+    Literal["auto", "dummy"],
+    typer.Option(help="Weights from the checkpoint, or random ones for benchmarks."),
+]
+ModelPath = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the weights.  [default: MODEL, or the hub's cache]"),
+]
+
+
+def run(
+    model: options.ModelOrPlan,
+    cluster: options.Cluster = "auto",
+    isl: options.InputTokens = 1024,
+    osl: options.OutputTokens = 128,
+    concurrency: options.Concurrency = None,
+    ttft: options.Ttft = None,
+    tpot: options.Tpot = None,
+    objective: options.ObjectiveOption = "throughput",
+    tp: options.Tp = None,
+    pp: options.Pp = None,
+    ep: options.Ep = None,
+    dp: options.Dp = None,
+    backend: Annotated[
+        Literal["auto", "local"], typer.Option(help="How ranks are started.")
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for HTTP; 0: any.")] = 8000,
+    load_format: LoadFormat = "auto",
+    model_path: ModelPath = None,
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines of this launch.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
+    master_addr: Annotated[str, typer.Option(help="Address of machine 0.")] = "127.0.0.1",
+    master_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port where the ranks meet; 0: any.")
+    ] = 0,
+) -> None:
+    """Serve MODEL, planned now, or PLAN, until stopped: an OpenAI-compatible server."""
+    if node_rank >= nnodes:
+        raise ValueError(f"--node-rank is {node_rank}, of {nnodes} nodes the last is {nnodes - 1}")
+    load = options.workload(
+        isl=isl, osl=osl, concurrency=concurrency, ttft_ms=ttft, tpot_ms=tpot, objective=objective
+    )
+    plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
+    if made_now:
+        status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
+    from rankwright.executor.launch import launch  # torch: seconds that a wrong option need not pay
+
+    code = launch(
+        plan,
+        host=host,
+        port=port,
+        load_format=load_format,
+        backend=backend,
+        model_path=weights_folder(plan, model_path),
+        nnodes=nnodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+    )
+    raise typer.Exit(code)

@@ -1,0 +1,188 @@
+"""A client that keeps an OpenAI-compatible server busy, and times what comes back.
+
+Closed loop (`concurrency` requests always in flight) or open loop (Poisson arrivals at a rate).
+Prompts are random token ids, so that no prefix repeats, and every answer has its full length.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import httpx
+
+from rankwright.cli.errors import RunError
+from rankwright.topology.value import Value
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What to send."""
+
+    input_tokens: int
+    output_tokens: int
+    num_requests: int
+    concurrency: int | None  # None: open loop
+    request_rate: float | None
+    vocab_size: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One answer: seconds from the request to its first and last token."""
+
+    first_s: float
+    last_s: float
+    num_tokens: int
+
+
+class Spread(Value):
+    """Seconds of many requests."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class Measured(Value):
+    """What the server did under the load."""
+
+    ttft_s: Spread
+    tpot_s: Spread | None
+    output_tokens_per_s: float
+    requests_per_s: float
+    num_requests: int
+    num_failed: int
+    first_failure: str | None
+    duration_s: float
+
+
+def measure(url: str, load: Load) -> Measured:
+    """Return what the server at `url` did under `load`.
+
+    Raises:
+        RunError: The server cannot be reached, or no request succeeded.
+    """
+    return asyncio.run(_measure(url.rstrip("/"), load))
+
+
+async def _measure(url: str, load: Load) -> Measured:
+    # A request may wait long in the server's queue; only connecting is bounded.
+    timeout = httpx.Timeout(None, connect=10)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits) as client:
+        try:
+            answer = await client.get("/v1/models")
+            answer.raise_for_status()
+        except httpx.HTTPError as error:
+            raise RunError(f"no server at {url}: {error}") from None
+        model = answer.json()["data"][0]["id"]
+        choose = random.Random(load.seed)
+        low = min(100, load.vocab_size // 2)  # past the special tokens of most vocabularies
+        prompts = [
+            [choose.randrange(low, load.vocab_size) for _ in range(load.input_tokens)]
+            for _ in range(load.num_requests)
+        ]
+        started_s = time.perf_counter()
+        outcomes = await _send(client, model, prompts, load, choose)
+        duration_s = time.perf_counter() - started_s
+    timings = [outcome for outcome in outcomes if isinstance(outcome, Timing)]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    if not timings:
+        raise RunError(f"no request to {url} succeeded; the first failed with {failures[0]}")
+    tpots_s = [
+        (timing.last_s - timing.first_s) / (timing.num_tokens - 1)
+        for timing in timings
+        if timing.num_tokens > 1
+    ]
+    return Measured(
+        ttft_s=spread([timing.first_s for timing in timings]),
+        tpot_s=spread(tpots_s) if tpots_s else None,
+        output_tokens_per_s=sum(timing.num_tokens for timing in timings) / duration_s,
+        requests_per_s=len(timings) / duration_s,
+        num_requests=len(timings),
+        num_failed=len(failures),
+        first_failure=failures[0] if failures else None,
+        duration_s=duration_s,
+    )
+
+
+async def _send(
+    client: httpx.AsyncClient,
+    model: str,
+    prompts: list[list[int]],
+    load: Load,
+    choose: random.Random,
+) -> list[Timing | str]:
+    if load.concurrency is not None:
+        slots = asyncio.Semaphore(load.concurrency)
+
+        async def in_turn(prompt: list[int]) -> Timing | str:
+            async with slots:
+                return await _request(client, model, prompt, load.output_tokens)
+
+        return await asyncio.gather(*(in_turn(prompt) for prompt in prompts))
+    assert load.request_rate is not None
+    tasks: list[asyncio.Task[Timing | str]] = []
+    for prompt in prompts:
+        request = _request(client, model, prompt, load.output_tokens)
+        tasks.append(asyncio.create_task(request))
+        await asyncio.sleep(choose.expovariate(load.request_rate))
+    return await asyncio.gather(*tasks)
+
+
+async def _request(
+    client: httpx.AsyncClient, model: str, prompt: list[int], output_tokens: int
+) -> Timing | str:
+    """Return the timing of one request, or why it failed."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started_s = time.perf_counter()
+    first_s = last_s = 0.0
+    num_tokens = 0
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                return f"HTTP {response.status_code}: {text[:200]}"
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    return str(chunk["error"].get("message", chunk["error"]))
+                if chunk["choices"]:
+                    last_s = time.perf_counter() - started_s
+                    first_s = first_s or last_s
+                if chunk.get("usage"):
+                    num_tokens = chunk["usage"]["completion_tokens"]
+    except httpx.HTTPError as error:
+        return f"{type(error).__name__}: {error}"
+    if not num_tokens:
+        return "the stream ended without its token count"
+    return Timing(first_s=first_s, last_s=last_s, num_tokens=num_tokens)
+
+
+def spread(values: list[float]) -> Spread:
+    """Return mean and percentiles (nearest rank) of `values`.
+
+    >>> spread([1.0, 2.0, 3.0, 4.0]).p50
+    2.0
+    """
+    ordered = sorted(values)
+
+    def at(percentile: int) -> float:
+        return ordered[max(0, -(-percentile * len(ordered) // 100) - 1)]
+
+    return Spread(mean=statistics.fmean(ordered), p50=at(50), p90=at(90), p99=at(99))

@@ -1,0 +1,46 @@
+"""`rankwright probe`: this machine, or one whose `nvidia-smi topo -m` was saved, as a cluster."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwright.cli import options
+from rankwright.cli.cluster_page import print_cluster, print_matrix
+from rankwright.cli.output import print_json, status
+from rankwright.topology.probe import probe
+from rankwright.topology.read_cluster import write_cluster
+from rankwright.topology.readers.nvidia_smi import parse_topo_m
+
+
+def run(
+    from_file: Annotated[
+        Path | None,
+        typer.Option(help="Read saved output of `nvidia-smi topo -m` instead of this machine."),
+    ] = None,
+    require_gpu: Annotated[
+        bool, typer.Option("--require-gpu", help="Fail where there is no GPU.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the cluster here, YAML or JSON.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Read this machine: GPUs, links, network ports; without a GPU, CPU ranks."""
+    if from_file is not None:
+        if output is not None:
+            raise ValueError("--from-file has links only, no device; -o needs the machine itself")
+        matrix = parse_topo_m(from_file.read_text(encoding="utf-8", errors="replace"))
+        if as_json:
+            print_json(matrix)
+        else:
+            print_matrix(matrix.gpu_names, matrix.matrix, matrix.nics, matrix.nic_matrix)
+        return
+    cluster = probe(require_gpu=require_gpu)
+    if output is not None:
+        write_cluster(cluster, output)
+        status(f"wrote {output}")
+    if as_json:
+        print_json(cluster)
+    else:
+        print_cluster(cluster)
