@@ -26,13 +26,18 @@ def _serve(connection: Connection) -> None:
             case = connection.recv()
         except EOFError:
             return
-        module, function, rank, world_size, store, arguments = case
+        module, function, rank, world_size, store, backend, arguments = case
         try:
+            device = None
+            if backend == "nccl":
+                device = torch.device("cuda", rank)
+                torch.cuda.set_device(device)
             dist.init_process_group(
-                "gloo",
+                backend,
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world_size,
+                device_id=device,
             )
             result = getattr(importlib.import_module(module), function)(rank, *arguments)
             dist.destroy_process_group()
@@ -50,7 +55,14 @@ class Ranks:
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
 
-    def run(self, world_size: int, module: str, function: str, *arguments: object) -> list[Any]:
+    def run(
+        self,
+        world_size: int,
+        module: str,
+        function: str,
+        *arguments: object,
+        backend: str = "gloo",
+    ) -> list[Any]:
         """Return what `module.function(rank, *arguments)` returned on each rank."""
         while len(self._connections) < world_size:
             ours, theirs = self._context.Pipe()
@@ -62,7 +74,9 @@ class Ranks:
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")
             for rank in range(world_size):
-                self._connections[rank].send((module, function, rank, world_size, store, arguments))
+                self._connections[rank].send(
+                    (module, function, rank, world_size, store, backend, arguments)
+                )
             results = []
             for rank in range(world_size):
                 if not self._connections[rank].poll(120):

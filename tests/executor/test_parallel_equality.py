@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tests.executor.conftest import MODELS, Reference
 from tests.executor.plans import cpu_plan
 from tests.executor.ranks import Ranks
