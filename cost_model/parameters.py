@@ -52,7 +52,7 @@ def tensor_bytes(tensor: Tensor, dtypes: WeightDtypes) -> int:
     }
     dtype = tensor.dtype or formats[tensor.group]
     total = num_bytes(tensor.size, dtype)
-    if tensor.group in _SCALED_GROUPS and dtype in _SCALED_DTYPES:
+    if tensor.size and tensor.group in _SCALED_GROUPS and dtype in _SCALED_DTYPES:
         num_scales = ceil(tensor.rows / (dtypes.scale_rows or tensor.rows)) * ceil(
             tensor.columns / (dtypes.scale_group or tensor.columns)
         )

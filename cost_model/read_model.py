@@ -7,6 +7,7 @@ is a folder or a `config.json` on this machine.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from rankwright.cost_model.families import reader_of
 from rankwright.cost_model.families.config import Config
@@ -78,4 +79,4 @@ def _read_json(path: Path) -> dict[str, object]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; expected the keys of a config.json")
-    return values
+    return cast("dict[str, object]", values)

@@ -5,7 +5,7 @@ and `rope_parameters`, `dtype` as written by transformers 5.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import Rope
@@ -77,29 +77,35 @@ class Config:
 
     def texts(self, key: str) -> tuple[str, ...]:
         """Return the list of texts in `key`; empty where it is absent or null."""
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        items = self._items(key)
+        texts = tuple(item for item in items if isinstance(item, str))
+        if isinstance(self.values.get(key), str) or len(texts) < len(items):
             raise self.wrong(key, "a list of texts")
-        return tuple(value)
+        return texts
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Return the whole number, or the list of them, in `key`; empty where it is absent."""
+        items = self._items(key)
+        numbers = tuple(
+            item for item in items if isinstance(item, int) and not isinstance(item, bool)
+        )
+        if len(numbers) < len(items):
+            raise self.wrong(key, "a whole number or a list of them")
+        return numbers
+
+    def _items(self, key: str) -> list[object]:
+        """Return what is in the list in `key`; one item where it is no list, none if absent."""
         value = self.values.get(key)
         if value is None:
-            return ()
-        items = value if isinstance(value, list | tuple) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-            raise self.wrong(key, "a whole number or a list of them")
-        return tuple(items)
+            return []
+        return cast("list[object]", value) if isinstance(value, list | tuple) else [value]
 
     def mapping(self, key: str) -> Mapping[str, object] | None:
         """Return the object in `key`; None where it is absent or null."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, Mapping):
             raise self.wrong(key, "an object")
-        return value
+        return cast("Mapping[str, object] | None", value)
 
     def dtype(self, default: Dtype = "float32") -> Dtype:
         """Return the number format in `dtype` or `torch_dtype`; `default` if neither is there."""

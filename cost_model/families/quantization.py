@@ -4,7 +4,7 @@ What stays in the model's own format: embedding, head, norms, biases and routers
 here leaves them by default.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.families.config import Config
@@ -85,14 +85,15 @@ def _mxfp4(config: Config, dtype: Dtype) -> WeightDtypes:
 
 def _compressed_tensors(config: Config, dtype: Dtype) -> WeightDtypes:
     """One group of settings for all linear layers, as llm-compressor writes it."""
-    groups = config.mapping("config_groups") or {}
-    if len(groups) != 1:
+    groups = Config(config.mapping("config_groups") or {}, f"{config.name}, config_groups")
+    if len(groups.values) != 1:
         raise config.wrong("config_groups", "one group of layers")
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        raise config.wrong("config_groups", "an object with 'weights'")
-    inner = Config(weights, f"{config.name}, weights")
+    name = next(iter(groups.values))
+    group = Config(groups.mapping(name) or {}, f"{groups.name}, {name}")
+    weights = group.mapping("weights")
+    if weights is None:
+        raise group.wrong("weights", "an object")
+    inner = Config(weights, f"{group.name}, weights")
     formats: dict[tuple[str, int], Dtype] = {
         ("float", 8): "float8",
         ("int", 8): "int8",

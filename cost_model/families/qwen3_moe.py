@@ -22,7 +22,7 @@ def read(config: Config, name: str) -> ModelSpec:
     num_experts = config.integer("num_experts", 128, minimum=0)
     step = config.integer("decoder_sparse_step", 1)
     dense_layers = set(config.integers("mlp_only_layers"))
-    layers = []
+    layers: list[Layer] = []
     for index in range(config.integer("num_hidden_layers")):
         if num_experts == 0 or index in dense_layers or (index + 1) % step:
             block = read_dense(config)
