@@ -20,7 +20,7 @@ except ImportError:  # macOS and Windows have no Triton wheels; the references d
 
 Backend = Literal["auto", "triton", "reference"]
 
-__all__ = ["Backend", "DOT_PRECISION", "ceil_div", "jit", "next_power_of_two", "runs_triton", "tl"]
+__all__ = ["DOT_PRECISION", "Backend", "ceil_div", "jit", "next_power_of_two", "runs_triton", "tl"]
 
 # Triton's default for float32 operands is tf32, which keeps 10 of 23 bits of mantissa.
 DOT_PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32"}

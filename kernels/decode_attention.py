@@ -1,3 +1,5 @@
+# Shape letters as suffixes, and Triton's capitals for constants.
+# ruff: noqa: N803, N806
 """Attention of one new token a sequence over its paged KV cache (decode).
 
 Shapes: B sequences, H query heads, K key/value heads, G = H / K query heads that share one, D head
@@ -27,6 +29,7 @@ from rankwright.kernels.backend import (
     runs_triton,
     tl,
 )
+from rankwright.kernels.paged_cache import check_paged_cache
 
 
 def decode_attention_reference(
@@ -39,7 +42,7 @@ def decode_attention_reference(
     window: int | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale) v over each sequence's own blocks; zeros where it has none."""
-    batch, num_heads, head_dim = q_BHD.shape
+    batch, _, head_dim = q_BHD.shape
     _, num_kv_heads, block_tokens, _ = k_cache.shape
     num_blocks = ceil_div(int(context_lens_B.max()), block_tokens) if batch else 0
     token_L = torch.arange(num_blocks * block_tokens, device=q_BHD.device)
@@ -111,8 +114,8 @@ def _decode_kernel(
     batch = tl.program_id(2).to(tl.int64)
     context = tl.load(context_ptr + batch)
     start, stop, _ = _share(context, window, split, TILE, NUM_SPLITS, MIN_TILES)
-    if NUM_SPLITS > 1:
-        if start >= stop:  # noqa: SIM102  (a static and a dynamic condition)
+    if NUM_SPLITS > 1:  # noqa: SIM102  (known when compiled; the other when run)
+        if start >= stop:
             return  # the merge reads active splits only
 
     g = tl.arange(0, BLOCK_M)
@@ -128,10 +131,16 @@ def _decode_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_at = k_ptr + kv_head * k_head_stride + d[:, None]
     v_at = v_ptr + kv_head * v_head_stride + d[None, :]
+    # Block numbers are loaded one tile ahead: loaded in place, they would take up pipeline stages
+    # that keys and values need. int64: a pool may hold more than 2**31 values.
+    table_at = table_ptr + batch * table_stride
+    next_block = tl.load(table_at + start * TILE // BLOCK_TOKENS, mask=start < stop, other=0)
     for tile in tl.range(start, stop):
         token = tile * TILE
-        # int64: a pool may hold more than 2**31 values.
-        block = tl.load(table_ptr + batch * table_stride + token // BLOCK_TOKENS).to(tl.int64)
+        block = next_block.to(tl.int64)
+        next_token = token + TILE
+        more = tile + 1 < stop
+        next_block = tl.load(table_at + next_token // BLOCK_TOKENS, mask=more, other=0)
         offset = token % BLOCK_TOKENS + n
         seen = (token + n < context) & (token + n >= context - window)
         k = tl.load(
@@ -218,17 +227,17 @@ class DecodeConfig:
     min_tiles: int = 1
 
 
-# (padded head dim, bytes a value) -> tile, warps, stages, for sm_90. Chosen so that two programs
-# fit in the 227 KB of shared memory of an H100 or H200 (CUDA C programming guide, table of compute
-# capabilities) and together keep at least 64 KB in flight: a multiprocessor's share of 3.0 to
-# 4.3 TB/s over 132 of them is 23 to 33 KB in each microsecond of latency.
+# (padded head dim, bytes a value), for sm_90. A program keeps (num_stages - 1) tiles of keys and
+# values in shared memory: 64 KB at (128, 2), so that two or three fit in the 227 KB of an H100 or
+# H200 (CUDA C programming guide, compute capability 9.0). A multiprocessor's share of their 3.0 and
+# 4.3 TB/s is 23 and 33 KB in a microsecond, about the latency of a load from a busy memory.
 _SHAPES: dict[tuple[int, int], DecodeConfig] = {
     (64, 2): DecodeConfig(tile=64, num_warps=4, num_stages=4),
     (128, 2): DecodeConfig(tile=64, num_warps=4, num_stages=3),
-    (256, 2): DecodeConfig(tile=64, num_warps=4, num_stages=2),
+    (256, 2): DecodeConfig(tile=32, num_warps=4, num_stages=3),
     (64, 4): DecodeConfig(tile=64, num_warps=4, num_stages=3),
     (128, 4): DecodeConfig(tile=32, num_warps=4, num_stages=3),
-    (256, 4): DecodeConfig(tile=32, num_warps=4, num_stages=2),
+    (256, 4): DecodeConfig(tile=16, num_warps=4, num_stages=3),
 }
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 # The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
@@ -274,40 +283,6 @@ def decode_workspace_elements(batch: int, num_heads: int, head_dim: int, num_spl
     return 0 if num_splits == 1 else batch * num_heads * num_splits * (head_dim + 1)
 
 
-def _check(
-    q_BHD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables_BN: torch.Tensor,
-    context_lens_B: torch.Tensor,
-    window: int | None,
-) -> None:
-    if q_BHD.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
-        raise ValueError(
-            f"decode_attention: q {tuple(q_BHD.shape)}, caches {tuple(k_cache.shape)} and "
-            f"{tuple(v_cache.shape)}; expected [batch, heads, head dim] and twice "
-            "[blocks, kv heads, block tokens, head dim]"
-        )
-    batch, num_heads, head_dim = q_BHD.shape
-    _, num_kv_heads, block_tokens, cache_dim = k_cache.shape
-    if cache_dim != head_dim or num_heads % num_kv_heads:
-        raise ValueError(
-            f"decode_attention: {num_heads} query heads of {head_dim} with {num_kv_heads} key/value "
-            f"heads of {cache_dim}; expected equal dims and a multiple of the key/value heads"
-        )
-    if block_tokens < 16 or block_tokens & (block_tokens - 1):
-        raise ValueError(
-            f"decode_attention: {block_tokens} tokens a block; expected a power of two >= 16"
-        )
-    if len(block_tables_BN) != batch or context_lens_B.shape != (batch,):
-        raise ValueError(
-            f"decode_attention: block tables {tuple(block_tables_BN.shape)} and context lengths "
-            f"{tuple(context_lens_B.shape)}; expected one row for each of {batch} sequences"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"decode_attention: window={window}; expected at least 1, or None")
-
-
 def decode_attention(
     q_BHD: torch.Tensor,
     k_cache: torch.Tensor,
@@ -341,7 +316,12 @@ def decode_attention(
     Raises:
         ValueError: When shapes disagree or the workspace is too small.
     """
-    _check(q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, window)
+    check_paged_cache("decode_attention", q_BHD, k_cache, v_cache, window)
+    if len(block_tables_BN) != len(q_BHD) or context_lens_B.shape != q_BHD.shape[:1]:
+        raise ValueError(
+            f"decode_attention: block tables {tuple(block_tables_BN.shape)} and context lengths "
+            f"{tuple(context_lens_B.shape)}; expected one row for each of {len(q_BHD)} sequences"
+        )
     if not runs_triton(q_BHD, backend):
         return decode_attention_reference(
             q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, scale, window
@@ -351,8 +331,8 @@ def decode_attention(
     out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
     if batch == 0:
         return out_BHD
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or block_tables_BN.stride(1) != 1:
-        raise ValueError("decode_attention: the last axis of caches and tables must be dense")
+    if block_tables_BN.stride(1) != 1:
+        raise ValueError("decode_attention: strides of the tables; expected a dense last axis")
     if q_BHD.stride(2) != 1:
         q_BHD = q_BHD.contiguous()
     if config is None:

@@ -1,3 +1,5 @@
+# Shape letters as suffixes, and Triton's capitals for constants.
+# ruff: noqa: N803, N806
 """Causal attention of several new tokens a sequence over its paged KV cache (prefill chunks).
 
 Shapes: T query tokens of all sequences, one after the other, B sequences, H query heads, K
@@ -28,13 +30,12 @@ from rankwright.kernels.backend import (
     runs_triton,
     tl,
 )
+from rankwright.kernels.paged_cache import check_paged_cache
 
 PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
 
 
-def _seen(
-    num_queries: int, context: int, window: int | None, device: torch.device
-) -> torch.Tensor:
+def _seen(num_queries: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
     """Return bool [Q, L]: which context tokens each query token attends to."""
     position_Q1 = torch.arange(context - num_queries, context, device=device)[:, None]
     token_L = torch.arange(context, device=device)
@@ -149,10 +150,15 @@ def _attend_tiles(
     """Return the running sum, total and maximum after the tiles `start` to `stop`."""
     n = tl.arange(0, TILE)
     d = tl.arange(0, BLOCK_D)
+    # Block numbers are loaded one tile ahead: loaded in place, they would take up pipeline stages
+    # that keys and values need. int64: a pool may hold more than 2**31 values.
+    next_block = tl.load(table_at + start * TILE // BLOCK_TOKENS, mask=start < stop, other=0)
     for tile in tl.range(start, stop):
         token = tile * TILE
-        # int64: a pool may hold more than 2**31 values.
-        block = tl.load(table_at + token // BLOCK_TOKENS).to(tl.int64)
+        block = next_block.to(tl.int64)
+        next_token = token + TILE
+        more = tile + 1 < stop
+        next_block = tl.load(table_at + next_token // BLOCK_TOKENS, mask=more, other=0)
         offset = token % BLOCK_TOKENS + n
         k_tile = k_at + block * k_block_stride + offset[None, :] * k_token_stride + d[:, None]
         v_tile = v_at + block * v_block_stride + offset[:, None] * v_token_stride + d[None, :]
@@ -270,14 +276,15 @@ class PrefillConfig:
 
 
 # (padded head dim, bytes a value), for sm_90: 128 rows are two warpgroups of 64, the height of
-# Hopper's matrix instruction; stages are what fits beside the queries in 227 KB of shared memory.
+# Hopper's matrix instruction. More stages or larger tiles than these spill registers (ptxas) or no
+# longer fit beside the queries in 227 KB of shared memory. float32 is for checks, not for speed.
 _SHAPES: dict[tuple[int, int], PrefillConfig] = {
-    (64, 2): PrefillConfig(block_m=128, tile=64, num_warps=4, num_stages=3),
+    (64, 2): PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=3),
     (128, 2): PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=3),
-    (256, 2): PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=2),
-    (64, 4): PrefillConfig(block_m=64, tile=32, num_warps=4, num_stages=2),
-    (128, 4): PrefillConfig(block_m=32, tile=32, num_warps=4, num_stages=2),
-    (256, 4): PrefillConfig(block_m=16, tile=16, num_warps=4, num_stages=2),
+    (256, 2): PrefillConfig(block_m=128, tile=32, num_warps=8, num_stages=2),
+    (64, 4): PrefillConfig(block_m=32, tile=32, num_warps=4, num_stages=2),
+    (128, 4): PrefillConfig(block_m=16, tile=16, num_warps=4, num_stages=2),
+    (256, 4): PrefillConfig(block_m=16, tile=16, num_warps=8, num_stages=2),
 }
 
 
@@ -315,37 +322,14 @@ def _work(
     return table.pin_memory().to(device, non_blocking=True)
 
 
-def _check(
-    q_THD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables_BN: torch.Tensor,
-    query_starts: Sequence[int],
-    context_lens: Sequence[int],
-    window: int | None,
+def _check_lengths(
+    num_tokens: int, num_tables: int, query_starts: Sequence[int], context_lens: Sequence[int]
 ) -> None:
-    if q_THD.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
-        raise ValueError(
-            f"prefill_attention: q {tuple(q_THD.shape)}, caches {tuple(k_cache.shape)} and "
-            f"{tuple(v_cache.shape)}; expected [tokens, heads, head dim] and twice "
-            "[blocks, kv heads, block tokens, head dim]"
-        )
-    num_tokens, num_heads, head_dim = q_THD.shape
-    _, num_kv_heads, block_tokens, cache_dim = k_cache.shape
-    if cache_dim != head_dim or num_heads % num_kv_heads:
-        raise ValueError(
-            f"prefill_attention: {num_heads} query heads of {head_dim} with {num_kv_heads} "
-            f"key/value heads of {cache_dim}; expected equal dims and a multiple of the latter"
-        )
-    if block_tokens < 16 or block_tokens & (block_tokens - 1):
-        raise ValueError(
-            f"prefill_attention: {block_tokens} tokens a block; expected a power of two >= 16"
-        )
     batch = len(context_lens)
-    if len(query_starts) != batch + 1 or len(block_tables_BN) != batch:
+    if len(query_starts) != batch + 1 or num_tables != batch:
         raise ValueError(
-            f"prefill_attention: {len(query_starts)} query starts and {len(block_tables_BN)} block "
-            f"tables; expected {batch + 1} and {batch} for {batch} context lengths"
+            f"prefill_attention: {len(query_starts)} query starts and {num_tables} block tables; "
+            f"expected {batch + 1} and {batch} for {batch} context lengths"
         )
     lengths = [query_starts[b + 1] - query_starts[b] for b in range(batch)]
     if query_starts[0] != 0 or query_starts[-1] != num_tokens or min(lengths, default=0) < 0:
@@ -357,8 +341,6 @@ def _check(
         raise ValueError(
             f"prefill_attention: contexts {list(context_lens)} are shorter than chunks {lengths}"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"prefill_attention: window={window}; expected at least 1, or None")
 
 
 def prefill_attention(
@@ -393,7 +375,8 @@ def prefill_attention(
     Raises:
         ValueError: When shapes or lengths disagree.
     """
-    _check(q_THD, k_cache, v_cache, block_tables_BN, query_starts, context_lens, window)
+    check_paged_cache("prefill_attention", q_THD, k_cache, v_cache, window)
+    _check_lengths(len(q_THD), len(block_tables_BN), query_starts, context_lens)
     if backend == "sdpa" or (backend == "auto" and not runs_triton(q_THD, backend)):
         return _one_by_one(
             _attend_sdpa, q_THD, k_cache, v_cache, block_tables_BN,
@@ -407,8 +390,8 @@ def prefill_attention(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0:
         return out_THD
-    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1 or block_tables_BN.stride(1) != 1:
-        raise ValueError("prefill_attention: the last axis of caches and tables must be dense")
+    if block_tables_BN.stride(1) != 1:
+        raise ValueError("prefill_attention: strides of the tables; expected a dense last axis")
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
     block_tokens = k_cache.shape[2]

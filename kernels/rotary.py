@@ -1,3 +1,5 @@
+# Shape letters as suffixes, and Triton's capitals for constants.
+# ruff: noqa: N803, N806
 """Rotary position embedding, fused with query and key norms and with the write to the KV cache.
 
 Shapes: T tokens, C packed columns (query heads, then key heads, then value heads), H query heads,
@@ -323,9 +325,7 @@ def rotary_and_cache(
     if qkv_TC.stride(1) != 1:
         qkv_TC = qkv_TC.contiguous()
     num_tokens = len(qkv_TC)
-    q_THD = torch.empty(
-        (num_tokens, num_heads, head_dim), dtype=qkv_TC.dtype, device=qkv_TC.device
-    )
+    q_THD = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TC.dtype, device=qkv_TC.device)
     if num_tokens == 0:
         return q_THD
     block_r = next_power_of_two(head_dim // 2)

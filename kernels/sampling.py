@@ -1,3 +1,5 @@
+# Shape letters as suffixes, and Triton's capitals for constants.
+# ruff: noqa: N803, N806
 """Choice of the next token: greedy, or at random by temperature, top-k and top-p.
 
 Shapes: B rows (one a sequence), V vocabulary, W chunks of the vocabulary.
@@ -29,8 +31,8 @@ _BELOW_ONE = 1.0 - 2.0**-24
 def _hash(x: torch.Tensor) -> torch.Tensor:
     """Return a hash of the low 32 bits of int64 `x`, in 0 to 2**32 - 1."""
     x = x & _MASK
-    x = (((x ^ (x >> 16)) * _MULTIPLY_1)) & _MASK
-    x = (((x ^ (x >> 15)) * _MULTIPLY_2)) & _MASK
+    x = ((x ^ (x >> 16)) * _MULTIPLY_1) & _MASK
+    x = ((x ^ (x >> 15)) * _MULTIPLY_2) & _MASK
     return x ^ (x >> 16)
 
 
@@ -105,7 +107,7 @@ def _hash_kernel(x, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constexpr):
     return x ^ (x >> 16)
 
 
-@jit(do_not_specialize=("num_tokens",))
+@jit()
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,

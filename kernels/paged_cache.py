@@ -1,0 +1,42 @@
+"""The checks that every operation on the paged KV cache makes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_paged_cache(
+    op: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None
+) -> None:
+    """Raise ValueError unless queries, caches and window fit together.
+
+    Args:
+        op: Name for the message.
+        q: Queries [rows, heads, head dim].
+        k_cache: Pool of key blocks [blocks, kv heads, block tokens, head dim].
+        v_cache: Pool of value blocks, alike.
+        window: Tokens that a query attends to, or None.
+    """
+    if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"{op}: q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}; "
+            "expected [rows, heads, head dim] and twice [blocks, kv heads, block tokens, head dim]"
+        )
+    _, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_tokens, cache_dim = k_cache.shape
+    if cache_dim != head_dim or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{op}: {num_heads} query heads of {head_dim} with {num_kv_heads} key/value heads of "
+            f"{cache_dim}; expected equal dims and a multiple of the key/value heads"
+        )
+    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+        raise ValueError(
+            f"{op}: queries of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; "
+            "expected one dtype"
+        )
+    if block_tokens < 16 or block_tokens & (block_tokens - 1):
+        raise ValueError(f"{op}: {block_tokens} tokens a block; expected a power of two >= 16")
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError(f"{op}: strides of the caches; expected a dense last axis")
+    if window is not None and window < 1:
+        raise ValueError(f"{op}: window={window}; expected at least 1, or None")
