@@ -1,0 +1,181 @@
+"""Seconds of collectives over the links of the group that runs them.
+
+Alpha-beta models: a latency for every step of an algorithm, and bytes over the bandwidth that a
+kernel reaches of a link. As the libraries do at run time, the cheapest algorithm for a size is
+taken. Sizes are of the whole buffer on each rank (all-reduce, all-to-all) or of the gathered result
+(all-gather, reduce-scatter).
+"""
+
+from dataclasses import dataclass
+from math import ceil, log2
+
+from rankwright.cost_model.efficiency import AllReduce
+from rankwright.topology.cluster import Cluster
+from rankwright.topology.graph import port_share_bytes_per_s
+
+Place = tuple[int, int]  # node, gpu
+
+# NCCL on H100, H200 and A100 with NVLink, fitted to nccl-tests (aiconfigurator's tables of NCCL
+# 2.23 to 2.29: all-reduce of 2 KiB on 2, 4 and 8 H100: 6.3, 9.6 and 15.7 us) and to our own runs on
+# two H200 inside a CUDA graph (11.3 us up to 64 KiB, 36 us at 4 MiB, 894 us at 256 MiB): 9.7 us in a
+# graph, and a hop of the ring for each step (0.8 us, in the topology).
+_RING_BASE_S = 9.7e-6
+# Its low-latency protocol moves at most 160 GB/s (1 MiB to 4 MiB on two H100); the bulk protocol
+# reaches 0.68-0.76 of the link and starts 25 us later (16 MiB and more).
+_LOW_LATENCY_BYTES_PER_S = 160e9
+_BULK_START_S = 25e-6
+_LINK_SHARE = 0.70
+# One-shot and two-shot kernels over peer memory, as in vLLM 0.24 on 2, 4 and 8 H100: 4.2, 4.6 and
+# 4.7 us at 2 KiB, 8.3 us for 1 MiB on two, 15 us for 1 MiB on eight.
+_ONE_SHOT_BASE_S = 4.2e-6
+_TWO_SHOT_BASE_S = 8.0e-6
+_PEER_SHARE = 0.62
+# Between nodes: 64 MiB between two DGX H100 takes 1.87 ms over one 400 Gb/s port (36 of 50 GB/s).
+_NETWORK_SHARE = 0.72
+# A send and its receive in a CUDA graph, before the hop: 2 KiB takes 5 us inside a DGX H100.
+_SEND_BASE_S = 4.2e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that run a collective, and the links between them.
+
+    Args:
+        size: Ranks.
+        num_nodes: Machines that they are on.
+        bytes_per_s: Of the slowest link inside a machine, each way, a GPU.
+        latency_s: Of that link.
+        network_bytes_per_s: Of the fabric, each way, a GPU.
+        network_latency_s: Of the fabric.
+    """
+
+    size: int
+    num_nodes: int = 1
+    bytes_per_s: float = float("inf")
+    latency_s: float = 0.0
+    network_bytes_per_s: float = float("inf")
+    network_latency_s: float = 0.0
+
+    @property
+    def local_size(self) -> int:
+        """Ranks on the fullest machine."""
+        return ceil(self.size / self.num_nodes)
+
+
+def find_group(cluster: Cluster, places: tuple[Place, ...]) -> Group:
+    """Return the links between `places`.
+
+    The fabric's ports of a node are shared by all of its GPUs, since every one of them belongs to
+    some group that talks at the same time; a GPU gets one port at most.
+    """
+    nodes: dict[int, list[Place]] = {}
+    for place in places:
+        nodes.setdefault(place[0], []).append(place)
+    local = [members for members in nodes.values() if len(members) > 1]
+    bandwidth = min((cluster.bandwidth(members) for members in local), default=float("inf"))
+    latency = max((cluster.latency(members) for members in local), default=0.0)
+    if len(nodes) == 1:
+        return Group(len(places), 1, bandwidth, latency)
+    assert cluster.fabric is not None, "a cluster of several nodes has a fabric"
+    share = min(
+        port_share_bytes_per_s(cluster, cluster.node(node), gpu)
+        for node, gpu in places
+    )
+    return Group(len(places), len(nodes), bandwidth, latency, share, cluster.fabric.latency_s)
+
+
+def all_reduce_s(
+    size_bytes: float, group: Group, algorithms: tuple[AllReduce, ...] = ("library",)
+) -> float:
+    """Return the seconds of the fastest all-reduce that `algorithms` allow.
+
+    >>> h200 = Group(2, bytes_per_s=450e9, latency_s=0.8e-6)
+    >>> round(all_reduce_s(64 * 1024, h200) * 1e6, 1)
+    11.7
+    """
+    if group.size == 1:
+        return 0.0
+    if group.num_nodes > 1:
+        return _all_reduce_over_nodes_s(size_bytes, group)
+    times = [_ring_s(2, size_bytes, group)]
+    if "one_shot" in algorithms:
+        rate = group.bytes_per_s * _PEER_SHARE
+        others = group.size - 1
+        times.append(_ONE_SHOT_BASE_S + others * size_bytes / rate + 2 * group.latency_s)
+        wire = 2 * others / group.size * size_bytes
+        times.append(_TWO_SHOT_BASE_S + wire / rate + 4 * group.latency_s)
+    return min(times)
+
+
+def all_gather_s(size_bytes: float, group: Group) -> float:
+    """Return the seconds to give every rank all of `size_bytes`, of which each holds a part."""
+    if group.size == 1:
+        return 0.0
+    if group.num_nodes == 1:
+        return _ring_s(1, size_bytes, group)
+    local = Group(group.local_size, 1, group.bytes_per_s, group.latency_s)
+    between = _network_s(1, size_bytes / group.local_size, group)
+    return between + all_gather_s(size_bytes, local)
+
+
+def reduce_scatter_s(size_bytes: float, group: Group) -> float:
+    """Return the seconds to sum `size_bytes` and leave a part on each rank.
+
+    The mirror image of an all-gather, and measured alike (NCCL 2.29, 8 H100: 14.6 and 17.1 us at
+    1 MiB, 722 and 729 us at 256 MiB).
+    """
+    return all_gather_s(size_bytes, group)
+
+
+def all_to_all_s(size_bytes: float, group: Group) -> float:
+    """Return the seconds in which each rank sends `size_bytes` in all, a part to every other."""
+    if group.size == 1:
+        return 0.0
+    away = size_bytes * (group.size - group.local_size) / group.size
+    near = size_bytes * (group.local_size - 1) / group.size
+    seconds = _RING_BASE_S + near / (group.bytes_per_s * _LINK_SHARE)
+    if group.num_nodes > 1:
+        seconds += group.network_latency_s + away / (group.network_bytes_per_s * _NETWORK_SHARE)
+    return seconds
+
+
+def send_s(size_bytes: float, group: Group) -> float:
+    """Return the seconds of one message between the two ranks of `group`."""
+    if group.num_nodes > 1:
+        rate = group.network_bytes_per_s * _NETWORK_SHARE
+        return _SEND_BASE_S + group.network_latency_s + size_bytes / rate
+    return _SEND_BASE_S + group.latency_s + size_bytes / (group.bytes_per_s * _LINK_SHARE)
+
+
+def _ring_s(passes: int, size_bytes: float, group: Group) -> float:
+    """Return the seconds of a ring that goes round `passes` times, by the faster protocol."""
+    hops = passes * (group.size - 1)
+    start_s = _RING_BASE_S + hops * group.latency_s
+    wire = passes * (group.size - 1) / group.size * size_bytes
+    bulk = group.bytes_per_s * _LINK_SHARE
+    low_latency = min(bulk, _LOW_LATENCY_BYTES_PER_S)
+    return min(start_s + wire / low_latency, start_s + _BULK_START_S + wire / bulk)
+
+
+def _network_s(passes: int, size_bytes: float, group: Group) -> float:
+    """Return the seconds to combine `size_bytes` a GPU over nodes: by ring or by tree."""
+    nodes = group.num_nodes
+    hop_s = group.network_latency_s
+    rate = group.network_bytes_per_s * _NETWORK_SHARE
+    ring = passes * (nodes - 1) * hop_s + passes * (nodes - 1) / nodes * size_bytes / rate
+    tree = passes * ceil(log2(nodes)) * hop_s + passes * size_bytes / rate
+    return min(ring, tree)
+
+
+def _all_reduce_over_nodes_s(size_bytes: float, group: Group) -> float:
+    """Return the seconds of a hierarchical all-reduce.
+
+    Reduce-scatter inside each node, all-reduce of each GPU's part over the nodes, all-gather inside
+    each node; with one GPU a node only the middle is left.
+    """
+    local = Group(group.local_size, 1, group.bytes_per_s, group.latency_s)
+    between = _RING_BASE_S + _network_s(2, size_bytes / group.local_size, group)
+    if group.local_size == 1:
+        return between
+    # One kernel does all three, so that a collective's start is paid once.
+    return between + _ring_s(2, size_bytes, local) - _RING_BASE_S

@@ -1,0 +1,247 @@
+"""Which GPUs form TP groups, and which TP groups a pipeline.
+
+TP talks most, so that a TP group stays inside an island where it can; then stages of a pipeline
+stay inside a machine where they can. Machines that are alike are counted, not listed: 2,048 nodes
+cost as much as one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rankwright.cost_model.collectives import Group, Place, find_group
+from rankwright.topology.cluster import Cluster, Gpu, Node
+from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
+from rankwright.topology.graph import islands_of_node
+
+
+@dataclass(frozen=True, slots=True)
+class SlotKind:
+    """TP groups ("slots") that are alike.
+
+    Args:
+        gpus: GPU indices of each slot of a machine, or of one machine of a slot that spans several.
+        nodes_per_slot: Machines that one slot spans; 1 when a machine holds it.
+        nodes: Machines of this kind, in order.
+        gpu: The slowest and smallest of their GPUs, which sets the pace of all.
+        group: The links inside a slot; the slowest slot's.
+    """
+
+    gpus: tuple[tuple[int, ...], ...]
+    nodes_per_slot: int
+    nodes: tuple[range, ...]
+    gpu: Gpu
+    group: Group
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines of this kind."""
+        return sum(len(run) for run in self.nodes)
+
+    @property
+    def count(self) -> int:
+        """Slots of this kind."""
+        return self.num_nodes // self.nodes_per_slot * len(self.gpus)
+
+    def node_of(self, slot: int) -> int:
+        """Return the position, among the machines of this kind, of the first that `slot` is on."""
+        return slot // len(self.gpus) * self.nodes_per_slot
+
+    def places(self, slot: int) -> tuple[Place, ...]:
+        """Return where the ranks of `slot` are, in order of `tp_rank`."""
+        first = self.node_of(slot)
+        gpus = self.gpus[slot % len(self.gpus)]
+        return tuple(
+            (self._node(node), gpu)
+            for node in range(first, first + self.nodes_per_slot)
+            for gpu in gpus
+        )
+
+    def _node(self, position: int) -> int:
+        for run in self.nodes:
+            if position < len(run):
+                return run[position]
+            position -= len(run)
+        raise IndexError(f"slot kind has no node {position}")
+
+
+def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
+    """Return the TP groups of `tp` ranks that the cluster has room for, fastest kind first.
+
+    A machine is cut island by island; GPUs left over in several islands are joined, those of one
+    kind first. A group larger than a machine takes whole machines, which `tp` must be a multiple of.
+    """
+    found: list[SlotKind] = []
+    for node, runs in _alike(cluster):
+        size = len(node.gpus)
+        if tp <= size:
+            for gpus in _cut_node(node, tp):
+                found.append(_slot_kind(cluster, node, gpus, 1, runs))
+        elif size and tp % size == 0 and sum(len(run) for run in runs) >= tp // size:
+            whole = (tuple(gpu.index for gpu in node.gpus),)
+            found.append(_slot_kind(cluster, node, whole, tp // size, runs))
+    return tuple(sorted(found, key=_speed, reverse=True))
+
+
+def replicas_in_nodes(kind: SlotKind, pp: int) -> int:
+    """Return how many pipelines of `pp` slots fit without leaving a machine."""
+    if kind.nodes_per_slot > 1:
+        return kind.count if pp == 1 else 0
+    return kind.num_nodes * (len(kind.gpus) // pp)
+
+
+def replica_slots(kind: SlotKind, pp: int) -> Iterator[tuple[int, ...]]:
+    """Yield the slots of each pipeline: those inside one machine first, then the rest joined."""
+    per_node = len(kind.gpus)
+    left: list[int] = []
+    for node in range(kind.num_nodes // kind.nodes_per_slot):
+        first = node * per_node
+        whole = per_node // pp
+        for replica in range(whole):
+            yield tuple(range(first + replica * pp, first + (replica + 1) * pp))
+        left.extend(range(first + whole * pp, first + per_node))
+        while len(left) >= 2 * pp or (node == _last(kind) and len(left) >= pp):
+            yield tuple(left[:pp])
+            del left[:pp]
+
+
+def _last(kind: SlotKind) -> int:
+    return kind.num_nodes // kind.nodes_per_slot - 1
+
+
+def crossings(kind: SlotKind, pp: int) -> int:
+    """Return the most hand-overs between machines that one pipeline of `replica_slots` has."""
+    if pp == 1:
+        return 0
+    if kind.nodes_per_slot > 1:
+        return pp - 1
+    per_node = len(kind.gpus)
+    left = per_node % pp if per_node >= pp else per_node
+    if left == 0:
+        return 0
+    # Slots of one pipeline come `left` to a machine; an unlucky one starts in the middle of one.
+    return min(pp - 1, (pp - 2) // left + 1)
+
+
+def boundary_groups(
+    cluster: Cluster, stages: tuple[SlotKind, ...], spread: bool
+) -> tuple[Group, ...]:
+    """Return the links between neighbouring stages of the worst placed pipeline.
+
+    Args:
+        cluster: The machines.
+        stages: The kind of slot of each stage.
+        spread: Whether pipelines may leave a machine.
+    """
+    first = stages[0]
+    if len(set(map(id, stages))) > 1:
+        return _mixed_boundaries(cluster, stages)
+    away = crossings(first, len(stages)) if spread else 0
+    groups: list[Group] = []
+    if away:
+        pair = (first.places(0)[0], first.places(len(first.gpus))[0])
+        groups += [find_group(cluster, pair)] * away
+    near = len(stages) - 1 - away
+    if near:
+        pair = (first.places(0)[0], first.places(1)[0])
+        groups += [find_group(cluster, pair)] * near
+    return tuple(groups)
+
+
+def _mixed_boundaries(cluster: Cluster, stages: tuple[SlotKind, ...]) -> tuple[Group, ...]:
+    """Return the links of a pipeline over several kinds of slot, which are taken in order."""
+    used: dict[int, int] = {}
+    places: list[Place] = []
+    for kind in stages:
+        slot = used.get(id(kind), 0)
+        used[id(kind)] = slot + 1
+        places.append(kind.places(slot)[0])
+    return tuple(
+        find_group(cluster, (places[index], places[index + 1])) for index in range(len(stages) - 1)
+    )
+
+
+def _alike(cluster: Cluster) -> list[tuple[Node, list[range]]]:
+    """Return the kinds of machine, each with the runs of machines that are of it."""
+    kinds: dict[object, tuple[Node, list[range]]] = {}
+    first = 0
+    for node in cluster.nodes:
+        key = (
+            tuple((gpu.index, *_gpu_key(gpu)) for gpu in node.gpus),
+            tuple(sorted((link.a, link.b, link.kind, link.bytes_per_s) for link in node.links)),
+        )
+        kinds.setdefault(key, (node, []))[1].append(range(first, first + node.count))
+        first += node.count
+    return list(kinds.values())
+
+
+def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
+    return (gpu.device, gpu.memory_bytes, memory_bytes_per_s(gpu), flops_per_s(gpu, "bfloat16"))
+
+
+def _cut_node(node: Node, tp: int) -> list[tuple[tuple[int, ...], ...]]:
+    """Return the slots of one machine, those that are alike together."""
+    by_index = {gpu.index: gpu for gpu in node.gpus}
+    alike: dict[object, list[tuple[int, ...]]] = {}
+    left: dict[object, list[int]] = {}
+    for number, island in enumerate(islands_of_node(node)):
+        by_kind: dict[object, list[int]] = {}
+        for index in island:
+            by_kind.setdefault(_gpu_key(by_index[index]), []).append(index)
+        for key, members in by_kind.items():
+            whole = len(members) // tp * tp
+            for start in range(0, whole, tp):
+                slot = tuple(members[start : start + tp])
+                alike.setdefault((key, "island", len(island)), []).append(slot)
+            left.setdefault((key, number), []).extend(members[whole:])
+    joined: dict[object, list[int]] = {}
+    for (key, _), members in left.items():  # type: ignore[misc]
+        joined.setdefault(key, []).extend(members)
+    rest: list[int] = []
+    for key, members in joined.items():
+        whole = len(members) // tp * tp
+        for start in range(0, whole, tp):
+            alike.setdefault((key, "joined"), []).append(tuple(members[start : start + tp]))
+        rest.extend(members[whole:])
+    for start in range(0, len(rest) // tp * tp, tp):
+        alike.setdefault("mixed", []).append(tuple(rest[start : start + tp]))
+    return [tuple(slots) for slots in alike.values()]
+
+
+def _slot_kind(
+    cluster: Cluster,
+    node: Node,
+    gpus: tuple[tuple[int, ...], ...],
+    nodes_per_slot: int,
+    runs: list[range],
+) -> SlotKind:
+    first = [index for run in runs for index in run[:nodes_per_slot]][:nodes_per_slot]
+    groups = [
+        find_group(cluster, tuple((index, gpu) for index in first for gpu in slot))
+        for slot in gpus
+    ]
+    members = [gpu for gpu in node.gpus if any(gpu.index in slot for slot in gpus)]
+    return SlotKind(gpus, nodes_per_slot, tuple(runs), _slowest(members), _worst(groups))
+
+
+def _worst(groups: list[Group]) -> Group:
+    return min(groups, key=lambda group: (group.bytes_per_s, -group.latency_s))
+
+
+def _slowest(gpus: list[Gpu]) -> Gpu:
+    """Return a GPU with the least of everything that any of `gpus` has."""
+    slow = min(gpus, key=memory_bytes_per_s)
+    if len({_gpu_key(gpu) for gpu in gpus}) == 1:
+        return slow
+    dtypes = ("float32", "float16", "bfloat16", "float8")
+    return slow.model_copy(
+        update={
+            "memory_bytes": min(gpu.memory_bytes for gpu in gpus),
+            "flops_per_s": {
+                dtype: min(flops_per_s(gpu, dtype) for gpu in gpus) for dtype in dtypes
+            },
+        }
+    )
+
+
+def _speed(kind: SlotKind) -> float:
+    return memory_bytes_per_s(kind.gpu)

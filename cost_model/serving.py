@@ -1,0 +1,180 @@
+"""Steady state of a replica under continuous batching with chunked prefill.
+
+Every slot of the batch is in one of two states: its prompt is being prefilled, in chunks, or it
+decodes a token each round. Prompts and tokens flow through the same steps, so that the work of a
+prompt slows the decoding of all others down. With, for each micro-batch,
+
+    b      slots                          new   prompt tokens to compute (the rest is cached)
+    chunk  prompt tokens a step may take   n     = ceil(new / chunk), steps of one prompt
+
+a request holds its slot for `n` steps of prefill and `osl - 1` of decode, so `r = b / (n + osl - 1)`
+requests pass a step, and a share `f` of the steps carries prompt tokens. When prompts bring more
+tokens than steps can take (`r * new > chunk`), prefill is the bottleneck: every step carries a full
+chunk, `r = chunk / new`, and the slots in excess wait with their prompts. A round then lasts
+
+    R = F * R(decoding, with prompt tokens) + (1 - F) * R(decoding alone),   F = 1 - (1 - f)**m
+
+for `m` micro-batches in flight: in a pipeline one long step holds up the whole round. From this,
+`TPOT = R`, `requests/s = m * r / R`, and `TTFT = n` rounds with prompt tokens after a wait.
+"""
+
+from dataclasses import dataclass
+from math import ceil, inf, sqrt
+
+from rankwright.cost_model.ops import StepTokens
+from rankwright.cost_model.step import Pipeline
+from rankwright.cost_model.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What one replica does in steady state. Rates are of this replica alone.
+
+    Args:
+        ttft_s: Mean time to first token, waiting included.
+        tpot_s: Mean time per output token after the first.
+        requests_per_s: Requests finished, at the most that the batch allows.
+        batch_size: Requests in flight.
+        plain: Tokens of a step without prompt tokens, a micro-batch.
+        mixed: Tokens of a step with prompt tokens, a micro-batch.
+        mixed_share: Share of the steps that carry prompt tokens.
+        prompt_steps: Steps of one prompt.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    requests_per_s: float
+    batch_size: int
+    plain: StepTokens
+    mixed: StepTokens
+    mixed_share: float
+    prompt_steps: int
+
+    def request_s(self, output_tokens: int) -> float:
+        """Return the seconds of one request from arrival to last token."""
+        return self.ttft_s + (output_tokens - 1) * self.tpot_s
+
+
+def micro_batches_of(pp: int, batch_size: int) -> int:
+    """Return the micro-batches to keep in flight: one a stage, so that none is idle.
+
+    Fewer would leave stages idle, more would read the weights more often for the same tokens.
+
+    >>> micro_batches_of(4, 2)
+    2
+    """
+    return min(pp, batch_size)
+
+
+def prompt_tokens(workload: Workload) -> int:
+    """Return the prompt tokens of a request that must be computed."""
+    return max(1, round(workload.input_tokens * (1 - workload.shared_prefix)))
+
+
+def serve_closed(
+    pipeline: Pipeline, workload: Workload, *, batch_size: int, chunk_tokens: int
+) -> Serving:
+    """Return the steady state with `batch_size` requests always in flight.
+
+    Args:
+        pipeline: One replica.
+        workload: Lengths; its rate and concurrency are not looked at.
+        batch_size: Slots of the replica, all taken.
+        chunk_tokens: Tokens of one step at most, decoding ones included.
+    """
+    new = prompt_tokens(workload)
+    decode_steps = workload.output_tokens - 1
+    micro_batches = micro_batches_of(len(pipeline.stages), batch_size)
+    slots = ceil(batch_size / micro_batches)
+    chunk = max(1, chunk_tokens - slots)
+    prompt_steps = ceil(new / chunk)
+    rate = slots / (prompt_steps + decode_steps)  # requests a step of one micro-batch
+    if rate * new > chunk:
+        rate, share, per_step = chunk / new, 1.0, float(chunk)
+    elif rate * prompt_steps > 1:
+        share, per_step = 1.0, rate * new
+    else:
+        share, per_step = rate * prompt_steps, new / prompt_steps
+    decoding = rate * decode_steps
+    context = workload.input_tokens + workload.output_tokens / 2
+    prefill_context = workload.input_tokens - new / 2
+    plain = StepTokens(decode=decoding, decode_context=context)
+    mixed = StepTokens(decoding, context, per_step, prefill_context, per_step / new)
+    plain_s = pipeline.round_s(plain, micro_batches) if decoding else 0.0
+    mixed_s = pipeline.round_s(mixed, micro_batches)
+    share_of_rounds = 1 - (1 - share) ** micro_batches
+    round_s = share_of_rounds * mixed_s + (1 - share_of_rounds) * plain_s
+    waiting = max(0.0, slots - decoding - rate * prompt_steps)
+    if waiting:
+        wait_s = waiting / rate * round_s  # Little's law
+    else:
+        # M/D/1 of prompts behind prompts, at most half of the other slots ahead of one.
+        prompt_s = prompt_steps * mixed_s
+        queue_s = share / (2 * (1 - share)) * prompt_s if share < 1 else inf
+        wait_s = min(queue_s, (slots - 1) / 2 * mixed_s * min(1.0, new / chunk))
+    return Serving(
+        ttft_s=wait_s + prompt_steps * mixed_s,
+        tpot_s=round_s,
+        requests_per_s=micro_batches * rate / round_s,
+        batch_size=batch_size,
+        plain=plain,
+        mixed=mixed,
+        mixed_share=share,
+        prompt_steps=prompt_steps,
+    )
+
+
+def serve_open(
+    pipeline: Pipeline,
+    workload: Workload,
+    *,
+    requests_per_s: float,
+    batch_size: int,
+    chunk_tokens: int,
+) -> Serving | None:
+    """Return the steady state under random arrivals, or None where they outrun the replica.
+
+    The requests in flight are the fewest that finish `requests_per_s`. To their TTFT come two
+    waits: for the prefill of others (M/G/1 with equal prompts: `rho * S / (2 * (1 - rho))`), and for
+    a slot (M/M/c after Sakasegawa 1977: `rho**(sqrt(2 * (c + 1)) - 1) * S / (c * (1 - rho))`).
+
+    Args:
+        pipeline: One replica.
+        workload: Lengths.
+        requests_per_s: Arrivals at this replica.
+        batch_size: Slots of the replica.
+        chunk_tokens: Tokens of one step at most.
+    """
+    full = serve_closed(pipeline, workload, batch_size=batch_size, chunk_tokens=chunk_tokens)
+    if full.requests_per_s <= requests_per_s:
+        return None
+    low, high = 1, batch_size
+    found = full
+    while low < high:
+        middle = (low + high) // 2
+        state = serve_closed(pipeline, workload, batch_size=middle, chunk_tokens=chunk_tokens)
+        if state.requests_per_s >= requests_per_s:
+            high, found = middle, state
+        else:
+            low = middle + 1
+    mixed_s = pipeline.round_s(found.mixed, micro_batches_of(len(pipeline.stages), high))
+    prompt_s = found.prompt_steps * mixed_s
+    # One prefill at a time in each micro-batch; prompts spread over them.
+    servers = micro_batches_of(len(pipeline.stages), batch_size)
+    busy = min(requests_per_s / servers * prompt_s, found.mixed_share, 0.999)
+    load = requests_per_s / full.requests_per_s
+    residence_s = prompt_s + (workload.output_tokens - 1) * found.tpot_s
+    slot_wait_s = (
+        load ** (sqrt(2 * (batch_size + 1)) - 1) * residence_s / (batch_size * (1 - load))
+    )
+    prefill_wait_s = busy / (2 * (1 - busy)) * prompt_s
+    return Serving(
+        ttft_s=prompt_s + prefill_wait_s + slot_wait_s,
+        tpot_s=found.tpot_s,
+        requests_per_s=full.requests_per_s,
+        batch_size=high,
+        plain=found.plain,
+        mixed=found.mixed,
+        mixed_share=found.mixed_share,
+        prompt_steps=found.prompt_steps,
+    )
