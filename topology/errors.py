@@ -94,6 +94,12 @@ FAILURES: tuple[Failure, ...] = (
 _SURVIVING_GPU = re.compile(r"^\s*(\d+\s*,\s*\S|GPU \d+: \S)", re.MULTILINE)
 
 
+def failure_of(kind: str, detail: str) -> ProbeError:
+    """Return the error of a class of `FAILURES`, with what was seen of it."""
+    failure = next(failure for failure in FAILURES if failure.kind == kind)
+    return ProbeError(kind, f"{failure.meaning} ({detail}); {failure.remedy}")
+
+
 def find_failure(text: str) -> ProbeError | None:
     """Return the failure that a tool's output announces, or None.
 

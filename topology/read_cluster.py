@@ -1,0 +1,113 @@
+"""Clusters from wherever the user has one: this machine, a file, or shorthand."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rankwright.topology.cluster import Cluster
+from rankwright.topology.probe import probe
+from rankwright.topology.shorthand import parse_cluster
+
+_FILE_TYPES = (".yaml", ".yml", ".json")
+
+
+def read_cluster(text_or_path: str) -> Cluster:
+    """Return the cluster that the user means: `auto` (this machine), a file, or shorthand.
+
+    >>> read_cluster("8xh100-sxm").num_gpus
+    8
+
+    Raises:
+        ProbeError: `auto`, and the machine cannot be read.
+        ValueError: The file is missing or malformed, or the shorthand does not parse.
+    """
+    text = text_or_path.strip()
+    if text == "auto":
+        return probe()
+    path = Path(text)
+    if path.suffix.lower() in _FILE_TYPES:
+        return _read_file(path)
+    if "/" in text or path.is_file():
+        raise ValueError(
+            f"cluster file {text!r} has no known type; expected {', '.join(_FILE_TYPES)}, as "
+            "`rankwright probe -o cluster.yaml` writes"
+        )
+    return parse_cluster(text)
+
+
+def write_cluster(cluster: Cluster, path: str | Path) -> None:
+    """Write a cluster as YAML, or as JSON if the path says so; the file appears whole or not.
+
+    Raises:
+        ValueError: The path has another type.
+        OSError: It cannot be written.
+    """
+    target = Path(path)
+    kind = target.suffix.lower()
+    if kind not in _FILE_TYPES:
+        raise ValueError(f"cannot write a cluster to {str(path)!r}; expected *.yaml or *.json")
+    value = cluster.model_dump(mode="json", exclude_defaults=True)
+    value = {"schema_version": cluster.schema_version, **value}
+    text = json.dumps(value, indent=2) + "\n" if kind == ".json" else _to_yaml(value)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_file(path: Path) -> Cluster:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"cannot read cluster file {str(path)!r}: {reason}; write one with "
+            "`rankwright probe -o cluster.yaml`"
+        ) from None
+    value = _from_json(path, text) if path.suffix.lower() == ".json" else _from_yaml(path, text)
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"cluster file {str(path)!r} holds {type(value).__name__}; expected fields such as "
+            "`nodes`"
+        )
+    try:
+        cluster = Cluster.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the cluster"
+        raise ValueError(
+            f"cluster file {str(path)!r}: {where}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+    return cluster if cluster.source else cluster.model_copy(update={"source": str(path)})
+
+
+def _from_json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"cluster file {str(path)!r} is no JSON: {error}") from None
+
+
+def _from_yaml(path: Path, text: str) -> Any:
+    import yaml  # here, so that planning from shorthand does not load it
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"cluster file {str(path)!r} is no YAML: {line}") from None
+
+
+def _to_yaml(value: dict[str, Any]) -> str:
+    import yaml  # here, so that planning from shorthand does not load it
+
+    return str(yaml.safe_dump(value, sort_keys=False, width=100))

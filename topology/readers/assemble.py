@@ -1,0 +1,113 @@
+"""Turns what a reader found about GPUs and pairs into `Gpu` and `Link` values."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from rankwright.topology.architectures import ARCHITECTURES, derived_flops_per_s
+from rankwright.topology.cluster import Gpu, Link
+from rankwright.topology.devices import device_key
+from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
+
+
+@dataclass(frozen=True, slots=True)
+class FoundGpu:
+    """What a driver says about one GPU; None where it does not say."""
+
+    index: int
+    name: str
+    total_memory_bytes: int
+    free_memory_bytes: int
+    uuid: str | None = None
+    compute_capability: tuple[int, int] | None = None
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
+    numa_node: int | None = None
+    num_processes: int = 0
+    mig: bool = False
+    cuda_cores: int | None = None
+    sm_clock_hz: float | None = None
+    memory_clock_hz: float | None = None
+    memory_bus_bits: int | None = None
+
+
+def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:
+    """Return the GPU, with a note where its rates were derived and not looked up.
+
+    Raises:
+        ValueError: The device table lacks it, and the driver says too little to derive its rates.
+    """
+    note = None
+    bandwidth: float | None = None
+    flops: dict[str, float] | None = None
+    try:
+        key = device_key(found.name, found.total_memory_bytes)
+    except ValueError as unknown:
+        key = slug(found.name)
+        bandwidth, flops = _derived_rates(found, str(unknown))
+        note = (
+            f"GPU {found.index} ({found.name}) is not in the device table; its rates are derived "
+            "from its clocks and units"
+        )
+    gpu = Gpu(
+        index=found.index,
+        device=key,
+        name=found.name,
+        memory_bytes=max(found.free_memory_bytes, 1),
+        total_memory_bytes=found.total_memory_bytes,
+        compute_capability=found.compute_capability,
+        uuid=found.uuid,
+        pcie_generation=found.pcie_generation,
+        pcie_width=found.pcie_width,
+        numa_node=found.numa_node,
+        num_processes=found.num_processes,
+        mig=found.mig,
+        memory_bytes_per_s=bandwidth,
+        flops_per_s=flops,
+    )
+    return gpu, note
+
+
+def make_links(gpus: Sequence[Gpu], kinds: Mapping[tuple[int, int], str]) -> tuple[Link, ...]:
+    """Return a link for every pair of GPUs; `kinds` is keyed by GPU indices, smaller first."""
+    links = []
+    for a, b in combinations(sorted(gpus, key=lambda gpu: gpu.index), 2):
+        kind = kinds.get((a.index, b.index), "SYS")
+        links.append(
+            Link(
+                a=a.index,
+                b=b.index,
+                kind=kind,
+                bytes_per_s=link_bytes_per_s(kind, a, b),
+                latency_s=link_latency_s(kind),
+            )
+        )
+    return tuple(links)
+
+
+def slug(name: str) -> str:
+    """Return a device key for a GPU without a row.
+
+    >>> slug("NVIDIA GeForce RTX 2080 Ti")
+    'geforce-rtx-2080-ti'
+    """
+    plain = re.sub(r"^(NVIDIA|Tesla|AMD)\s+", "", name.strip())
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-") or "unknown"
+
+
+def _derived_rates(found: FoundGpu, unknown: str) -> tuple[float, dict[str, float]]:
+    clocks = (found.memory_bus_bits, found.memory_clock_hz, found.cuda_cores, found.sm_clock_hz)
+    capability = found.compute_capability
+    if capability not in ARCHITECTURES or any(value is None for value in clocks):
+        raise ValueError(unknown)
+    assert capability is not None
+    assert found.memory_bus_bits is not None
+    assert found.memory_clock_hz is not None
+    assert found.cuda_cores is not None
+    assert found.sm_clock_hz is not None
+    # Two transfers a clock, on the clock that NVML reports: a 4090's 384 bits at 10,501 MHz are
+    # its 1008 GB/s, an H100's 5120 bits at 2,619 MHz its 3352.
+    bandwidth = found.memory_bus_bits / 8 * found.memory_clock_hz * 2
+    num_sms = found.cuda_cores / ARCHITECTURES[capability].cuda_cores
+    return bandwidth, derived_flops_per_s(found.name, capability, num_sms, found.sm_clock_hz)
