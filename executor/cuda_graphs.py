@@ -66,11 +66,13 @@ class DecodeGraphs:
         self._block_tokens = block_tokens
         self._cos_sin_PD = cos_sin_PD
         largest = sizes[-1]
-        # Token ids, positions and slots in one buffer, lengths and tables in another: two copies.
+        # Token ids, positions and slots share a buffer, so that they are one copy.
         self._wide = torch.zeros(3, largest, dtype=torch.int64, device=device)
-        self._narrow = torch.zeros(largest, 1 + max_blocks, dtype=torch.int32, device=device)
+        self._lens = torch.zeros(largest, dtype=torch.int32, device=device)
+        self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
         self._host_wide = torch.zeros(3, largest, dtype=torch.int64, pin_memory=True)
-        self._host_narrow = torch.zeros(largest, 1 + max_blocks, dtype=torch.int32, pin_memory=True)
+        self._host_lens = torch.zeros(largest, dtype=torch.int32, pin_memory=True)
+        self._host_tables = torch.zeros(largest, max_blocks, dtype=torch.int32, pin_memory=True)
         self._copied = torch.cuda.Event()
         self.hidden_BD = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -92,8 +94,8 @@ class DecodeGraphs:
             num_decodes=size,
             positions_T=self._wide[1, :size],
             slots_T=self._wide[2, :size],
-            context_lens_S=self._narrow[:size, 0],
-            block_tables_SN=self._narrow[:size, 1:],
+            context_lens_S=self._lens[:size],
+            block_tables_SN=self._tables[:size],
             cos_sin_PD=self._cos_sin_PD,
         )
         out = self._stage.forward(self._wide[0, :size], self.hidden_BD[:size], context)
@@ -118,16 +120,21 @@ class DecodeGraphs:
         size = self.size_for(count)
         width = batch.block_tables_SN.shape[1]
         self._copied.synchronize()  # the last copy may still read the host buffers
-        wide, narrow = self._host_wide.numpy(), self._host_narrow.numpy()
+        wide, lens, tables = (
+            self._host_wide.numpy(),
+            self._host_lens.numpy(),
+            self._host_tables.numpy(),
+        )
         wide[:, count:size] = np.array([[0], [0], [-1]])
         wide[0, :count] = batch.token_ids_T
         wide[1, :count] = batch.positions()
         wide[2, :count] = batch.slots(self._block_tokens)
-        narrow[count:size, 0] = 0
-        narrow[:count, 0] = batch.context_lens_S
-        narrow[:count, 1 : 1 + width] = batch.block_tables_SN
+        lens[count:size] = 0
+        lens[:count] = batch.context_lens_S
+        tables[:count, :width] = batch.block_tables_SN
         self._wide.copy_(self._host_wide, non_blocking=True)
-        self._narrow[:size].copy_(self._host_narrow[:size], non_blocking=True)
+        self._lens[:size].copy_(self._host_lens[:size], non_blocking=True)
+        self._tables[:count].copy_(self._host_tables[:count], non_blocking=True)
         self._copied.record()
 
     def replay(self, count: int) -> torch.Tensor:
