@@ -53,8 +53,13 @@ def _name_and_config(source: str | Path | Mapping[str, object]) -> tuple[str, di
     if isinstance(source, Mapping):
         name = source.get("_name_or_path") or source.get("model_type") or "model"
         return str(name), dict(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError):  # too long for a path, or the home of no user
+        is_folder = is_file = False
+    if is_folder:
         if not (path / "config.json").is_file():
             raise ValueError(
                 f"{str(source)!r} has no config.json; expected a Hugging Face model folder"
@@ -65,7 +70,7 @@ def _name_and_config(source: str | Path | Mapping[str, object]) -> tuple[str, di
             if end is not None:
                 values["eos_token_id"] = end
         return str(source), values
-    if path.is_file():
+    if is_file:
         return str(source), _read_json(path)
     return known_config(str(source))
 

@@ -4,6 +4,7 @@ Knows both spellings: `rope_theta`, `rope_scaling`, `torch_dtype` as written up 
 and `rope_parameters`, `dtype` as written by transformers 5.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal, cast
 
@@ -20,6 +21,16 @@ _DTYPES: dict[str, Dtype] = {
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # Keys of the rope dictionaries that are not part of the scaling.
 _NOT_SCALING = {"rope_theta", "type", "rope_type", "partial_rotary_factor"}
+
+
+def _is_positive(value: object) -> bool:
+    """Return whether `value` is a number above 0; JSON readers let `NaN` and `Infinity` in."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value > 0
+    )
 
 
 class Config:
@@ -53,9 +64,9 @@ class Config:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_positive(value):
             raise self.wrong(key, "a number above 0")
-        return float(value)
+        return float(cast("float", value))
 
     def flag(self, key: str, default: bool) -> bool:
         """Return the truth value in `key`; `default` where it is absent or null."""
@@ -140,8 +151,9 @@ class Config:
         theta = found.get("rope_theta", self.values.get("rope_theta"))
         if theta is None:
             theta = default_theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+        if not _is_positive(theta):
             raise self.wrong(key if "rope_theta" in found else "rope_theta", "a number above 0")
+        theta = float(cast("float", theta))
         partial = found.get("partial_rotary_factor", self.values.get("partial_rotary_factor", 1.0))
         if partial not in (1, None):
             raise ValueError(
@@ -152,7 +164,7 @@ class Config:
         if kind not in _ROPE_TYPES:
             raise self.wrong(key, f"a rope_type of {', '.join(_ROPE_TYPES)}")
         if kind == "default":
-            return Rope(theta=float(theta), interleaved=interleaved)
+            return Rope(theta=theta, interleaved=interleaved)
         scaling: dict[str, float | int | str | bool | list[float]] = {"rope_type": str(kind)}
         for name, value in found.items():
             if name in _NOT_SCALING or value is None:
@@ -162,7 +174,7 @@ class Config:
             scaling[name] = value
         needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
         for name in needed.get(str(kind), ("factor",)):
-            if not isinstance(scaling.get(name), int | float):
+            if not _is_positive(scaling.get(name)):
                 raise self.wrong(key, f"a number in {name!r}, which rope_type {kind!r} needs")
         # Without it transformers takes the context length (modeling_rope_utils.py, 5.17); settle
         # it here, so that the executor needs no second rule.
@@ -172,4 +184,4 @@ class Config:
                 "original_max_position_embeddings",
                 original if isinstance(original, int) else self.integer("max_position_embeddings"),
             )
-        return Rope(theta=float(theta), scaling=scaling, interleaved=interleaved)
+        return Rope(theta=theta, scaling=scaling, interleaved=interleaved)

@@ -273,6 +273,8 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
         (LLAMA | {"rope_scaling": 3}, ["'rope_scaling' is 3", "object"]),
         (LLAMA | {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         (LLAMA | {"rms_norm_eps": 0}, ["rms_norm_eps"]),
+        (LLAMA | {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
+        (LLAMA | {"rope_scaling": LLAMA3_SCALING | {"factor": 0}}, ["rope_scaling", "'factor'"]),
         (LLAMA | {"eos_token_id": "end"}, ["eos_token_id"]),
         (LLAMA | {"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "true or false"]),
         (without(LLAMA, "architectures"), ["'architectures' is missing"]),
@@ -321,6 +323,12 @@ def test_an_unknown_id_names_the_nearest() -> None:
         read_model("meta-llama/Llama-3.1-71B")
     assert "local folder" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/model", "a\0b"])
+def test_a_name_that_is_no_path_is_an_unknown_model(name: str) -> None:
+    with pytest.raises(ValueError, match="neither a known id nor a local path"):
+        read_model(name)
 
 
 def test_a_folder_without_config_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""What memory.py says of a rank is what the executor's layers ask for, to the byte.
+
+Process groups are left out: a rank's constructor needs its row of the plan only, so that every rank
+of a split can be built in this process, on torch's meta device.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.cost_model.configs import FAMILY_CONFIGS
+from tests.executor.plans import cpu_plan
+
+from rankwright.cost_model.memory import stage_kv_bytes_per_token, stage_weight_bytes
+from rankwright.cost_model.read_model import read_model
+
+torch: Any = pytest.importorskip("torch")
+decoder: Any = pytest.importorskip("rankwright.executor.models.decoder")
+models: Any = pytest.importorskip("rankwright.executor.models")
+kv_cache: Any = pytest.importorskip("rankwright.executor.kv_cache")
+
+DENSE = [name for name in FAMILY_CONFIGS if name.startswith(("llama", "mistral", "qwen2"))] + [
+    "qwen3",
+    "qwen3 with biases",
+]
+BLOCK_TOKENS = 16
+
+
+class CountingSource:
+    """A weight source whose shards take no memory; counts what they would take."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def shard(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> object:
+        extent = list(shape)
+        for dim, part in enumerate((rows, columns)):
+            if part is not None:
+                extent[dim] = part[1] - part[0]
+        tensor = torch.empty(extent, dtype=torch.bfloat16, device="meta")
+        self.num_bytes += tensor.nbytes
+        return tensor
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 3), (2, 2), (6, 1)])
+@pytest.mark.parametrize("family", DENSE)
+def test_every_rank_loads_what_is_predicted(family: str, tp: int, pp: int) -> None:
+    spec = read_model(FAMILY_CONFIGS[family])
+    plan = cpu_plan(spec, tp=tp, pp=pp, num_blocks=5, block_tokens=BLOCK_TOKENS)
+    for place in plan.ranks:
+        first, last = place.layers
+        caches = kv_cache.allocate(
+            num_layers=last - first,
+            num_blocks=5,
+            num_kv_heads=place.kv_heads[1] - place.kv_heads[0],
+            block_tokens=BLOCK_TOKENS,
+            head_dim=spec.layers[0].attention.head_dim,
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+        )
+        mesh = SimpleNamespace(
+            place=place,
+            is_first_stage=place.stage == 0,
+            is_last_stage=place.stage == pp - 1,
+        )
+        source = CountingSource()
+        decoder.DecoderStage(source, mesh, models.tensor_names(spec.architecture), spec, caches)
+        assert source.num_bytes == stage_weight_bytes(
+            spec, plan.split, stage=place.stage, tp_rank=place.tp_rank
+        )
+        cache_bytes = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+        assert cache_bytes == 5 * BLOCK_TOKENS * stage_kv_bytes_per_token(
+            spec, plan.split, stage=place.stage
+        )
