@@ -16,7 +16,7 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.errors import RunError
-from rankwright.cli.load import Load, Measured, measure
+from rankwright.cli.load_values import Load, Measured
 from rankwright.cli.output import console, print_json, seconds, status, table
 from rankwright.cost_model.predict import predict
 from rankwright.cost_model.prediction import Estimate, Prediction
@@ -67,6 +67,8 @@ def run(
     if not is_url and plan is not None:
         raise ValueError("--plan goes with a URL; a PLAN given by itself is launched")
     made = read_plan(Path(target)) if not is_url else None if plan is None else read_plan(plan)
+    from rankwright.cli.load import measure  # needs httpx, which is of rankwright[executor]
+
     load = _load(made, isl, osl, concurrency, rate, num_requests)
     if is_url:
         measured = measure(target, load)

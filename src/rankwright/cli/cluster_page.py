@@ -49,16 +49,16 @@ def print_matrix(
     gpus: Sequence[str],
     matrix: Sequence[Sequence[str]],
     nics: Sequence[str] = (),
-    nic_matrix: Sequence[Sequence[str]] = (),
+    nic_matrix: Sequence[Sequence[str | None]] = (),
     out: Console | None = None,
 ) -> None:
     """Print link tokens, GPU by GPU and then network port by GPU."""
     out = out or console()
     made = table("", *gpus)
     for name, row in (*zip(gpus, matrix, strict=True), *zip(nics, nic_matrix, strict=True)):
-        made.add_row(name, *(Text(token, style=_colour(token)) for token in row))
+        made.add_row(name, *(Text(token or "?", style=_colour(token or "?")) for token in row))
     out.print(made)
-    _print_legend(out, {token for row in (*matrix, *nic_matrix) for token in row})
+    _print_legend(out, {token for row in (*matrix, *nic_matrix) for token in row if token})
 
 
 def _add_node(tree: Tree, node: Node) -> None:

@@ -31,7 +31,7 @@ def exit_code(error: Exception) -> int:
             return code
     if _is_usage(error) or isinstance(error, (ValueError, OSError)):
         return USAGE
-    if isinstance(error, ModuleNotFoundError):
+    if _is_missing_extra(error):
         return RUN_FAILED
     return OUR_MISTAKE
 
@@ -41,7 +41,7 @@ def describe_error(error: Exception) -> tuple[str, str]:
     kind = str(getattr(error, "kind", type(error).__name__))
     if isinstance(error, ValidationError):
         return kind, describe_validation(error)
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and _is_missing_extra(error):
         return kind, f"{error.name} is missing; install it with: pip install 'rankwright[executor]'"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return kind, f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
@@ -71,6 +71,11 @@ def nearest(word: str, known: Iterable[str], limit: int = 3) -> str:
     if close:
         return "nearest are " + ", ".join(map(repr, close))
     return "known are " + ", ".join(map(repr, choices[:12]))
+
+
+def _is_missing_extra(error: Exception) -> bool:
+    own = isinstance(error, ModuleNotFoundError) and str(error.name).startswith("rankwright.")
+    return isinstance(error, ModuleNotFoundError) and not own
 
 
 def _is_usage(error: Exception) -> bool:

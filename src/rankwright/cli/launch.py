@@ -44,8 +44,27 @@ def run(
     node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
     master_addr: Annotated[str, typer.Option(help="Address of machine 0.")] = "127.0.0.1",
     master_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port where the ranks meet; 0: any.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Port where the ranks meet.  [default: any; 29500 over nodes]"
+        ),
+    ] = None,
+    host_interface: Annotated[
+        str | None,
+        typer.Option(help="Address on which machine 0 listens for ranks.  [default: master-addr]"),
+    ] = None,
+    start_timeout: Annotated[
+        float, typer.Option(metavar="S", help="Until every replica must be ready.")
+    ] = 1800,
+    drain: Annotated[
+        float, typer.Option(metavar="S", help="For running requests, after a signal to stop.")
+    ] = 10,
+    model_name: Annotated[
+        str | None, typer.Option(help="Name in the API.  [default: the model's]")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run PLAN where the machine differs from its cluster.")
+    ] = False,
 ) -> None:
     """Serve MODEL, planned now, or PLAN, until stopped: an OpenAI-compatible server."""
     if node_rank >= nnodes:
@@ -56,7 +75,8 @@ def run(
     plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
     if made_now:
         status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
-    from rankwright.executor.launch import launch  # torch: seconds that a wrong option need not pay
+    # Here, not at the top: a login node has no rankwright[executor], and `--help` works there too.
+    from rankwright.executor.launch import launch
 
     code = launch(
         plan,
@@ -69,5 +89,10 @@ def run(
         node_rank=node_rank,
         master_addr=master_addr,
         master_port=master_port,
+        host_interface=host_interface,
+        start_timeout_s=start_timeout,
+        drain_s=drain,
+        force=force,
+        model_name=model_name,
     )
     raise typer.Exit(code)

@@ -14,20 +14,7 @@ from dataclasses import dataclass
 import httpx
 
 from rankwright.cli.errors import RunError
-from rankwright.topology.value import Value
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What to send."""
-
-    input_tokens: int
-    output_tokens: int
-    num_requests: int
-    concurrency: int | None  # None: open loop
-    request_rate: float | None
-    vocab_size: int
-    seed: int = 0
+from rankwright.cli.load_values import Load, Measured, Spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,28 +24,6 @@ class Timing:
     first_s: float
     last_s: float
     num_tokens: int
-
-
-class Spread(Value):
-    """Seconds of many requests."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-
-
-class Measured(Value):
-    """What the server did under the load."""
-
-    ttft_s: Spread
-    tpot_s: Spread | None
-    output_tokens_per_s: float
-    requests_per_s: float
-    num_requests: int
-    num_failed: int
-    first_failure: str | None
-    duration_s: float
 
 
 def measure(url: str, load: Load) -> Measured:

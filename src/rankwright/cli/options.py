@@ -1,17 +1,12 @@
 """Options that several commands share, and the values they stand for."""
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Objective, Workload
-from rankwright.planner.plan import Plan
-from rankwright.planner.read_plan import read_plan
 
 Model = Annotated[
     str,
@@ -96,26 +91,6 @@ def workload(
         percentile=percentile,
         objective=objective,
     )
-
-
-def plan_or_model(text: str) -> Plan | ModelSpec:
-    """Return the plan in the file `text`, or the model that `text` names.
-
-    A JSON file with a `split` in it is a plan; `config.json` files have none.
-    """
-    path = Path(text)
-    if path.suffix == ".json" and path.name != "config.json":
-        if not path.is_file():
-            raise ValueError(f"there is no file {text}; `rankwright plan MODEL -o FILE` makes one")
-        return read_plan(path)
-    if path.is_file():
-        try:
-            is_plan = "split" in json.loads(path.read_text(encoding="utf-8"))
-        except (TypeError, ValueError):
-            is_plan = False
-        if is_plan:
-            return read_plan(path)
-    return read_model(text)
 
 
 def with_dtypes(spec: ModelSpec, dtype: Dtype | None, kv_dtype: Dtype | None) -> ModelSpec:

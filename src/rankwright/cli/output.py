@@ -118,7 +118,7 @@ def prediction_table(prediction: Prediction, num_gpus: int) -> Table:
 
 def memory_table(prediction: Prediction, capacity_bytes: float) -> Table:
     """Return the memory of the fullest rank by part, beside `capacity_bytes`."""
-    made = table("memory of the fullest rank", "", "", right=("",))
+    made = table("memory of the fullest rank", "bytes", "share", right=("bytes",))
     for part in prediction.memory_parts:
         made.add_row(part.name, gigabytes(part.bytes), bar(part.bytes / capacity_bytes))
     total = sum(part.bytes for part in prediction.memory_parts)

@@ -1,14 +1,17 @@
 """From what was typed to a `Plan`: the road that `plan`, `launch`, `generate` and `bench` share."""
 
+import json
 from pathlib import Path
 
-from rankwright.cli.options import plan_or_model, with_dtypes
+from rankwright.cli.options import with_dtypes
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import make_plan
 from rankwright.planner.pins import Pins
 from rankwright.planner.plan import Plan
+from rankwright.planner.read_plan import read_plan
 from rankwright.topology.read_cluster import read_cluster
 
 
@@ -50,6 +53,26 @@ def plan_of(
     if isinstance(value, Plan):
         return value, False
     return plan_for(value, cluster, workload, pins=pins), True
+
+
+def plan_or_model(text: str) -> Plan | ModelSpec:
+    """Return the plan in the file `text`, or the model that `text` names.
+
+    A JSON file with a `split` in it is a plan; `config.json` files have none.
+    """
+    path = Path(text)
+    if path.suffix == ".json" and path.name != "config.json":
+        if not path.is_file():
+            raise ValueError(f"there is no file {text}; `rankwright plan MODEL -o FILE` makes one")
+        return read_plan(path)
+    if path.is_file():
+        try:
+            is_plan = "split" in json.loads(path.read_text(encoding="utf-8"))
+        except (TypeError, ValueError):
+            is_plan = False
+        if is_plan:
+            return read_plan(path)
+    return read_model(text)
 
 
 def weights_folder(plan: Plan, model_path: Path | None) -> Path | None:
