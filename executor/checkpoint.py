@@ -100,6 +100,29 @@ def check_weights(folder: Path) -> tuple[Path, ...]:
     )
 
 
+def read_sampling_defaults(folder: Path | None) -> tuple[dict[str, float | int], list[str]]:
+    """Return what the model's authors advise for sampling, and a note on what we cannot follow.
+
+    From `generation_config.json`, whose fields are used as vLLM uses them: what a request says
+    comes first. Empty where there is no folder or no such file.
+
+    Raises:
+        ValueError: The file is malformed.
+    """
+    config = {} if folder is None else read_json(folder / "generation_config.json")
+    defaults: dict[str, float | int] = {}
+    for name in ("temperature", "top_k", "top_p"):
+        value = config.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            defaults[name] = max(0, value)  # top_k -1: all tokens
+    notes = [
+        f"generation_config.json asks for {name}={config[name]}, which is not supported: left out"
+        for name, neutral in (("repetition_penalty", 1), ("min_p", 0))
+        if config.get(name) not in (None, neutral)
+    ]
+    return defaults, notes
+
+
 def read_json(path: Path) -> dict[str, object]:
     """Return the JSON object in `path`; empty where there is no such file.
 

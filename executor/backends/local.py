@@ -1,0 +1,281 @@
+"""Ranks of this machine, as processes under torchrun's agent.
+
+torchrun gives each rank its environment (`RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`) and
+ends all when one ends badly. What it does not do, and this module does: one log file a rank, the
+order in which ranks ended (the first is the cause, the others are victims), and no process left.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwright.planner.plan import Plan, RankPlan
+
+WORKER = (sys.executable, "-m", "rankwright.executor.worker")
+
+# torchrun's own --log-dir makes two files four folders deep, and counts local ranks. `exec` keeps
+# the process id, so that signals and exit codes are the rank's own.
+_SHELL = (
+    'echo $$ >"$RANKWRIGHT_RUN_DIR/rank-$RANK.pid" && '
+    'exec "$@" >"$RANKWRIGHT_RUN_DIR/rank-$RANK.log" 2>&1'
+)
+AGENT_LOG = "torchrun.log"
+_POLL_S = 0.1
+# From the first rank's end until the others are killed: time for them to say what they saw.
+_LAST_WORDS_S = 2.0
+# torchrun names the exit code of each rank it saw end badly.
+_EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the agents of all nodes meet.
+
+    Attributes:
+        nnodes: Machines.
+        node_rank: Number of this one among them.
+        master_addr: Address of the first one.
+        master_port: Port there.
+    """
+
+    nnodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the ranks ended.
+
+    Attributes:
+        rank: The first that ended; None where only torchrun itself did.
+        error: One line.
+        log: File with the rest.
+    """
+
+    rank: RankPlan | None
+    error: str
+    log: Path
+
+
+class LocalRanks:
+    """The ranks of one node, from their start to their end."""
+
+    def __init__(
+        self,
+        ranks: Sequence[RankPlan],
+        run_dir: Path,
+        rendezvous: Rendezvous,
+        environment: Mapping[str, str],
+        worker: Sequence[str] = WORKER,
+    ) -> None:
+        """Start `ranks`, which run the command `worker` and keep their files in `run_dir`."""
+        self._ranks = {rank.rank: rank for rank in ranks}
+        self._run_dir = run_dir
+        self._pids: dict[int, int] = {}
+        self._watched: dict[int, int] = {}  # rank: descriptor that is readable when it has ended
+        self._ended: list[int] = []
+        self._changed = asyncio.Event()
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", str(rendezvous.nnodes), "--node-rank", str(rendezvous.node_rank)),
+            *("--nproc-per-node", str(len(ranks)), "--max-restarts", "0"),
+            *("--master-addr", rendezvous.master_addr),
+            *("--master-port", str(rendezvous.master_port)),
+            # Without it torchrun asks the resolver for this machine's name, which may take seconds.
+            *(("--local-addr", rendezvous.master_addr) if rendezvous.node_rank == 0 else ()),
+            *("--no-python", "sh", "-c", _SHELL, "rank", *worker),
+        ]
+        with (run_dir / AGENT_LOG).open("wb") as log:
+            self._agent = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**environment, "RANKWRIGHT_RUN_DIR": str(run_dir)},
+                # A terminal's Ctrl-C goes to the parent alone, which decides what it means.
+                start_new_session=True,
+            )
+
+    async def first_end(self) -> None:
+        """Return when a rank or torchrun has ended."""
+        while not self._ended and self._agent.poll() is None:
+            self._find_ranks()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _POLL_S)
+
+    async def end(self, within_s: float) -> bool:
+        """Return whether all have ended by themselves within `within_s` seconds."""
+        deadline_s = time.monotonic() + within_s
+        while self._agent.poll() is None and time.monotonic() < deadline_s:
+            self._find_ranks()
+            await asyncio.sleep(_POLL_S / 2)
+        return self._agent.poll() is not None
+
+    async def failure(self) -> Failure:
+        """Return why a rank ended, and kill the rest; for when something has gone wrong."""
+        await self.end(_LAST_WORDS_S)
+        self._find_ranks()
+        first = self._ended[0] if self._ended else None
+        for rank in self._pids:
+            self._kill_rank(rank)
+        # The agent now sees every rank gone and writes their exit codes.
+        await self.end(_LAST_WORDS_S)
+        await self.kill()
+        return self._explain(first)
+
+    async def kill(self) -> None:
+        """Kill what is left, ranks and agent, and wait until it is gone."""
+        if self._agent.poll() is None:
+            self._agent.kill()
+            await asyncio.to_thread(self._agent.wait)
+        # A rank that the agent had only just started may not have written its number yet.
+        deadline_s = time.monotonic() + _POLL_S
+        self._find_ranks()
+        while len(self._pids) < len(self._ranks) and time.monotonic() < deadline_s:
+            await asyncio.sleep(_POLL_S / 10)
+            self._find_ranks()
+        for rank in self._pids:
+            self._kill_rank(rank)
+        while self._watched:  # each empties it as it ends
+            await asyncio.sleep(_POLL_S / 10)
+
+    def terminate(self) -> None:
+        """Ask torchrun to end its ranks; for a node whose ranks another node leads."""
+        with contextlib.suppress(ProcessLookupError):
+            self._agent.terminate()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of torchrun; None while it runs."""
+        return self._agent.poll()
+
+    def _find_ranks(self) -> None:
+        """Watch the ranks that have started since the last look."""
+        for rank in self._ranks.keys() - self._pids.keys():
+            try:
+                pid = int((self._run_dir / f"rank-{rank}.pid").read_text())
+            except (FileNotFoundError, ValueError):
+                continue  # not there yet, or not yet written
+            self._pids[rank] = pid
+            self._watch(rank, pid)
+
+    def _watch(self, rank: int, pid: int) -> None:
+        if not hasattr(os, "pidfd_open"):
+            return  # not Linux: torchrun's end is what we see
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._note_end(rank)
+            return
+        self._watched[rank] = descriptor
+        asyncio.get_running_loop().add_reader(descriptor, self._note_end, rank)
+
+    def _note_end(self, rank: int) -> None:
+        if rank in self._watched:
+            descriptor = self._watched.pop(rank)
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+        self._ended.append(rank)
+        self._changed.set()
+
+    def _kill_rank(self, rank: int) -> None:
+        """Kill a rank and what it started: torchrun makes each the leader of a session."""
+        pid = self._pids[rank]
+        if rank in self._ended and not _leads_group(pid):
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def _explain(self, first: int | None) -> Failure:
+        if first is None:
+            # Not Linux, or torchrun itself went: the oldest error file is the best witness.
+            errors = sorted(
+                (path.stat().st_mtime_ns, rank)
+                for rank in self._ranks
+                if (path := self._error_file(rank)).is_file()
+            )
+            if not errors:
+                log = self._run_dir / AGENT_LOG
+                return Failure(None, last_line(log) or "no word from torchrun", log)
+            first = errors[0][1]
+        log = self._run_dir / f"rank-{first}.log"
+        error = last_line(self._error_file(first)) or self._exit(first) or last_line(log)
+        return Failure(self._ranks[first], error, log)
+
+    def _exit(self, rank: int) -> str:
+        """How a rank without an error file ended, from torchrun's log; empty if it is not there."""
+        text = (self._run_dir / AGENT_LOG).read_text(errors="replace")
+        codes = {int(pid): int(code) for code, pid in _EXIT_CODE.findall(text)}
+        code = codes.get(self._pids.get(rank, -1))
+        if code is None:
+            return ""
+        if code >= 0:
+            last = last_line(self._run_dir / f"rank-{rank}.log")
+            return f"exit code {code}" + (f": {last}" if last else "")
+        name = signal.Signals(-code).name
+        if -code == signal.SIGKILL:
+            return "killed by SIGKILL; the kernel does so when memory runs out (see dmesg)"
+        return f"killed by {name}"
+
+    def _error_file(self, rank: int) -> Path:
+        return self._run_dir / f"rank-{rank}.error"
+
+
+def rank_environment(plan: Plan, num_local: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` with what every rank on a node with `num_local` of them needs.
+
+    What the user has set stays, so that it can be changed without editing the plan.
+    """
+    # A rank's log is read while it runs; buffered lines would be lost when it is killed.
+    ours = {"PYTHONUNBUFFERED": "1"}
+    devices = {gpu.device for node in plan.cluster.nodes for gpu in node.gpus}
+    if devices == {"cpu"}:
+        ours["OMP_NUM_THREADS"] = str(max(1, num_cpus() // num_local))
+    else:
+        # The plan counts GPUs as the driver does; CUDA's own default is fastest first.
+        ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    ours.update({variable.name: variable.value for variable in plan.environment})
+    # Slurm and systemd signal every process at once: the parent drains first, then stops the ranks.
+    return {**ours, **environment, "RANKWRIGHT_IGNORE_TERM": "1"}
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of `path` that is not blank; empty where there is none."""
+    lines = tail(path, 1)
+    return lines[0].strip() if lines else ""
+
+
+def tail(path: Path, num_lines: int) -> list[str]:
+    """Return the last lines of `path` that are not blank; none where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))  # enough for any traceback
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line for line in text.splitlines() if line.strip()][-num_lines:]
+
+
+def _leads_group(pid: int) -> bool:
+    """Whether a process group of this id is alive: its number is then not another's."""
+    try:
+        return os.getpgid(pid) == pid
+    except (ProcessLookupError, PermissionError):
+        return False

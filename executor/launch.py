@@ -1,0 +1,240 @@
+"""`launch`: start the ranks of a plan and serve them over HTTP until told to stop."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+
+from rankwright.executor.backends.local import WORKER
+from rankwright.executor.checkpoint import read_sampling_defaults
+from rankwright.executor.metrics import Metrics
+from rankwright.executor.preflight import check_machine, find_model, listen, make_options
+from rankwright.executor.progress import Progress
+from rankwright.executor.server import create_app, make_server
+from rankwright.executor.service import Service
+from rankwright.executor.session import (
+    DeviceKind,
+    LaunchError,
+    LoadFormat,
+    RunOptions,
+    Session,
+    follow,
+    start,
+)
+from rankwright.executor.tokenizer import Tokenizer
+from rankwright.planner.plan import Plan
+
+EXIT_OK, EXIT_LAUNCH_FAILED = 0, 5
+
+
+def launch(
+    plan: Plan,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    load_format: LoadFormat = "auto",
+    model_path: Path | str | None = None,
+    backend: str = "auto",
+    device: DeviceKind = "auto",
+    nnodes: int = 1,
+    node_rank: int = 0,
+    master_addr: str = "127.0.0.1",
+    master_port: int | None = None,
+    host_interface: str | None = None,
+    start_timeout_s: float = 1800.0,
+    drain_s: float = 10.0,
+    force: bool = False,
+    model_name: str | None = None,
+    worker: Sequence[str] = WORKER,
+) -> int:
+    """Serve `plan` until SIGINT or SIGTERM; return 0 then, 5 when a rank fails.
+
+    The first signal stops new requests and lets those that run finish, for `drain_s` seconds; a
+    second one ends them at once. With several nodes, run it on each with its `node_rank`; node 0
+    serves.
+
+    Args:
+        plan: What to run.
+        host: Address to serve on.
+        port: Port to serve on; 0: a free one, which is printed.
+        load_format: 'auto': safetensors; 'dummy': random weights.
+        model_path: Folder with weights and tokenizer; None: found by the model's name.
+        backend: 'auto' or 'local'.
+        device: 'auto': what the plan says.
+        nnodes: Machines this runs on.
+        node_rank: Number of this one.
+        master_addr: Address of machine 0.
+        master_port: Port there for torch; leaders connect to the next one.
+        host_interface: Address on which machine 0 listens for leaders; None: `master_addr`.
+        start_timeout_s: Until every replica must be ready.
+        drain_s: For running requests, after a signal.
+        force: Run also where this machine is not the one the plan was made for.
+        model_name: Name in the API; None: the plan's.
+        worker: Command of a rank.
+
+    Raises:
+        ValueError: Something asked for cannot be: this machine, the weights, the port.
+        ProbeError: This machine cannot be read.
+    """
+    options = make_options(
+        plan,
+        backend=backend,
+        load_format=load_format,
+        model_path=model_path,
+        device=device,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        host_interface=host_interface,
+        start_timeout_s=start_timeout_s,
+        worker=worker,
+    )
+    if drain_s < 0:
+        raise ValueError(f"drain_s is {drain_s:g}, must be 0 or more")
+    if not force:
+        check_machine(plan, options)
+    options, tokenizer = find_model(plan, options)
+    try:
+        if node_rank > 0:
+            asyncio.run(_follow(plan, options, drain_s))
+            return EXIT_OK
+        defaults, notes = read_sampling_defaults(options.model_path)
+        for note in notes:
+            _say(note)
+        with listen(host, port) as listening:
+            server = _Launch(plan, options, tokenizer, defaults, model_name or plan.model.name)
+            asyncio.run(server.run(listening, drain_s))
+            return EXIT_OK
+    except LaunchError as error:
+        _say(str(error))
+        return EXIT_LAUNCH_FAILED
+
+
+class _Launch:
+    """One launch on the machine that serves."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        options: RunOptions,
+        tokenizer: Tokenizer,
+        defaults: dict[str, float | int],
+        model_name: str,
+    ) -> None:
+        self._plan, self._options = plan, options
+        self._tokenizer, self._defaults = tokenizer, defaults
+        self._model_name = model_name
+
+    async def run(self, listening: socket.socket, drain_s: float) -> None:
+        """Serve on `listening` until a signal comes.
+
+        Raises:
+            LaunchError: A rank failed.
+        """
+        signals = Signals()
+        with Progress(self._plan) as progress:
+            async with start(self._plan, self._options) as session:
+                front_end = session.front_end
+                service = Service(
+                    front_end,
+                    self._tokenizer,
+                    self._model_name,
+                    self._plan.model.vocab_size,
+                    self._defaults,
+                    Metrics(front_end),
+                )
+                server = make_server(create_app(service))
+                # It answers from the start, so that /health can say "starting".
+                http = asyncio.create_task(server.serve(sockets=[listening]))
+                try:
+                    if await signals.before(session.ready(progress.show)):
+                        return
+                    host, port = listening.getsockname()[:2]
+                    progress.ready(f"{self._model_name} on http://{host}:{port}")
+                    await self._serve(session, service, signals, drain_s)
+                finally:
+                    server.should_exit = True
+                    await http
+
+    async def _serve(
+        self, session: Session, service: Service, signals: "Signals", drain_s: float
+    ) -> None:
+        failure = asyncio.create_task(session.failure())
+        try:
+            if not await signals.before(asyncio.shield(failure)):
+                raise failure.result()
+            service.draining = True
+            await _drain(session, signals, failure, drain_s)
+        finally:
+            failure.cancel()
+        await session.stop()
+
+
+async def _drain(
+    session: Session, signals: "Signals", failure: "asyncio.Task[LaunchError]", drain_s: float
+) -> None:
+    """Wait for running requests until the time is up or the next signal comes, then end them."""
+    front_end = session.front_end
+    if front_end.num_outstanding:
+        _say(
+            f"{front_end.num_outstanding} requests are running; waiting up to {drain_s:g} s "
+            "(signal again to stop now)"
+        )
+
+    async def idle_or_failed() -> None:
+        idle = asyncio.create_task(front_end.idle())
+        try:
+            await asyncio.wait({idle, failure}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            idle.cancel()
+
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(signals.before(idle_or_failed()), drain_s)
+    front_end.abort_all("the server has stopped")
+
+
+async def _follow(plan: Plan, options: RunOptions, drain_s: float) -> None:
+    """Run the ranks of a machine that does not serve, until machine 0 stops them.
+
+    Raises:
+        LaunchError: A rank failed.
+    """
+    signals = Signals()
+    with Progress(plan):
+        async with follow(plan, options) as ranks:
+            if await signals.before(ranks.done()):
+                # Whoever ends the job signals machine 0 too: it drains, then stops our ranks.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ranks.done(), drain_s)
+
+
+class Signals:
+    """SIGINT and SIGTERM as something to wait for, on the running loop."""
+
+    def __init__(self) -> None:
+        """Take the signals over."""
+        self._arrived: asyncio.Queue[int] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._arrived.put_nowait, number)
+
+    async def before(self, work: Awaitable[object]) -> bool:
+        """Return whether a signal came before `work` was done, which is then cancelled."""
+        job = asyncio.ensure_future(work)
+        arrived = asyncio.create_task(self._arrived.get())
+        try:
+            await asyncio.wait({job, arrived}, return_when=asyncio.FIRST_COMPLETED)
+            if job.done():
+                job.result()  # raises what it raised
+            return not job.done()
+        finally:
+            arrived.cancel()
+            job.cancel()
+
+
+def _say(text: str) -> None:
+    print(f"rankwright: {text}", file=sys.stderr, flush=True)

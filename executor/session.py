@@ -1,0 +1,299 @@
+"""A running plan: its ranks and the front end that talks to them, from start to end.
+
+What `launch` (serve until told to stop) and `generate` (answer some prompts) have in common. The
+process that runs this never imports torch: it has to be ready, and able to report, while the ranks
+are still loading.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rankwright.executor.backends.local import (
+    WORKER,
+    Failure,
+    LocalRanks,
+    Rendezvous,
+    last_line,
+    rank_environment,
+    tail,
+)
+from rankwright.executor.front_end import FrontEnd
+from rankwright.planner.plan import Plan, RankPlan
+
+LoadFormat = Literal["auto", "dummy"]
+DeviceKind = Literal["auto", "cpu", "cuda"]
+
+# From Stop until the ranks are killed: they finish a step and destroy their process groups.
+_STOP_GRACE_S = 10.0
+_REFRESH_S = 0.2
+
+
+class LaunchError(Exception):
+    """The ranks could not start, or one of them ended; one line, exit code 5."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a plan is started, beyond what the plan says.
+
+    Attributes:
+        load_format: 'dummy' makes random weights.
+        model_path: Folder with the weights; None: found by the model's name.
+        device: What the ranks compute on; 'auto': what the plan says.
+        nnodes: Machines that this command runs on at once, each with its `node_rank`.
+        node_rank: Number of this machine, 0 for the one that serves.
+        master_addr: Address of machine 0.
+        master_port: Port there for torch; None: a free one, or 29500 with several nodes.
+        host_interface: Address on which machine 0 listens for leaders; None: `master_addr`.
+        start_timeout_s: From the start until every replica is ready.
+        worker: Command of a rank.
+    """
+
+    load_format: LoadFormat = "auto"
+    model_path: Path | None = None
+    device: DeviceKind = "auto"
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int | None = None
+    host_interface: str | None = None
+    start_timeout_s: float = 1800.0
+    worker: Sequence[str] = WORKER
+
+
+class Session:
+    """Ranks that run, and the way to talk to them."""
+
+    def __init__(
+        self, plan: Plan, front_end: FrontEnd, ranks: LocalRanks, run_dir: Path, timeout_s: float
+    ) -> None:
+        """Hold what `start` has made."""
+        self.plan = plan
+        self.front_end = front_end
+        self.run_dir = run_dir
+        self._ranks = ranks
+        self._start_timeout_s = timeout_s
+        self._stopped = False
+
+    async def ready(self, report: Callable[[str], None] = lambda _: None) -> None:
+        """Return when every replica takes requests; `report` gets what the first rank does.
+
+        Raises:
+            LaunchError: A rank ended, or the time is up.
+        """
+        deadline_s = time.monotonic() + self._start_timeout_s
+        ready = asyncio.create_task(self.front_end.ready())
+        ended = asyncio.create_task(self._ranks.first_end())
+        try:
+            while not ready.done():
+                await asyncio.wait(
+                    {ready, ended}, timeout=_REFRESH_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if ended.done():
+                    raise _error(self.plan, await self._ranks.failure(), "did not start")
+                if time.monotonic() > deadline_s:
+                    raise LaunchError(await self._timeout_message())
+                report(last_line(self.run_dir / "rank-0.log"))
+        finally:
+            ready.cancel()
+            ended.cancel()
+
+    async def failure(self) -> LaunchError:
+        """Wait until a rank ends or a leader hangs up; return what happened."""
+        tasks = {
+            asyncio.create_task(self._ranks.first_end()),
+            asyncio.create_task(self.front_end.lost.wait()),
+        }
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        failure = await self._ranks.failure()
+        lost = [replica.lost for replica in self.front_end.replicas.values() if replica.lost]
+        if failure.rank is None and lost:
+            return LaunchError(f"a leader hung up but runs on: {lost[0]} (log: {failure.log})")
+        return _error(self.plan, failure, "failed")
+
+    async def stop(self) -> None:
+        """End every rank, in good order if they can."""
+        self._stopped = True
+        self.front_end.stop()
+        await self._ranks.end(_STOP_GRACE_S)
+        await self._ranks.kill()
+
+    async def close(self) -> None:
+        """Leave nothing behind: no process, and no files unless something went wrong."""
+        await self._ranks.kill()
+        if self._stopped:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    async def _timeout_message(self) -> str:
+        missing = sorted(set(range(self.plan.split.dp)) - self.front_end.replicas.keys())
+        leader = next(rank for rank in self.plan.ranks if rank.replica == missing[0])
+        log = self.run_dir / f"rank-{leader.rank}.log"
+        said = "\n".join(f"  {line}" for line in tail(log, 10)) or "  (nothing)"
+        return (
+            f"not ready after {self._start_timeout_s:g} s: no word from replica "
+            f"{', '.join(map(str, missing))}; allow more with --start-timeout. "
+            f"{describe_rank(self.plan, leader)} last said ({log}):\n{said}"
+        )
+
+
+@contextlib.asynccontextmanager
+async def start(plan: Plan, options: RunOptions) -> AsyncIterator[Session]:
+    """Start the ranks of this machine and the front end; all are gone at the end of the block."""
+    run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
+    several = options.nnodes > 1
+    address = (options.host_interface or options.master_addr, leader_port(options))
+    front_end = FrontEnd(plan.split.dp, address=address, authkey=shared_key(options))
+    async with front_end:
+        host, _, port = front_end.address.rpartition(":")
+        reach = f"{options.master_addr if several else host}:{port}"
+        ranks = start_ranks(plan, options, run_dir, reach, front_end.authkey)
+        session = Session(plan, front_end, ranks, run_dir, options.start_timeout_s)
+        try:
+            yield session
+        finally:
+            await asyncio.shield(session.close())
+
+
+class FollowedRanks:
+    """The ranks of a machine that does not serve; machine 0 leads them."""
+
+    def __init__(self, plan: Plan, ranks: LocalRanks) -> None:
+        """Hold what `follow` has started."""
+        self._plan = plan
+        self._ranks = ranks
+
+    async def done(self) -> None:
+        """Return when all have ended well.
+
+        Raises:
+            LaunchError: One has not.
+        """
+        await self._ranks.first_end()
+        await self._ranks.end(_STOP_GRACE_S)
+        if self._ranks.exit_code != 0:
+            raise _error(self._plan, await self._ranks.failure(), "failed")
+
+
+@contextlib.asynccontextmanager
+async def follow(plan: Plan, options: RunOptions) -> AsyncIterator[FollowedRanks]:
+    """Start the ranks of machine `options.node_rank`, not the one that serves."""
+    key = shared_key(options)
+    assert key is not None, "several machines always share a key"
+    run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))
+    address = f"{options.master_addr}:{leader_port(options)}"
+    ranks = start_ranks(plan, options, run_dir, address, key)
+    try:
+        yield FollowedRanks(plan, ranks)
+    finally:
+        await asyncio.shield(ranks.kill())
+
+
+def start_ranks(
+    plan: Plan, options: RunOptions, run_dir: Path, front_end: str, authkey: bytes
+) -> LocalRanks:
+    """Start the ranks of machine `options.node_rank`, which talk to `front_end` (host:port)."""
+    plan_path = run_dir / "plan.json"
+    plan_path.write_text(plan.model_dump_json(), encoding="utf-8")
+    node = node_order(plan)[options.node_rank]
+    ranks = plan.ranks_of_node(node)
+    environment = {
+        **rank_environment(plan, len(ranks), os.environ),
+        "RANKWRIGHT_FRONT_END": front_end,
+        "RANKWRIGHT_AUTHKEY": authkey.hex(),
+    }
+    worker = [*options.worker, "--plan", str(plan_path), "--load-format", options.load_format]
+    if options.model_path is not None:
+        worker += ["--model-path", str(options.model_path)]
+    worker += ["--device", options.device]
+    port = options.master_port
+    if port is None:
+        port = 29500 if options.nnodes > 1 else _free_port()
+    rendezvous = Rendezvous(options.nnodes, options.node_rank, options.master_addr, port)
+    return LocalRanks(ranks, run_dir, rendezvous, environment, worker)
+
+
+def node_order(plan: Plan) -> tuple[int, ...]:
+    """Return the machines of the plan in the order of their first rank.
+
+    torchrun numbers ranks along the nodes, so a node's ranks must follow one another.
+
+    Raises:
+        ValueError: They do not.
+    """
+    order: list[int] = []
+    for rank in plan.ranks:
+        if not order or order[-1] != rank.node:
+            order.append(rank.node)
+    if len(set(order)) != len(order):
+        raise ValueError(
+            f"ranks go to nodes {order}: torchrun needs the ranks of a node to follow one another; "
+            "plan again, or start each rank yourself"
+        )
+    return tuple(order)
+
+
+def leader_port(options: RunOptions) -> int:
+    """Port on which machine 0 listens for leaders: one that other machines can know."""
+    return 0 if options.nnodes == 1 else (options.master_port or 29500) + 1
+
+
+def shared_key(options: RunOptions) -> bytes | None:
+    """Return the key from `RANKWRIGHT_AUTHKEY`; None on one machine, where a random one will do.
+
+    Raises:
+        ValueError: There are several machines and no key, or it is malformed.
+    """
+    text = os.environ.get("RANKWRIGHT_AUTHKEY")
+    if not text:
+        if options.nnodes == 1:
+            return None
+        raise ValueError(
+            f"{options.nnodes} nodes need one key: set RANKWRIGHT_AUTHKEY to the same 64 hex "
+            "digits on each, for example from `openssl rand -hex 32`"
+        )
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) < 16:
+        raise ValueError(
+            "RANKWRIGHT_AUTHKEY must be at least 32 hex digits, for example from "
+            "`openssl rand -hex 32`"
+        )
+    return key
+
+
+def describe_rank(plan: Plan, rank: RankPlan) -> str:
+    """Name a rank by where it is and what it holds."""
+    node = plan.cluster.node(rank.node)
+    is_cpu = all(gpu.device == "cpu" for gpu in node.gpus)
+    replica = f"replica {rank.replica}, " if plan.split.dp > 1 else ""
+    return (
+        f"rank {rank.rank} ({replica}stage {rank.stage}, tp rank {rank.tp_rank}, "
+        f"{'CPU rank' if is_cpu else 'GPU'} {rank.gpu} of node {rank.node} {node.name!r})"
+    )
+
+
+def _error(plan: Plan, failure: Failure, what: str) -> LaunchError:
+    who = "torchrun" if failure.rank is None else describe_rank(plan, failure.rank)
+    return LaunchError(f"{who} {what}: {failure.error} (log: {failure.log})")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
