@@ -19,11 +19,11 @@ AttentionSplit = Literal["tp", "dp"]
 
 # Bytes of a rank that no term below accounts for, by kind of device. A calibration of the
 # machine replaces them.
-# cuda: context, cuBLAS workspace, NCCL channels and captured graphs. Published figures of vLLM: at
-#   TP8 a process ends 1.37 GiB (1.47 GB) above the budget it had profiled
-#   (github.com/vllm-project/vllm/pull/51590); graphs of a TP4 engine took 2464 MiB (2.58 GB) with
-#   one pool (github.com/vllm-project/vllm/issues/7553). We take the higher, as running out of
-#   memory costs a restart and 1 GB of KV cache 1 % of an H100.
+# cuda: context, cuBLAS workspace, NCCL channels, captured graphs, rotary table. Published figures
+#   of vLLM: at TP8 a process ends 1.37 GiB (1.47 GB) above the budget it had profiled
+#   (github.com/vllm-project/vllm/pull/51590); graphs of a TP4 engine took 2464 MiB (2.58 GB,
+#   github.com/vllm-project/vllm/issues/7553). We take the higher: running out of memory costs a
+#   restart, 1 GB of KV cache costs 1 % of an H100.
 # rocm: no published figure found; the same until measured.
 # cpu: resident bytes of Python with torch 2.13, gloo and tokenizers loaded, measured on Linux
 #   x86-64 at 246 MB, rounded up.
