@@ -42,7 +42,8 @@ def _expect_plan(plan: Plan, text: str) -> None:
 
 
 def _ranks_by_node(plan: Plan) -> list[int]:
-    return [len(plan.ranks_of_node(node)) for node in plan.nodes_used()]
+    # Machines in the order of their first rank, which is how launchers number them.
+    return [len(plan.ranks_of_node(n)) for n in dict.fromkeys(rank.node for rank in plan.ranks)]
 
 
 def _is_cpu(plan: Plan) -> bool:

@@ -1,6 +1,7 @@
 """Fills a `.j2` file: nothing undefined passes, and every value is quoted for where it lands."""
 
 import json
+import re
 
 import jinja2
 
@@ -27,10 +28,10 @@ def comment(text: str) -> str:
 def shell_word(text: str) -> str:
     r"""Return `text` as one word of a POSIX shell. Quoted always: a bare `A==b` misleads readers.
 
-    >>> print(shell_word("it's"))
-    'it'\''s'
+    >>> print(shell_word("a $b"))
+    "a \$b"
     """
-    return "'" + text.replace("'", "'\\''") + "'"
+    return '"' + re.sub(r'[\\"$`]', r"\\\g<0>", text) + '"'
 
 
 def yaml_string(text: str) -> str:

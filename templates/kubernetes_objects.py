@@ -17,28 +17,31 @@ from rankwright.planner.plan import EnvironmentVariable, Plan
 from rankwright.templates.fill import fill
 from rankwright.templates.layout import (
     DRAIN_S,
+    END_S,
+    PORTS_OF_A_LAUNCH,
     SHM_BYTES_PER_RANK,
     NodeShare,
+    needs_force,
     node_shares,
     start_budget_s,
 )
 from rankwright.templates.options import (
-    KUBERNETES_RENDEZVOUS_PORT,
+    KUBERNETES_PORT,
     KubernetesOptions,
     default_name,
 )
 from rankwright.templates.plan_text import plan_text
 from rankwright.templates.variables import checked_environment
+from rankwright.topology.devices import DEVICES
 
 KUBERNETES_FILE = "rankwright.yaml"
 
 # The API server's limit on the data of a ConfigMap (Kubernetes docs, ConfigMap, "Motivation").
 MAX_CONFIG_MAP_BYTES = 2**20
 
-# kube-proxy and ingresses need a moment to forget a pod that is ending; 10 s is the usual preStop
-# sleep of servers behind them. Then the drain, then what the processes take to end.
+# kube-proxy and ingresses need a moment to forget a pod that is ending: the usual preStop sleep of
+# servers behind them.
 PRE_STOP_S = 10
-END_S = 20
 
 PROBE_PERIOD_S = 10
 WAIT_FOR_HEAD_S = 300
@@ -101,7 +104,10 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
         groups=groups,
         image=options.image or f"rankwright:{__version__}",
         port=options.port,
-        rendezvous_port=KUBERNETES_RENDEZVOUS_PORT,
+        ports=range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH),
+        drain_s=DRAIN_S,
+        start_s=start_budget_s(shares),
+        force=needs_force(shares),
         head_host=head_host,
         wait_tries=WAIT_FOR_HEAD_S,
         environment=environment,
@@ -110,7 +116,8 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
         model_mount=model_mount,
         model_pvc=options.model_pvc,
         model_host_path=host_path,
-        startup_failures=math.ceil(start_budget_s(shares) / PROBE_PERIOD_S),
+        # Later than the launcher's own limit, which says why; this is for a launcher that hangs.
+        startup_failures=math.ceil(start_budget_s(shares) / PROBE_PERIOD_S) + 6,
         head_pre_stop_s=PRE_STOP_S,
         worker_pre_stop_s=PRE_STOP_S + DRAIN_S,
         grace_s=PRE_STOP_S + DRAIN_S + END_S,
@@ -152,7 +159,8 @@ def _quantity(num_bytes: int) -> str:
 
 def _gpu_resource(device: str) -> str:
     """Return the name under which the vendor's device plugin offers `device`."""
-    return "amd.com/gpu" if device.startswith("mi") else "nvidia.com/gpu"
+    vendor = DEVICES[device].vendor if device in DEVICES else "nvidia"
+    return f"{vendor}.com/gpu"
 
 
 def _environment(plan: Plan) -> tuple[tuple[EnvironmentVariable, ...], tuple[str, ...]]:

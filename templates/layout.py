@@ -1,11 +1,12 @@
 """What each machine of a plan must give: GPUs, CPUs, memory, and time to load.
 
-Node rank `i` of a launch is the plan's `i`-th used machine. Targets share this arithmetic, so that
-a Slurm job and a pod ask for the same things.
+Node ranks of a launch follow the plan's ranks: node rank 0 is the machine of rank 0. Targets share
+this arithmetic, so that a Slurm job and a pod ask for the same things.
 """
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 from rankwright.planner.plan import Plan
 
@@ -28,8 +29,13 @@ SHM_BYTES_PER_RANK = 2**30
 SLOWEST_STORAGE_BYTES_PER_S = 125 * 2**20
 START_S = 300
 
-# How long running requests get to finish after a TERM.
+# How long running requests get to finish after a TERM, and what the launcher then takes to end its
+# ranks: 10 s by themselves, a moment to kill them.
 DRAIN_S = 60
+END_S = 20
+
+# Ranks meet on one port; leaders of replicas connect to the next one.
+PORTS_OF_A_LAUNCH = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,7 @@ class NodeShare:
     node_rank: int
     node: int
     devices: tuple[str, ...]  # of its ranks, in rank order
+    is_whole: bool  # no GPU of the machine is left over
     num_cpus: int  # to ask for
     memory_bytes: int  # of host memory to ask for, without /dev/shm
     device_bytes: int  # held by all its ranks at most
@@ -54,14 +61,30 @@ class NodeShare:
         return sum(device != "cpu" for device in self.devices)
 
 
+def node_order(plan: Plan) -> tuple[int, ...]:
+    """Return the plan's machines by node rank: in the order of their first rank.
+
+    Raises:
+        ValueError: Ranks of a machine do not follow one another, as launchers number them.
+    """
+    places = [node for node, _ in groupby(plan.ranks, key=lambda rank: rank.node)]
+    if len(set(places)) != len(places):
+        raise ValueError(
+            f"ranks go to nodes {', '.join(map(str, places))}, and a job numbers the ranks of a "
+            "node one after another; plan again with a --tp that fits a node"
+        )
+    return tuple(places)
+
+
 def node_shares(plan: Plan) -> tuple[NodeShare, ...]:
     """Return what each used machine must give, by node rank.
 
     Raises:
-        ValueError: The machines hold different devices. A scheduler hands out machines in an order
-            of its own, and a plan for unlike machines is right in one order only.
+        ValueError: The machines hold different devices: a scheduler hands out machines in an order
+            of its own, and a plan for unlike machines is right in one order only. Or the GPUs of a
+            machine are not its first ones.
     """
-    shares = tuple(_share(plan, rank, node) for rank, node in enumerate(plan.nodes_used()))
+    shares = tuple(_share(plan, rank, node) for rank, node in enumerate(node_order(plan)))
     kinds = [sorted(set(share.devices)) for share in shares]
     for share, kind in zip(shares, kinds, strict=True):
         if kind != kinds[0]:
@@ -78,6 +101,12 @@ def _share(plan: Plan, node_rank: int, node: int) -> NodeShare:
     kinds = {gpu.index: gpu.device for gpu in machine.gpus}
     devices = tuple(kinds[rank.gpu] for rank in plan.ranks_of_node(node))
     num_ranks = len(devices)
+    gpus = sorted(rank.gpu for rank in plan.ranks_of_node(node))
+    if set(devices) != {"cpu"} and gpus != list(range(num_ranks)):
+        raise ValueError(
+            f"the plan uses GPUs {', '.join(map(str, gpus))} of node {node}, and a job's GPUs are "
+            f"numbered from 0; plan for machines of {num_ranks} GPUs"
+        )
     held_bytes = math.ceil(plan.prediction.memory_bytes_per_gpu.high) * num_ranks
     if all(device == "cpu" for device in devices):
         # Ranks split the machine's CPUs. There may be fewer CPUs than ranks.
@@ -92,6 +121,7 @@ def _share(plan: Plan, node_rank: int, node: int) -> NodeShare:
         node_rank=node_rank,
         node=node,
         devices=devices,
+        is_whole=num_ranks == len(machine.gpus),
         num_cpus=num_cpus,
         memory_bytes=memory_bytes,
         device_bytes=held_bytes,
@@ -102,3 +132,12 @@ def start_budget_s(shares: tuple[NodeShare, ...]) -> int:
     """Return the seconds after which a start counts as failed: slow storage, then `START_S`."""
     most_bytes = max(share.device_bytes for share in shares)
     return START_S + math.ceil(most_bytes / SLOWEST_STORAGE_BYTES_PER_S)
+
+
+def needs_force(shares: tuple[NodeShare, ...]) -> bool:
+    """Return whether a launcher will see other GPUs than the plan's machine has.
+
+    A job is given the GPUs that it asks for. Where those are a part of the machine, the launcher's
+    check that the machine is the planned one cannot hold.
+    """
+    return any(share.num_gpus > 0 and not share.is_whole for share in shares)

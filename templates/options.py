@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rankwright.planner.plan import Plan
+from rankwright.templates.layout import PORTS_OF_A_LAUNCH
 from rankwright.topology.value import Value
 
 
@@ -28,10 +29,10 @@ Image = Annotated[str, Field(pattern=r"^[A-Za-z0-9/_][!-~]*$")]
 Port = Annotated[int, Field(ge=1024, le=65535)]
 DEFAULT_PORT = 8000
 
-# Ranks meet here. Slurm jobs may share a node, so each takes its own port out of a range; a pod has
-# the whole port space to itself.
-SLURM_RENDEZVOUS_PORTS = range(20000, 30000)
-KUBERNETES_RENDEZVOUS_PORT = 29500
+# Ranks meet here, and leaders on the next port. Slurm jobs may share a node, so each takes its own
+# pair out of a range, by job id; a pod has the whole port space to itself.
+SLURM_PORTS = range(20000, 30000)
+KUBERNETES_PORT = 29500
 
 # A Service name is a DNS label of 63 characters, but a StatefulSet's becomes a label value together
 # with an 11-character revision hash: longer than 52 and its pods are never made. The longest suffix
@@ -81,7 +82,7 @@ class SlurmOptions(Value):
     def _consistent(self) -> "SlurmOptions":
         if self.container_image is not None and self.venv is not None:
             raise ValueError("give container_image or venv, not both: the image has its own Python")
-        if self.port in SLURM_RENDEZVOUS_PORTS:
+        if self.port in SLURM_PORTS:
             raise ValueError(
                 f"port={self.port} may be the port where the job's ranks meet (20000 to 29999, by "
                 f"job id); expected another, such as {DEFAULT_PORT}"
@@ -146,9 +147,9 @@ class KubernetesOptions(Value):
                     f"model_path={self.model_path!r} must be under /models, where the volume is "
                     "mounted"
                 )
-        if self.port == KUBERNETES_RENDEZVOUS_PORT:
+        if self.port in range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH):
             raise ValueError(
-                f"port={self.port} is the port where the ranks meet; expected another, such as "
+                f"port={self.port} is a port where the ranks meet; expected another, such as "
                 f"{DEFAULT_PORT}"
             )
         return self

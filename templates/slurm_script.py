@@ -5,8 +5,15 @@ from pathlib import PurePosixPath
 from rankwright import __version__
 from rankwright.planner.plan import Plan
 from rankwright.templates.fill import fill
-from rankwright.templates.layout import DRAIN_S, node_shares
-from rankwright.templates.options import SLURM_RENDEZVOUS_PORTS, SlurmOptions, default_name
+from rankwright.templates.layout import (
+    DRAIN_S,
+    END_S,
+    PORTS_OF_A_LAUNCH,
+    needs_force,
+    node_shares,
+    start_budget_s,
+)
+from rankwright.templates.options import SLURM_PORTS, SlurmOptions, default_name
 from rankwright.templates.plan_text import plan_text
 from rankwright.templates.variables import checked_environment
 
@@ -15,8 +22,8 @@ SLURM_FILE = "rankwright.sbatch"
 # Slurm refuses larger scripts (slurm.conf(5), SchedulerParameters max_script_size: 4 megabytes).
 MAX_SCRIPT_BYTES = 4 * 2**20
 
-# TERM comes this long before the time limit: the drain, and what the job takes to end.
-TERM_LEAD_S = DRAIN_S + 30
+# TERM comes this long before the time limit. Slurm may send it up to 60 s early, never late.
+TERM_LEAD_S = DRAIN_S + END_S
 
 
 def slurm_files(plan: Plan, options: SlurmOptions) -> dict[str, str]:
@@ -50,8 +57,12 @@ def slurm_files(plan: Plan, options: SlurmOptions) -> dict[str, str]:
         num_cpus=max(share.num_cpus for share in shares),
         term_lead_s=TERM_LEAD_S,
         log_dir=options.log_dir,
-        rendezvous_first=SLURM_RENDEZVOUS_PORTS.start,
-        rendezvous_count=len(SLURM_RENDEZVOUS_PORTS),
+        first_port=SLURM_PORTS.start,
+        ports_of_a_launch=PORTS_OF_A_LAUNCH,
+        num_port_sets=len(SLURM_PORTS) // PORTS_OF_A_LAUNCH,
+        drain_s=DRAIN_S,
+        start_s=start_budget_s(shares),
+        force=needs_force(shares),
         port=options.port,
         venv=options.venv,
         environment=checked_environment(plan),

@@ -1,0 +1,82 @@
+from collections.abc import Callable
+
+import pytest
+from tests.templates.plans import cpu_plan, plan
+
+from rankwright.templates.check import ManifestMismatchError, check, read_objects, slurm_header
+from rankwright.templates.render import render
+
+SLURM, KUBERNETES = "rankwright.sbatch", "rankwright.yaml"
+
+
+def tampered(files: dict[str, str], name: str, old: str, new: str) -> dict[str, str]:
+    assert old in files[name]
+    return files | {name: files[name].replace(old, new)}
+
+
+@pytest.mark.parametrize("make", [plan, cpu_plan, lambda: plan((8,), tp=4, pp=1)])
+@pytest.mark.parametrize("target", ["slurm", "kubernetes"])
+def test_what_was_rendered_passes(target: str, make: Callable[[], object]) -> None:
+    made = make()
+    check(made, target, render(made, target))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("--nodes=2\n#", "--nodes=3\n#", "nodes: rendered 3, the plan says 2"),
+        ("--gpus-per-node=8", "--gpus-per-node=4", "GPUs a node"),
+        ("#SBATCH --gpus-per-node=8\n", "", "GPUs a node: rendered 0"),
+        ("#SBATCH --ntasks-per-node=1", "#SBATCH --ntasks-per-node=8", "launchers a node"),
+        ("#SBATCH --requeue", "#SBATCH --mem=1", "--mem is given twice"),
+        ("--nnodes 2", "--nnodes 1", "launch --nnodes"),
+        ("    --nodes=2 ", "    --nodes=1 ", "srun --nodes"),
+        ('"num_blocks": 1000', '"num_blocks": 1001', "embedded plan.json"),
+    ],
+)
+def test_a_changed_script_is_noticed(old: str, new: str, message: str) -> None:
+    files = tampered(render(plan(), "slurm"), SLURM, old, new)
+    with pytest.raises(ManifestMismatchError, match=message):
+        check(plan(), "slurm", files)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("limits:\n              nvidia.com/gpu: 8", "limits:\n              a.b/gpu: 4", "by pod"),
+        ("            limits:\n              nvidia.com/gpu: 8\n", "", "GPU resources"),
+        ("replicas: 1", "replicas: 2", "pods numbered 1"),
+        ("start: 1\n", "start: 2\n", "pods: rendered"),
+        ("--nnodes 2", "--nnodes 3", "launch --nnodes"),
+        ('"num_blocks": 1000', '"num_blocks": 1001', "embedded plan.json"),
+        ("replicas: 1", "replicas: 1\n  replicas: 1", "'replicas' is given twice"),
+    ],
+)
+def test_changed_objects_are_noticed(old: str, new: str, message: str) -> None:
+    files = tampered(render(plan(), "kubernetes"), KUBERNETES, old, new)
+    with pytest.raises(ManifestMismatchError, match=message):
+        check(plan(), "kubernetes", files)
+
+
+def test_a_cpu_plan_must_not_ask_for_gpus() -> None:
+    files = render(cpu_plan(), "slurm")
+    extra = tampered(files, SLURM, "#SBATCH --mem=0", "#SBATCH --gpus-per-node=1\n#SBATCH --mem=0")
+    with pytest.raises(ManifestMismatchError, match="GPUs a node: rendered 1, the plan says 0"):
+        check(cpu_plan(), "slurm", extra)
+
+
+def test_a_mismatch_is_our_mistake_and_not_the_users() -> None:
+    assert issubclass(ManifestMismatchError, AssertionError)
+    assert not issubclass(ManifestMismatchError, ValueError)
+
+
+def test_sbatch_lines_after_the_first_command_do_not_count() -> None:
+    assert slurm_header("#!/bin/bash\n\n#SBATCH --a=1 --b\nx\n#SBATCH --c=2\n") == {
+        "a": "1",
+        "b": "",
+    }
+
+
+def test_objects_are_read_in_order() -> None:
+    kinds = [each["kind"] for each in read_objects(render(plan(), "kubernetes")[KUBERNETES])]
+    assert kinds == ["ConfigMap", "Service", "Service", "StatefulSet", "StatefulSet"]
