@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -54,12 +54,8 @@ def run(
     num_requests: Annotated[
         int | None, typer.Option(min=1, help="Requests in all.  [default: 4 rounds, 8 at least]")
     ] = None,
-    load_format: Annotated[
-        Literal["auto", "dummy"], typer.Option(help="Weights, where PLAN is launched.")
-    ] = "auto",
-    model_path: Annotated[
-        Path | None, typer.Option(help="Folder with the weights, where PLAN is launched.")
-    ] = None,
+    load_format: options.LoadFormat = "auto",
+    model_path: options.ModelPath = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure a server under load, beside what its plan predicts."""
@@ -197,8 +193,8 @@ def _print(load: Load, measured: Measured, predicted: Prediction | None) -> None
         right=("measured", "predicted"),
     )
     for name, spread, estimate in (
-        ("time to first token", measured.ttft_s, predicted and predicted.ttft_s),
-        ("time per output token", measured.tpot_s, predicted and predicted.tpot_s),
+        ("time to first token", measured.ttft_s, predicted.ttft_s if predicted else None),
+        ("time per output token", measured.tpot_s, predicted.tpot_s if predicted else None),
     ):
         if spread is not None:
             percentiles = (seconds(at) for at in (spread.p50, spread.p90, spread.p99))
@@ -207,7 +203,9 @@ def _print(load: Load, measured: Measured, predicted: Prediction | None) -> None
         "output tokens/s",
         f"{measured.output_tokens_per_s:,.1f}",
         *("", "", ""),
-        *_estimate(predicted and predicted.output_tokens_per_s, lambda rate: f"{rate:,.1f}"),
+        *_estimate(
+            predicted.output_tokens_per_s if predicted else None, lambda rate: f"{rate:,.1f}"
+        ),
     )
     out.print(made)
     if measured.num_failed:

@@ -1,23 +1,13 @@
 """`rankwright launch`: start the ranks of a plan and serve them over HTTP."""
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import status
-from rankwright.cli.planning import plan_of, weights_folder
+from rankwright.cli.planning import plan_of
 from rankwright.planner.pins import Pins
-
-LoadFormat = Annotated[
-    Literal["auto", "dummy"],
-    typer.Option(help="Weights from the checkpoint, or random ones for benchmarks."),
-]
-ModelPath = Annotated[
-    Path | None,
-    typer.Option(help="Folder with the weights.  [default: MODEL, or the hub's cache]"),
-]
 
 
 def run(
@@ -33,13 +23,11 @@ def run(
     pp: options.Pp = None,
     ep: options.Ep = None,
     dp: options.Dp = None,
-    backend: Annotated[
-        Literal["auto", "local"], typer.Option(help="How ranks are started.")
-    ] = "auto",
+    backend: options.Backend = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for HTTP; 0: any.")] = 8000,
-    load_format: LoadFormat = "auto",
-    model_path: ModelPath = None,
+    load_format: options.LoadFormat = "auto",
+    model_path: options.ModelPath = None,
     nnodes: Annotated[int, typer.Option(min=1, help="Machines of this launch.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is.")] = 0,
     master_addr: Annotated[str, typer.Option(help="Address of machine 0.")] = "127.0.0.1",
@@ -53,18 +41,14 @@ def run(
         str | None,
         typer.Option(help="Address on which machine 0 listens for ranks.  [default: master-addr]"),
     ] = None,
-    start_timeout: Annotated[
-        float, typer.Option(metavar="S", help="Until every replica must be ready.")
-    ] = 1800,
+    start_timeout: options.StartTimeout = 1800,
     drain: Annotated[
         float, typer.Option(metavar="S", help="For running requests, after a signal to stop.")
     ] = 10,
     model_name: Annotated[
         str | None, typer.Option(help="Name in the API.  [default: the model's]")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Run PLAN where the machine differs from its cluster.")
-    ] = False,
+    force: options.Force = False,
 ) -> None:
     """Serve MODEL, planned now, or PLAN, until stopped: an OpenAI-compatible server."""
     if node_rank >= nnodes:
@@ -84,7 +68,7 @@ def run(
         port=port,
         load_format=load_format,
         backend=backend,
-        model_path=weights_folder(plan, model_path),
+        model_path=model_path,
         nnodes=nnodes,
         node_rank=node_rank,
         master_addr=master_addr,

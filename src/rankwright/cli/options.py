@@ -1,6 +1,7 @@
 """Options that several commands share, and the values they stand for."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -10,7 +11,11 @@ from rankwright.cost_model.workload import Objective, Workload
 
 Model = Annotated[
     str,
-    typer.Argument(help="Hub id, local Hugging Face folder or config.json.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id, local Hugging Face folder or config.json.",
+        show_default=False,
+    ),
 ]
 ModelOrPlan = Annotated[
     str,
@@ -26,11 +31,17 @@ Cluster = Annotated[
         help="auto (probe this machine), a shorthand such as 2x8xh100-sxm+ib400, or a file."
     ),
 ]
-InputTokens = Annotated[int, typer.Option("--isl", min=1, help="Prompt length, tokens.")]
-OutputTokens = Annotated[int, typer.Option("--osl", min=1, help="Tokens generated a request.")]
+InputTokens = Annotated[
+    int, typer.Option("--isl", min=1, metavar="N", help="Prompt length, tokens.")
+]
+OutputTokens = Annotated[
+    int, typer.Option("--osl", min=1, metavar="N", help="Tokens generated a request.")
+]
 Concurrency = Annotated[
     int | None,
-    typer.Option(min=1, help="Requests in flight at most.  [default: what memory holds]"),
+    typer.Option(
+        min=1, metavar="N", help="Requests in flight at most.  [default: what memory holds]"
+    ),
 ]
 Rate = Annotated[float | None, typer.Option(help="Requests a second, instead of --concurrency.")]
 Ttft = Annotated[
@@ -50,11 +61,29 @@ KvDtype = Annotated[Dtype | None, typer.Option(help="KV cache, instead of the we
 MemoryBudget = Annotated[
     float | None, typer.Option(metavar="GB", help="Memory of each GPU that may be used.")
 ]
-Tp = Annotated[int | None, typer.Option(min=1, help="Pin tensor parallelism.")]
-Pp = Annotated[int | None, typer.Option(min=1, help="Pin pipeline stages.")]
-Ep = Annotated[int | None, typer.Option(min=1, help="Pin expert parallelism.")]
-Dp = Annotated[int | None, typer.Option(min=1, help="Pin replicas.")]
-Cp = Annotated[int | None, typer.Option(min=1, help="Pin context parallelism.")]
+Tp = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the tensor-parallel size.")]
+Pp = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Fix the number of pipeline stages.")
+]
+Ep = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the expert-parallel size.")]
+Dp = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the number of replicas.")]
+Cp = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the context-parallel size.")]
+
+Backend = Annotated[Literal["auto", "local"], typer.Option(help="How ranks are started.")]
+LoadFormat = Annotated[
+    Literal["auto", "dummy"],
+    typer.Option(help="Weights from the checkpoint, or random ones for benchmarks."),
+]
+ModelPath = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the weights.  [default: MODEL, or the hub's cache]"),
+]
+StartTimeout = Annotated[
+    float, typer.Option(metavar="S", help="Until every replica must be ready.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Run PLAN where the machine differs from its cluster.")
+]
 
 
 def workload(

@@ -73,11 +73,3 @@ def plan_or_model(text: str) -> Plan | ModelSpec:
         if is_plan:
             return read_plan(path)
     return read_model(text)
-
-
-def weights_folder(plan: Plan, model_path: Path | None) -> Path | None:
-    """Return the folder with the plan's weights if it is known: `model_path`, or the model's."""
-    if model_path is not None:
-        return model_path
-    own = Path(plan.model.name).expanduser()
-    return own if own.is_dir() else None

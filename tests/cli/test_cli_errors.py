@@ -1,0 +1,150 @@
+"""A user's mistake ends in one line that helps, and the right exit code."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rankwright.cli import main
+from rankwright.cli.errors import describe_error, exit_code, nearest
+
+SMALL = ["--cluster", "4xl4", "--isl", "64", "--osl", "8"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    code = main(args)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["plam"], ["'plam'", "'plan'"]),
+        (["xyzzy"], ["'xyzzy'", "known are", "'probe'"]),
+        (["plan"], ["MODEL", "missing"]),
+        (["plan", "Qwen/Qwen3-8B", "--ils", "5"], ["--ils", "--isl", "plan --help"]),
+        (["plan", "Qwen/Qwen3-8B", "--isl", "-3"], ["--isl", "1"]),
+        (["plan", "Qwen/Qwen3-8B", "--isl", "many"], ["--isl", "many"]),
+        (["plan", "Qwen/Qwen3-8B", "--objective", "speed"], ["speed", "throughput"]),
+        (["plan", "Qwen/Qwen3-8B", "--rate", "1", "--concurrency", "2", *SMALL], ["--rate", "one"]),
+        (["plan", "Qwen/Qwen3-8B", "--ttft", "0", *SMALL], ["--ttft", "above 0"]),
+        (["plan", "Qwen/Qwen3-8B", "--percentile", "100", *SMALL], ["--percentile", "100"]),
+        (["plan", "Qwen/Qwen3-8B", "--memory-budget", "-1", *SMALL], ["--memory-budget", "-1"]),
+        (["plan", "Qwen/Qwen3-8C", *SMALL], ["Qwen/Qwen3-8C", "Qwen/Qwen3-8B"]),
+        (["plan", "Qwen/Qwen3-8B", "--cluster", "8xh100-smx"], ["h100-smx", "h100-sxm"]),
+        (["plan", "Qwen/Qwen3-8B", "--cluster", "2x8xh100-sxm"], ["fabric", "+ib400"]),
+        (["predict", "Qwen/Qwen3-8B", "--tp", "8", *SMALL], ["TP8", "8 GPUs", "4"]),
+        (["predict", "Qwen/Qwen3-8B", "--tp", "3", *SMALL], ["3", "heads"]),
+        (["predict", "Qwen/Qwen3-8B", "--pp", "99", *SMALL], ["--pp", "99", "36 layers"]),
+        (["render", "none.json", "--target", "slurm"], ["none.json"]),
+        (["launch", "none.json"], ["none.json", "rankwright plan"]),
+        (["launch", "x", "--node-rank", "2", "--nnodes", "2"], ["--node-rank", "2 nodes"]),
+        (["probe", "--from-file", "none.txt"], ["none.txt", "no such file"]),
+        (["bench", "none.json"], ["none.json"]),
+        (["bench", "x.json", "--plan", "y.json"], ["--plan", "URL"]),
+        (["doctor", "--url", "localhost:8000"], ["--url", "http://"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], args: list[str], parts: list[str]
+) -> None:
+    code, out, err = run(capsys, *args)
+    assert code == 2, err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("rankwright: ")
+    for part in parts:
+        assert part.lower() in err.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("config.json", "{", ["config.json", "JSON"]),
+        ("config.json", "{}", ["architectures"]),
+        ("config.json", '{"architectures": ["GPT2LMHeadModel"]}', ["GPT2LMHeadModel"]),
+        ("plan.json", "{}", ["plan.json", "field"]),
+        ("plan.json", "[", ["plan.json", "JSON"]),
+    ],
+)
+def test_a_malformed_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, text: str, parts: list[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    command = ["plan", str(path), *SMALL] if name == "config.json" else ["launch", str(path)]
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize("text", ["cluster: [", "nodes: []", "nodes:\n- nmae: a", "3"])
+def test_a_malformed_cluster_file_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    code, _, err = run(capsys, "plan", "Qwen/Qwen3-8B", "--cluster", str(path))
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "cluster.yaml" in err
+
+
+def test_what_does_not_fit_is_exit_code_3_with_a_change_that_would(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["plan", "meta-llama/Llama-3.1-405B", "--cluster", "8xh100-sxm", "--json"]
+    code, out, err = run(capsys, *args)
+    assert code == 3
+    assert err.count("\n") == 1
+    error = json.loads(out)["error"]
+    assert error["class"] == "NoFeasiblePlanError"
+    assert error["message"] in err
+    assert "GPU" in error["message"]
+
+
+def test_a_broken_driver_is_exit_code_4_with_its_class(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = "Failed to initialize NVML: Driver/library version mismatch\n"
+    (tmp_path / "smi.txt").write_text(text)
+    code, out, err = run(capsys, "probe", "--from-file", str(tmp_path / "smi.txt"), "--json")
+    assert code == 4
+    assert json.loads(out)["error"]["class"] == "driver_library_mismatch"
+    assert "reboot" in err
+
+
+def test_a_server_that_is_not_there_is_exit_code_5(capsys: pytest.CaptureFixture[str]) -> None:
+    # Port 9 (discard) is not served on any machine that runs tests.
+    code, _, err = run(capsys, "bench", "http://127.0.0.1:9", "--num-requests", "1")
+    assert code == 5
+    assert err.count("\n") == 1
+    assert "127.0.0.1:9" in err
+
+
+def test_debug_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANKWRIGHT_DEBUG", "1")
+    code, _, err = run(capsys, "predict", "no/such-model", *SMALL)
+    assert code == 2
+    assert "Traceback" in err
+
+
+def test_our_own_mistake_is_not_passed_off_as_the_users() -> None:
+    assert exit_code(AssertionError("x")) == 1
+    assert exit_code(ModuleNotFoundError(name="rankwright.nothing")) == 1
+    assert exit_code(KeyError("x")) == 1
+
+
+def test_a_missing_extra_says_what_to_install() -> None:
+    error = ModuleNotFoundError(name="torch")
+    assert exit_code(error) == 5
+    assert "rankwright[executor]" in describe_error(error)[1]
+
+
+def test_nearest_lists_what_is_known_when_nothing_is_near() -> None:
+    assert nearest("qqq", ["slurm", "kubernetes"]) == "known are 'slurm', 'kubernetes'"
