@@ -37,7 +37,12 @@ RESERVED_BYTES: dict[str, int] = {
 # PyTorch: 4 of the logit, 12 sorted with its index, four int64 steps of the hash that makes the
 # noise, and the allocator's rest. Measured: resident bytes of `sample_reference` on 48 rows of
 # 128,256, torch 2.13 on a CPU. Gathering the shards before it takes less.
-_LOGIT_BYTES = 57
+_SAMPLED_LOGIT_BYTES = 57
+# Rows that the executor samples at once, so that those bytes do not grow with the batch: 32 rows of
+# a vocabulary of 128k fill a GPU, and take 0.23 GB.
+SAMPLED_ROWS = 32
+# Bytes a logit of every other row: float32, and as computed, padded and gathered over the ranks.
+_LOGIT_BYTES = 4 + 3 * 4
 
 
 def layer_weight_bytes(
@@ -171,8 +176,8 @@ def activation_bytes(
        of attention; or gate and up with their product; or for experts a copy of each chosen token,
        its gate, up, product and output. A rank gets at most `min(experts_per_token, its experts)`
        copies of a token.
-    3. `sequences x vocabulary`: float32 logits and what the sampler makes of them, see
-       `_LOGIT_BYTES`.
+    3. `sequences x vocabulary`: logits (`_LOGIT_BYTES`), and of `SAMPLED_ROWS` of them what the
+       sampler makes (`_SAMPLED_LOGIT_BYTES`).
     """
     token_values = 4 * spec.hidden_size + max(
         max(
@@ -184,6 +189,7 @@ def activation_bytes(
     return (
         num_bytes(max_batched_tokens * token_values, spec.dtype)
         + max_num_seqs * spec.vocab_size * _LOGIT_BYTES
+        + min(max_num_seqs, SAMPLED_ROWS) * spec.vocab_size * _SAMPLED_LOGIT_BYTES
     )
 
 

@@ -139,25 +139,19 @@ class Mesh:
             assert data is not None
             return data
         source, group = self.control.ranks[0], self.control.process_group
-        head = torch.zeros(CONTROL_BYTES, dtype=torch.uint8)
         room = CONTROL_BYTES - 8
+        head = bytearray(CONTROL_BYTES)
         if data is not None:
-            head[:8] = torch.frombuffer(
-                bytearray(len(data).to_bytes(8, "little")), dtype=torch.uint8
-            )
-            part = data[:room]
-            head[8 : 8 + len(part)] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-        dist.broadcast(head, source, group=group)
-        received = head.numpy().tobytes()
-        size = int.from_bytes(received[:8], "little")
+            head[:8] = len(data).to_bytes(8, "little")
+            head[8 : 8 + min(len(data), room)] = data[:room]
+        # `frombuffer` shares memory, so the broadcast fills `head` in place.
+        dist.broadcast(torch.frombuffer(head, dtype=torch.uint8), source, group=group)
+        size = int.from_bytes(head[:8], "little")
         if size <= room:
-            return received[8 : 8 + size]
-        if data is not None:
-            rest = torch.frombuffer(bytearray(data[room:]), dtype=torch.uint8)
-        else:
-            rest = torch.empty(size - room, dtype=torch.uint8)
-        dist.broadcast(rest, source, group=group)
-        return received[8:] + rest.numpy().tobytes()
+            return bytes(head[8 : 8 + size])
+        rest = bytearray(size - room) if data is None else bytearray(data[room:])
+        dist.broadcast(torch.frombuffer(rest, dtype=torch.uint8), source, group=group)
+        return bytes(head[8:] + rest)
 
     def gather_integers(self, value: int) -> list[int]:
         """Return every replica rank's `value`, in rank order."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from rankwright.cost_model.memory import SAMPLED_ROWS
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
 from rankwright.executor.forward_context import ForwardContext
@@ -181,16 +182,29 @@ class Runner:
         if batch.greedy:
             tokens_R = logits_RV.argmax(dim=-1)
         else:
-            tokens_R = sample(
-                logits_RV,
-                self._to_device(batch.temperature_R),
-                self._to_device(batch.top_k_R),
-                self._to_device(batch.top_p_R),
-                self._to_device(batch.seeds_R),
-                self._to_device(batch.sample_positions_R),
-            )
+            tokens_R = self._sample(logits_RV, batch)
         tokens: list[int] = tokens_R.tolist()
         return tokens
+
+    def _sample(self, logits_RV: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """Return tokens drawn `SAMPLED_ROWS` at a time: what sampling needs grows with the rows."""
+        filtered = bool(((batch.top_k_R > 0) | (batch.top_p_R < 1)).any())
+        rows = tuple(
+            self._to_device(array).split(SAMPLED_ROWS)
+            for array in (
+                batch.temperature_R,
+                batch.top_k_R,
+                batch.top_p_R,
+                batch.seeds_R,
+                batch.sample_positions_R,
+            )
+        )
+        return torch.cat(
+            [
+                sample(part_RV, *parts, filtered=filtered)
+                for part_RV, *parts in zip(logits_RV.split(SAMPLED_ROWS), *rows, strict=True)
+            ]
+        )
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         # A batch that came over the wire is read-only memory, which torch warns of: copy it.

@@ -168,3 +168,19 @@ def _client(
             connection.recv_bytes()
         except (EOFError, OSError):
             return
+
+
+def control(rank: int, plan_json: str, size: int) -> bytes:
+    """What this rank hears when its leader says `size` bytes."""
+    mesh = Mesh(Plan.model_validate_json(plan_json), rank, torch.device("cpu"))
+    said = bytes([mesh.place.replica + 1]) * size
+    return mesh.broadcast_bytes(said if mesh.is_leader else None)
+
+
+def columns(rank: int, plan_json: str) -> list[float]:
+    """The gathered columns, when each rank holds the numbers of its own."""
+    mesh = Mesh(Plan.model_validate_json(plan_json), rank, torch.device("cpu"))
+    gathered: list[float] = mesh.all_gather_columns(
+        torch.arange(*mesh.place.vocab, dtype=torch.float32).view(1, -1)
+    )[0].tolist()
+    return gathered
