@@ -166,7 +166,11 @@ def test_layers_of_a_stage_are_counted_by_kind() -> None:
 def test_logits_count_where_rows_are_sampled() -> None:
     more = activation_bytes(LLAMA_8B, tp=1, max_batched_tokens=100, max_num_seqs=3)
     less = activation_bytes(LLAMA_8B, tp=1, max_batched_tokens=100, max_num_seqs=2)
-    assert more - less == 128256 * 57
+    assert more - less == 128256 * (16 + 57)
+    # Rows are sampled 32 at a time, so past that only the logits grow.
+    more = activation_bytes(LLAMA_8B, tp=1, max_batched_tokens=100, max_num_seqs=200)
+    less = activation_bytes(LLAMA_8B, tp=1, max_batched_tokens=100, max_num_seqs=199)
+    assert more - less == 128256 * 16
 
 
 def test_activations_of_llama_8b_by_hand() -> None:
