@@ -22,6 +22,8 @@ _INIT_FAILURES = {
     "NVML_ERROR_UNKNOWN": "nvml_unknown_error",
 }
 
+_P2P_READ = 0  # nvmlGpuP2PCapsIndex_t; the binding's NVML_P2P_CAPS_INDEX_READ is a tuple by slip
+
 # nvmlGpuTopologyLevel_t: the closest common ancestor of two devices on PCIe.
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
@@ -87,11 +89,8 @@ def _read(nvml: Any, sysfs: Path) -> FoundMachine:
     for a, b in combinations(range(count), 2):
         links = _nvlinks_between(nvml, handles, buses, nvlinks, a, b)
         kinds[a, b] = f"NV{links}" if links else _pcie_kind(nvml, handles[a], handles[b])
-        read = nvml.NVML_P2P_CAPS_INDEX_READ
-        if not links and _p2p_status(nvml, handles[a], handles[b], read) not in (
-            None,
-            nvml.NVML_P2P_STATUS_OK,
-        ):
+        readable = _p2p_status(nvml, handles[a], handles[b], _P2P_READ)
+        if not links and readable not in (None, nvml.NVML_P2P_STATUS_OK):
             staged.append((a, b))
     notes = []
     if staged:

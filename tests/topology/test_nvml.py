@@ -1,0 +1,308 @@
+"""The NVML reader, against a binding whose functions answer from a table.
+
+No GPU is here to ask; the functions of the third-party package are replaced, ours are not. On real
+hardware the reader was run on two H200 in a virtual machine, whose odd answers (a switch without a
+bus id) are reproduced here.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rankwright.topology.errors import ProbeError
+from rankwright.topology.probe import probe
+from rankwright.topology.readers.nvml import read_nvml
+
+pynvml = pytest.importorskip("pynvml")
+
+MIB = 2**20
+HIDDEN = "FFFFFFFF:FF:FF.0"
+SWITCH = 2
+
+
+@dataclass
+class Board:
+    """What the binding says about one GPU."""
+
+    name: str = "NVIDIA H200"
+    bus: str = "00000000:01:00.0"
+    total: int = 143771 * MIB
+    free: int = 143156 * MIB
+    capability: tuple[int, int] = (9, 0)
+    links: list[tuple[int, str, int]] = field(default_factory=list)  # (state, remote bus, type)
+    mig: int = 0
+    processes: int = 0
+    cores: int = 16896
+    sm_mhz: int = 1980
+    memory_mhz: int = 3201
+    bus_bits: int = 6016
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch,
+    boards: list[Board],
+    *,
+    ancestor: int = 30,
+    nvlink_p2p: int = 0,
+    read_p2p: int = 0,
+) -> None:
+    def links_of(board: Board, link: int) -> tuple[int, str, int]:
+        if link >= len(board.links):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return board.links[link]
+
+    def p2p(_a: Board, _b: Board, capability: int) -> int:
+        return read_p2p if capability == 0 else nvlink_p2p
+
+    clocks = {pynvml.NVML_CLOCK_SM: "sm_mhz", pynvml.NVML_CLOCK_MEM: "memory_mhz"}
+    answers: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetCount": lambda: len(boards),
+        "nvmlDeviceGetHandleByIndex": lambda index: boards[index],
+        "nvmlDeviceGetPciInfo": lambda board: SimpleNamespace(busId=board.bus),
+        "nvmlDeviceGetName": lambda board: board.name,
+        "nvmlDeviceGetUUID": lambda board: f"GPU-{board.bus}",
+        "nvmlDeviceGetMemoryInfo": lambda board: SimpleNamespace(
+            total=board.total, free=board.free
+        ),
+        "nvmlDeviceGetCudaComputeCapability": lambda board: board.capability,
+        "nvmlDeviceGetMigMode": lambda board: (board.mig, board.mig),
+        "nvmlDeviceGetMaxClockInfo": lambda board, clock: getattr(board, clocks[clock]),
+        "nvmlDeviceGetMaxPcieLinkGeneration": lambda _board: 5,
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda _board: 16,
+        "nvmlDeviceGetComputeRunningProcesses": lambda board: [object()] * board.processes,
+        "nvmlDeviceGetNumGpuCores": lambda board: board.cores,
+        "nvmlDeviceGetMemoryBusWidth": lambda board: board.bus_bits,
+        "nvmlDeviceGetNvLinkState": lambda board, link: links_of(board, link)[0],
+        "nvmlDeviceGetNvLinkRemotePciInfo": lambda board, link: SimpleNamespace(
+            busId=links_of(board, link)[1]
+        ),
+        "nvmlDeviceGetNvLinkRemoteDeviceType": lambda board, link: links_of(board, link)[2],
+        "nvmlDeviceGetTopologyCommonAncestor": lambda _a, _b: ancestor,
+        "nvmlDeviceGetP2PStatus": p2p,
+    }
+    for name, function in answers.items():
+        monkeypatch.setattr(pynvml, name, function)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def pair(name: str, mib: int) -> list[Board]:
+    return [Board(name=name, bus=f"00000000:0{i}:00.0", total=mib * MIB) for i in (1, 2)]
+
+
+def switched(number: int = 18, **changes: Any) -> list[Board]:
+    return [
+        Board(bus=f"00000000:0{i}:00.0", links=[(1, HIDDEN, SWITCH)] * number, **changes)
+        for i in range(1, 3)
+    ]
+
+
+def test_links_to_a_switch_join_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, switched())
+    cluster = probe(require_gpu=True)
+    node = cluster.nodes[0]
+    assert [gpu.device for gpu in node.gpus] == ["h200-sxm"] * 2
+    assert node.gpus[0].memory_bytes == 143156 * MIB
+    assert node.gpus[0].total_memory_bytes == 143771 * MIB
+    assert node.gpus[0].compute_capability == (9, 0)
+    assert (node.links[0].kind, node.links[0].bytes_per_s) == ("NV18", 450e9)
+    assert node.driver == "580.1"
+    assert cluster.islands == (((0, 0), (0, 1)),)
+
+
+def test_links_that_the_fabric_manager_has_not_routed_count_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, switched(), nvlink_p2p=pynvml.NVML_P2P_STATUS_NOT_SUPPORTED)
+    link = probe().nodes[0].links[0]
+    assert (link.kind, link.bytes_per_s) == ("PHB", 64e9)
+
+
+def test_only_active_links_to_the_other_gpu_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = [
+        Board(name="NVIDIA A30", bus=f"00000000:0{i}:00.0", total=24576 * MIB) for i in (1, 2)
+    ]
+    boards[0].links = [(1, boards[1].bus, 0)] * 3 + [(0, boards[1].bus, 0)]
+    boards[1].links = [(1, boards[0].bus, 0)] * 3 + [(0, boards[0].bus, 0)]
+    install(monkeypatch, boards, ancestor=50)
+    link = probe().nodes[0].links[0]
+    assert (link.kind, link.bytes_per_s) == ("NV3", 75e9)
+
+
+@pytest.mark.parametrize(
+    ("ancestor", "kind"),
+    [(0, "PIX"), (10, "PIX"), (20, "PXB"), (30, "PHB"), (40, "NODE"), (50, "SYS")],
+)
+def test_the_common_ancestor_gives_the_pcie_class(
+    monkeypatch: pytest.MonkeyPatch, ancestor: int, kind: str
+) -> None:
+    install(monkeypatch, pair("NVIDIA L4", 23034), ancestor=ancestor)
+    assert probe().nodes[0].links[0].kind == kind
+
+
+def test_cards_without_peer_access_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = pair("NVIDIA GeForce RTX 4090", 24564)
+    install(monkeypatch, boards, read_p2p=pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED)
+    assert any("staged in host memory" in note for note in probe().notes)
+
+
+def test_mig_and_busy_gpus_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [Board(mig=1, processes=2, free=7 * MIB)])
+    cluster = probe()
+    gpu = cluster.nodes[0].gpus[0]
+    assert (gpu.mig, gpu.num_processes, gpu.memory_bytes) == (True, 2, 7 * MIB)
+    assert any("MIG" in note for note in cluster.notes)
+
+
+def test_the_numa_node_comes_from_sysfs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "bus/pci/devices/0000:01:00.0"
+    folder.mkdir(parents=True)
+    (folder / "numa_node").write_text("1\n")
+    install(monkeypatch, [Board()])
+    assert read_nvml(tmp_path).gpus[0].numa_node == 1
+    (folder / "numa_node").write_text("-1\n")
+    assert read_nvml(tmp_path).gpus[0].numa_node is None
+
+
+def test_a_gpu_without_a_row_gets_derived_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(
+        monkeypatch,
+        [
+            Board(
+                name="NVIDIA A10G",
+                total=23028 * MIB,
+                capability=(8, 6),
+                cores=9216,
+                sm_mhz=1710,
+                memory_mhz=6251,
+                bus_bits=384,
+            ),
+        ],
+    )
+    cluster = probe()
+    gpu = cluster.nodes[0].gpus[0]
+    assert gpu.device == "a10g"
+    assert gpu.memory_bytes_per_s == pytest.approx(600e9, rel=0.01)
+    assert gpu.flops_per_s is not None
+    assert gpu.flops_per_s["bfloat16"] == pytest.approx(126e12, rel=0.01)
+    assert "derived" in cluster.notes[0]
+
+
+def test_a_gpu_too_old_for_us_is_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Board(name="NVIDIA GeForce GT 710", bus="00000000:09:00.0", capability=(3, 5))
+    install(monkeypatch, [Board(), old])
+    cluster = probe()
+    assert cluster.num_gpus == 1
+    assert any("GT 710" in note for note in cluster.notes)
+    install(monkeypatch, [old])
+    with pytest.raises(ProbeError, match="GT 710") as caught:
+        probe()
+    assert caught.value.kind == "unsupported_gpu"
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [
+        ("1", [1]),
+        ("1,0", [0, 1]),
+        ("0,7,1", [0]),  # CUDA stops at the first entry that names no GPU
+        ("GPU-00000000:02", [1]),
+        (" 0 , 1 ", [0, 1]),
+    ],
+)
+def test_cuda_visible_devices_is_respected(
+    monkeypatch: pytest.MonkeyPatch, visible: str, indices: list[int]
+) -> None:
+    install(monkeypatch, switched())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    cluster = probe(require_gpu=True)
+    assert [gpu.index for gpu in cluster.nodes[0].gpus] == indices
+    assert len(cluster.nodes[0].links) == len(indices) - 1
+    assert visible in cluster.notes[-1]
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "9"])
+def test_hiding_every_gpu_leaves_cpu_ranks_unless_a_gpu_is_required(
+    monkeypatch: pytest.MonkeyPatch, visible: str
+) -> None:
+    install(monkeypatch, switched())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert {gpu.device for gpu in probe().nodes[0].gpus} == {"cpu"}
+    with pytest.raises(ProbeError, match="hides every GPU") as caught:
+        probe(require_gpu=True)
+    assert caught.value.kind == "no_devices"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("NVML_ERROR_LIB_RM_VERSION_MISMATCH", "driver_library_mismatch"),
+        ("NVML_ERROR_GPU_IS_LOST", "device_lost"),
+        ("NVML_ERROR_OPERATING_SYSTEM", "gpu_access_blocked"),
+        ("NVML_ERROR_UNKNOWN", "nvml_unknown_error"),
+        ("NVML_ERROR_IRQ_ISSUE", "nvml_unknown_error"),
+    ],
+)
+def test_a_broken_driver_is_never_hidden_behind_cpu_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, kind: str
+) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(getattr(pynvml, code))
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi to fall back on
+    with pytest.raises(ProbeError) as caught:
+        probe()
+    assert caught.value.kind == kind
+
+
+def test_no_driver_means_cpu_ranks_unless_a_gpu_is_required(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert {gpu.device for gpu in probe().nodes[0].gpus} == {"cpu"}
+    with pytest.raises(ProbeError, match="install the NVIDIA driver") as caught:
+        probe(require_gpu=True)
+    assert caught.value.kind == "nvml_library_not_found"
+
+
+SMI = """#!/bin/sh
+case "$1" in
+--query-gpu=*compute_cap*) echo 'Field "compute_cap" is not a valid field to query.' ;;
+--query-gpu=*) printf '0, NVIDIA H200, GPU-a, 143771, 143000, 470.1\\n1, NVIDIA H200, GPU-b, 143771, 143001, 470.1\\n' ;;
+topo) printf '\\tGPU0\\tGPU1\\nGPU0\\t X \\tNV18\\nGPU1\\tNV18\\t X \\n' ;;
+esac
+"""  # noqa: E501
+
+
+def test_nvidia_smi_is_asked_where_nvml_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    node = probe(require_gpu=True).nodes[0]
+    assert [gpu.memory_bytes for gpu in node.gpus] == [143000 * MIB, 143001 * MIB]
+    assert node.links[0].kind == "NV18"
+    assert node.driver == "470.1"
+    tool.write_text(
+        "#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\n"
+    )
+    with pytest.raises(ProbeError) as caught:
+        probe()
+    assert caught.value.kind == "driver_library_mismatch"
