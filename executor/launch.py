@@ -2,10 +2,9 @@
 
 import asyncio
 import contextlib
-import signal
 import socket
 import sys
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rankwright.executor.backends.local import WORKER
@@ -24,6 +23,7 @@ from rankwright.executor.session import (
     follow,
     start,
 )
+from rankwright.executor.signals import Signals
 from rankwright.executor.tokenizer import Tokenizer
 from rankwright.planner.plan import Plan
 
@@ -161,7 +161,7 @@ class _Launch:
                     await http
 
     async def _serve(
-        self, session: Session, service: Service, signals: "Signals", drain_s: float
+        self, session: Session, service: Service, signals: Signals, drain_s: float
     ) -> None:
         failure = asyncio.create_task(session.failure())
         try:
@@ -175,7 +175,7 @@ class _Launch:
 
 
 async def _drain(
-    session: Session, signals: "Signals", failure: "asyncio.Task[LaunchError]", drain_s: float
+    session: Session, signals: Signals, failure: "asyncio.Task[LaunchError]", drain_s: float
 ) -> None:
     """Wait for running requests until the time is up or the next signal comes, then end them."""
     front_end = session.front_end
@@ -210,30 +210,6 @@ async def _follow(plan: Plan, options: RunOptions, drain_s: float) -> None:
                 # Whoever ends the job signals machine 0 too: it drains, then stops our ranks.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ranks.done(), drain_s)
-
-
-class Signals:
-    """SIGINT and SIGTERM as something to wait for, on the running loop."""
-
-    def __init__(self) -> None:
-        """Take the signals over."""
-        self._arrived: asyncio.Queue[int] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._arrived.put_nowait, number)
-
-    async def before(self, work: Awaitable[object]) -> bool:
-        """Return whether a signal came before `work` was done, which is then cancelled."""
-        job = asyncio.ensure_future(work)
-        arrived = asyncio.create_task(self._arrived.get())
-        try:
-            await asyncio.wait({job, arrived}, return_when=asyncio.FIRST_COMPLETED)
-            if job.done():
-                job.result()  # raises what it raised
-            return not job.done()
-        finally:
-            arrived.cancel()
-            job.cancel()
 
 
 def _say(text: str) -> None:

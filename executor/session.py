@@ -210,7 +210,7 @@ def start_ranks(
     node = node_order(plan)[options.node_rank]
     ranks = plan.ranks_of_node(node)
     environment = {
-        **rank_environment(plan, len(ranks), os.environ),
+        **rank_environment(plan, ranks, os.environ),
         "RANKWRIGHT_FRONT_END": front_end,
         "RANKWRIGHT_AUTHKEY": authkey.hex(),
     }

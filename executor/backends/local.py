@@ -93,7 +93,9 @@ class LocalRanks:
             *("--master-port", str(rendezvous.master_port)),
             # Without it torchrun asks the resolver for this machine's name, which may take seconds.
             *(("--local-addr", rendezvous.master_addr) if rendezvous.node_rank == 0 else ()),
-            *("--no-python", "sh", "-c", _SHELL, "rank", *worker),
+            "--no-python",
+            # torchrun fills in ${local_rank} and the like, so a dollar must be doubled.
+            *(part.replace("$", "$$") for part in ("sh", "-c", _SHELL, "rank", *worker)),
         ]
         with (run_dir / AGENT_LOG).open("wb") as log:
             self._agent = subprocess.Popen(
@@ -231,22 +233,30 @@ class LocalRanks:
         return self._run_dir / f"rank-{rank}.error"
 
 
-def rank_environment(plan: Plan, num_local: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return `environment` with what every rank on a node with `num_local` of them needs.
+def rank_environment(
+    plan: Plan, ranks: Sequence[RankPlan], environment: Mapping[str, str]
+) -> dict[str, str]:
+    """Return `environment` with what each of `ranks`, all of one machine, needs.
 
-    What the user has set stays, so that it can be changed without editing the plan.
+    What the user has set comes before what the plan sets, so that it can be changed without
+    editing the plan.
     """
     # A rank's log is read while it runs; buffered lines would be lost when it is killed.
     ours = {"PYTHONUNBUFFERED": "1"}
-    devices = {gpu.device for node in plan.cluster.nodes for gpu in node.gpus}
-    if devices == {"cpu"}:
-        ours["OMP_NUM_THREADS"] = str(max(1, num_cpus() // num_local))
-    else:
-        # The plan counts GPUs as the driver does; CUDA's own default is fastest first.
-        ours["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     ours.update({variable.name: variable.value for variable in plan.environment})
-    # Slurm and systemd signal every process at once: the parent drains first, then stops the ranks.
-    return {**ours, **environment, "RANKWRIGHT_IGNORE_TERM": "1"}
+    # Slurm and systemd signal every process at once: the parent drains, then stops the ranks.
+    forced = {"RANKWRIGHT_IGNORE_TERM": "1"}
+    gpus = plan.cluster.node(ranks[0].node).gpus
+    if all(gpu.device == "cpu" for gpu in gpus):
+        ours["OMP_NUM_THREADS"] = str(max(1, num_cpus() // len(ranks)))
+        return {**ours, **environment, **forced}
+    # The plan counts GPUs as the driver does. CUDA's own default is fastest first, and it counts
+    # anew what CUDA_VISIBLE_DEVICES leaves; the probe has respected that already.
+    forced["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if {str(rank.gpu) for rank in ranks} <= {entry.strip() for entry in visible}:
+        environment = {k: v for k, v in environment.items() if k != "CUDA_VISIBLE_DEVICES"}
+    return {**ours, **environment, **forced}
 
 
 def num_cpus() -> int:

@@ -38,11 +38,11 @@ def main() -> int:
         place = json.loads(plan_path.read_text())["ranks"][rank]
         replica, leads = place["replica"], place["stage"] == 0 and place["tp_rank"] == 0
     print(f"rank {rank} runs as {os.getpid()}", flush=True)
-    time.sleep(float(os.environ.get("TEST_START_S", "0")))
     if os.environ.get("TEST_FAIL_RANK") == str(rank):
         text = "traceback line\nRuntimeError: out of memory: 3 GB wanted"
         (RUN_DIR / f"rank-{rank}.error").write_text(text)
         return 1
+    time.sleep(float(os.environ.get("TEST_START_S", "0")))
     stopped = RUN_DIR / f"stopped-{replica}"
     if not leads:
         while not stopped.exists():

@@ -92,11 +92,12 @@ class Launched:
         return code
 
     def processes(self) -> list[str]:
-        """Processes that belong to this launch: its folder is in their environment."""
+        """Processes that this launch has started: its folder is in their environment."""
         found: list[str] = []
+        mark = f"RANKWRIGHT_RUN_DIR={self.folder}".encode()
         for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if str(self.folder).encode() in (path / "environ").read_bytes():
+                if mark in (path / "environ").read_bytes():
                     found.append((path / "cmdline").read_text().replace("\0", " "))
         return found
 
@@ -198,7 +199,8 @@ def test_a_leader_that_crashes_ends_the_launch_and_tells_its_clients(tmp_path: P
 
 def test_a_rank_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
     plan = cpu_plan(SPEC, pp=3)
-    with launched(tmp_path, plan, environment={"TEST_FAIL_RANK": "2"}) as it:
+    failing = {"TEST_FAIL_RANK": "2", "TEST_START_S": "60"}
+    with launched(tmp_path, plan, environment=failing) as it:
         assert it.exit_code() == 5
         message = it.lines[-1]
         assert "rank 2 (stage 2, tp rank 0, CPU rank 2 of node 0 'here') did not start" in message
