@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from rankwright.executor.listener import Link, Listener
@@ -144,7 +144,9 @@ class FrontEnd:
             if replica.num_requests and now_s - replica.heard_at_s > after_s
         )
 
-    async def submit(self, prompt: Sequence[int], sampling: Sampling) -> AsyncIterator[Tokens]:
+    async def submit(
+        self, prompt: Sequence[int], sampling: Sampling
+    ) -> AsyncGenerator[Tokens, None]:
         """Yield the tokens of one request as they come; the last has a `finish_reason`.
 
         A caller that stops early must close the iterator (`contextlib.aclosing`): that takes the
