@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,13 +166,14 @@ class SlurmRig:
         self._start(
             "munged",
             "--foreground",
+            "--force",  # pytest's folders are closed to other users, who have no business here
             f"--key-file={key}",
             f"--seed-file={self.root / 'munge.seed'}",
             f"--pid-file={self.root / 'munged.pid'}",
             f"--socket={socket_path}",
             "--num-threads=2",
         )
-        _poll("munged does not answer", socket_path.exists)
+        self._poll("munged does not answer", socket_path.exists)
 
     def _configure(self) -> None:
         ports = _free_ports(1 + self.num_nodes)
@@ -215,20 +217,15 @@ class SlurmRig:
             states = self.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()
             return states == ["idle"] * self.num_nodes
 
-        try:
-            _poll("not all nodes are idle", idle)
-        except TimeoutError as error:
-            logs = "\n".join(log.read_text()[-2000:] for log in self.root.glob("*.log"))
-            raise TimeoutError(f"{error}\n{logs}") from None
+        self._poll("not all nodes are idle", idle)
 
-
-def _poll(what: str, done: object, timeout_s: float = 30) -> None:
-    assert callable(done)
-    end = time.monotonic() + timeout_s
-    while not done():
-        if time.monotonic() > end:
-            raise TimeoutError(what)
-        time.sleep(0.05)
+    def _poll(self, what: str, done: Callable[[], bool], timeout_s: float = 30) -> None:
+        end = time.monotonic() + timeout_s
+        while not done():
+            if time.monotonic() > end:
+                logs = "\n".join(log.read_text()[-2000:] for log in self.root.glob("*.log"))
+                raise TimeoutError(f"{what}\n{logs}")
+            time.sleep(0.05)
 
 
 def _stop(daemon: subprocess.Popen[bytes]) -> None:
