@@ -262,7 +262,9 @@ def _prefill_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_TOKENS, TILE, True, PRECISION,
     )  # fmt: skip
     out_at = out_ptr + (row[:, None] * NUM_HEADS + head) * HEAD_DIM + d[None, :]
-    tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask)
+    # Rows past the last may lie beyond every window; nothing of them is stored.
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=row_mask)
 
 
 @dataclass(frozen=True, slots=True)

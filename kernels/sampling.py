@@ -38,7 +38,7 @@ def _hash(x: torch.Tensor) -> torch.Tensor:
 
 def _row_keys(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return two 32-bit keys a row, from all 64 bits of the seed and 32 of the position."""
-    key_B = _hash(_hash(_hash(seeds_B) + (seeds_B >> 32)) + positions_B * _WEYL)
+    key_B = _hash(_hash(_hash(seeds_B) + (seeds_B >> 32)) + positions_B.long() * _WEYL)
     return key_B, _hash(key_B + _WEYL)
 
 

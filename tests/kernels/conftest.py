@@ -1,6 +1,7 @@
 """Kernels run on the GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -62,3 +63,37 @@ def _fresh_random_inputs(request: pytest.FixtureRequest) -> None:
     seed = int(os.environ.get("RANKWRIGHT_TEST_SEED", torch.seed() % 2**31))
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"RANKWRIGHT_TEST_SEED={seed}")
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty` returns with NaN, so that an element nobody wrote fails its test."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out: torch.Tensor = empty(*args, **kwargs)
+        return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return ||out - reference|| / ||reference||; NaN where any element is."""
+    difference = (out.double() - reference.double()).norm()
+    return float(difference / reference.double().norm().clamp(min=1e-30))
+
+
+@pytest.fixture
+def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """Compare by norm, to within one rounding of the result's dtype.
+
+    float32 gets 16 of them: sums of some hundred terms run in another order.
+    """
+
+    def check(out: torch.Tensor, reference: torch.Tensor) -> None:
+        assert out.shape == reference.shape
+        assert out.dtype == reference.dtype
+        roundings = 16 if out.dtype == torch.float32 else 1
+        assert relative_error(out, reference) <= roundings * torch.finfo(out.dtype).eps
+
+    return check
