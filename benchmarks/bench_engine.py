@@ -10,6 +10,7 @@ over the copy bandwidth measured in the same run.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import threading
@@ -21,10 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rankwright.planner.make_plan import Pins, make_plan
 from result import copy_bytes_per_s, write_result
 
-from rankwright.cost_model.memory import stage_kv_bytes_per_token, stage_weight_bytes
-from rankwright.cost_model.memory import embedding_weight_bytes
+from rankwright.cost_model.memory import (
+    embedding_weight_bytes,
+    stage_kv_bytes_per_token,
+    stage_weight_bytes,
+)
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
 from rankwright.executor.engine import Follower, Leader
@@ -32,7 +37,6 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.messages import Hello, Sampling, Stop, Submit, Tokens, decode, encode
 from rankwright.executor.runner import Runner
 from rankwright.executor.weights import DummySource
-from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.topology.probe import probe
 
@@ -94,7 +98,7 @@ def decode_step_s(line: Timeline) -> float:
     gaps = []
     for times in line.tokens.values():
         inside = [moment for moment in times if start < moment <= stop]
-        gaps += [after - before for before, after in zip(inside, inside[1:], strict=False)]
+        gaps += [after - before for before, after in itertools.pairwise(inside)]
     return statistics.median(gaps)
 
 

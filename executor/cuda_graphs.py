@@ -7,6 +7,7 @@ Shape letters: B captured batch, N blocks of a table row, D hidden, V vocabulary
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class DecodeGraphs:
         out = self._stage.forward(self._wide[0, :size], self.hidden_BD[:size], context)
         return out if self._stage.head is None else self._stage.logits(out)
 
-    def _capture(self, size: int, pool: "tuple[int, int]") -> None:
+    def _capture(self, size: int, pool: Any) -> None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
-from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
 from rankwright.executor.mesh import Mesh
+from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
 from rankwright.executor.runner import Runner
 from rankwright.executor.scheduler import Scheduler, Sequence
 from rankwright.executor.step_batch import StepBatch

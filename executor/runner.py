@@ -179,10 +179,7 @@ class Runner:
     def _draw(self, logits_RV: torch.Tensor, batch: StepBatch) -> list[int] | None:
         if not self.mesh.is_sampler:
             return None
-        if batch.greedy:
-            tokens_R = logits_RV.argmax(dim=-1)
-        else:
-            tokens_R = self._sample(logits_RV, batch)
+        tokens_R = logits_RV.argmax(dim=-1) if batch.greedy else self._sample(logits_RV, batch)
         tokens: list[int] = tokens_R.tolist()
         return tokens
 

@@ -7,7 +7,6 @@ With a pipeline of depth `d` up to `d` batches are in flight; a sequence is in o
 be sampled at a time, and its next token is scheduled once that one has come back.
 """
 
-import secrets
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field

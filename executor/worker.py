@@ -126,13 +126,29 @@ def _device(plan: Plan, rank: int, kind: str) -> torch.device:
     gpus = {gpu.index: gpu.device for gpu in plan.cluster.node(place.node).gpus}
     if kind == "cpu" or (kind == "auto" and gpus[place.gpu] == "cpu"):
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if place.gpu >= count:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ordinal = cuda_ordinal(place.gpu, visible)
+    if ordinal is None or ordinal >= torch.cuda.device_count():
         raise ValueError(
-            f"rank {rank} is planned on GPU {place.gpu}, PyTorch sees {count} CUDA devices here; "
-            "check the driver and CUDA_VISIBLE_DEVICES"
+            f"rank {rank} is planned on GPU {place.gpu}; PyTorch sees {torch.cuda.device_count()} "
+            f"CUDA devices here (CUDA_VISIBLE_DEVICES={visible}); check both"
         )
-    return torch.device("cuda", place.gpu)
+    return torch.device("cuda", ordinal)
+
+
+def cuda_ordinal(gpu: int, visible: str | None) -> int | None:
+    """Return what CUDA calls GPU `gpu` of this machine, or None where it is hidden.
+
+    A plan counts the machine's GPUs in PCI order; CUDA counts those in `CUDA_VISIBLE_DEVICES`. A
+    list of uuids (as job schedulers give) hides numbers: GPUs then stand in the list's order.
+
+    >>> cuda_ordinal(5, None), cuda_ordinal(5, "4,5"), cuda_ordinal(0, "4,5")
+    (5, 1, None)
+    """
+    entries = [entry.strip() for entry in (visible or "").split(",") if entry.strip()]
+    if not entries or not all(entry.isdigit() for entry in entries):
+        return gpu
+    return entries.index(str(gpu)) if str(gpu) in entries else None
 
 
 def _front_end() -> tuple[str, int]:

@@ -1,5 +1,4 @@
 # Shape letters as suffixes, and Triton's capitals for constants.
-# ruff: noqa: N803, N806
 """Rotary position embedding, fused with query and key norms and with the write to the KV cache.
 
 Shapes: T tokens, C packed columns (query heads, then key heads, then value heads), H query heads,

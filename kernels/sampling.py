@@ -1,5 +1,4 @@
 # Shape letters as suffixes, and Triton's capitals for constants.
-# ruff: noqa: N803, N806
 """Choice of the next token: greedy, or at random by temperature, top-k and top-p.
 
 Shapes: B rows (one a sequence), V vocabulary, W chunks of the vocabulary.

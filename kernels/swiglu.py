@@ -1,5 +1,4 @@
 # Shape letters as suffixes, and Triton's capitals for constants.
-# ruff: noqa: N803, N806
 """SwiGLU: the gated activation between the two matrix products of a dense FFN.
 
 Shapes: T tokens, C columns of the fused gate and up projection, F = C / 2.
