@@ -168,10 +168,15 @@ class Plan(Value):
         text: str = import_module("rankwright.planner.explain").explain(self)
         return text
 
-    def render(self, target: str, directory: Path | str | None = None) -> dict[str, str]:
-        """Return the manifests for `target` by file name; write them to `directory` if given."""
+    def render(
+        self, target: str, directory: Path | str | None = None, **options: object
+    ) -> dict[str, str]:
+        """Return the manifests for `target` by file name; write them to `directory` if given.
+
+        `options` are those of the target, such as `name`, `port` and `model_path`.
+        """
         files: dict[str, str] = import_module("rankwright.templates.render").render(
-            self, target, directory
+            self, target, directory, **options
         )
         return files
 

@@ -46,8 +46,8 @@ PRE_STOP_S = 10
 PROBE_PERIOD_S = 10
 WAIT_FOR_HEAD_S = 300
 
-# These name the host's network interfaces, which a pod's network does not have.
-HOST_ONLY_VARIABLES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
+# These name network interfaces of the machine, of which a pod has the loopback one only.
+INTERFACE_VARIABLES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +164,10 @@ def _gpu_resource(device: str) -> str:
 
 
 def _environment(plan: Plan) -> tuple[tuple[EnvironmentVariable, ...], tuple[str, ...]]:
+    """Return the variables of the pods, and the names of those that only suit the machine."""
     variables = checked_environment(plan)
-    kept = tuple(v for v in variables if v.name not in HOST_ONLY_VARIABLES)
-    return kept, tuple(v.name for v in variables if v.name in HOST_ONLY_VARIABLES)
+    unfit = {v.name for v in variables if v.name in INTERFACE_VARIABLES and v.value != "lo"}
+    return tuple(v for v in variables if v.name not in unfit), tuple(sorted(unfit))
 
 
 def _model(plan: Plan, options: KubernetesOptions) -> tuple[str, str | None, str | None]:

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[], Plan], str, Mapping[str, object]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_rendered_file_is_the_golden_one(name: str) -> None:
     make, target, options = CASES[name]
-    files = render(make(), target, **options)
+    files = render(make(), target, None, **options)
     (text,) = (text for file, text in files.items() if file != "plan.json")
     golden = GOLDEN / name
     if os.environ.get("RANKWRIGHT_UPDATE_GOLDEN") == "1":

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.templates.plans import NCCL, cluster, cpu_plan, plan, spec
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.plan import EnvironmentVariable, Plan
 from rankwright.templates import kubernetes_objects
 from rankwright.templates.check import read_objects
 from rankwright.templates.layout import DRAIN_S
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 
 
 def objects(made: Plan, **options: object) -> list[dict[str, Any]]:
-    return read_objects(render(made, "kubernetes", **options)["rankwright.yaml"])
+    return read_objects(render(made, "kubernetes", None, **options)["rankwright.yaml"])
 
 
 def of_kind(found: list[dict[str, Any]], *kinds: str) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def test_yamllint_finds_nothing(name: str, options: str) -> None:
         "extends: default\n"
         "rules: {line-length: {max: 100, allow-non-breakable-inline-mappings: true}}"
     )
-    text = render(PLANS[name](), "kubernetes", **OPTIONS[options])["rankwright.yaml"]
+    text = render(PLANS[name](), "kubernetes", None, **OPTIONS[options])["rankwright.yaml"]
     problems = importlib.import_module("yamllint.linter").run(text, config)
     assert [str(problem) for problem in problems] == []
 
@@ -228,6 +228,12 @@ def test_the_plans_environment_reaches_the_pod_less_the_hosts_interfaces() -> No
         assert "NCCL_SOCKET_IFNAME" not in values
     for variable in NCCL[:2]:
         assert f"        # {variable.reason}\n" in text
+
+
+def test_a_pod_has_the_loopback_interface_too() -> None:
+    lo = EnvironmentVariable(name="GLOO_SOCKET_IFNAME", value="lo", reason="one machine")
+    ((_, pod),) = pods(objects(plan((8,), tp=8, pp=1, environment=(lo,))))
+    assert {"name": "GLOO_SOCKET_IFNAME", "value": "lo"} in container(pod)["env"]
 
 
 def test_another_plan_has_another_config_map() -> None:

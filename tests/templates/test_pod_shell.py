@@ -27,7 +27,7 @@ echo "$*" >> "$RECORD/asked"
 
 
 def start(folder: Path, **options: object) -> "subprocess.Popen[bytes]":
-    objects = read_objects(render(plan(), "kubernetes", **options)["rankwright.yaml"])
+    objects = read_objects(render(plan(), "kubernetes", None, **options)["rankwright.yaml"])
     workload = next(each for each in objects if each["metadata"]["name"].endswith("-workers"))
     (container,) = workload["spec"]["template"]["spec"]["containers"]
     for name, text in (("rankwright", LAUNCHER), ("getent", GETENT)):

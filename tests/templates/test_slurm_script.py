@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.templates.plans import cpu_plan, plan
 
-from rankwright.planner.plan import EnvironmentVariable
+from rankwright.planner.plan import EnvironmentVariable, Plan
 from rankwright.templates import slurm_script
 from rankwright.templates.check import slurm_header
 from rankwright.templates.render import render
@@ -24,8 +24,8 @@ ALL_OPTIONS = {
 }
 
 
-def script(*arguments: object, **options: object) -> str:
-    return render(*arguments, "slurm", **options)["rankwright.sbatch"]  # type: ignore[arg-type]
+def script(made: Plan, **options: object) -> str:
+    return render(made, "slurm", None, **options)["rankwright.sbatch"]
 
 
 def test_two_nodes_of_eight_gpus_are_asked_for_as_such() -> None:

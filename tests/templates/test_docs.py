@@ -1,0 +1,29 @@
+"""The pages of the targets name every option, and no other."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from rankwright.templates.layout import DRAIN_S
+from rankwright.templates.options import MAX_KUBERNETES_NAME
+from rankwright.templates.render import TARGETS
+from rankwright.templates.slurm_script import TERM_LEAD_S
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_page_of_a_target_lists_its_options(target: str) -> None:
+    page = (DOCS / f"deploy-{target}.md").read_text()
+    table = page.partition("## Options")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(
+        TARGETS[target].options.model_fields
+    )
+
+
+def test_numbers_on_the_pages_are_those_of_the_code() -> None:
+    assert f"{TERM_LEAD_S} seconds before the time limit" in (DOCS / "deploy-slurm.md").read_text()
+    assert DRAIN_S == 60, "both pages say a minute"
+    page = (DOCS / "deploy-kubernetes.md").read_text()
+    assert f"{MAX_KUBERNETES_NAME} characters at most" in page
