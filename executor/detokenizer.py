@@ -62,8 +62,9 @@ class StopStrings:
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            # The leftmost wins; at one place the longest, so that the order of stops is no matter.
-            at, self.matched = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+            # The one that ends first, then the longest: neither the order of the stop strings nor
+            # how the text was cut into pieces makes a difference.
+            at, self.matched = min(found, key=lambda pair: (pair[0] + len(pair[1]), pair[0]))
             self._held = ""
             return text[:at]
         keep = max(self._overlap(text, stop) for stop in self._stops)

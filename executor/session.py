@@ -7,6 +7,7 @@ are still loading.
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -152,13 +153,13 @@ class Session:
 @contextlib.asynccontextmanager
 async def start(plan: Plan, options: RunOptions) -> AsyncIterator[Session]:
     """Start the ranks of this machine and the front end; all are gone at the end of the block."""
-    run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
-    several = options.nnodes > 1
-    address = (options.host_interface or options.master_addr, leader_port(options))
-    front_end = FrontEnd(plan.split.dp, address=address, authkey=shared_key(options))
+    front_end = FrontEnd(
+        plan.split.dp, address=_listen_address(options), authkey=shared_key(options)
+    )
     async with front_end:
+        run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
         host, _, port = front_end.address.rpartition(":")
-        reach = f"{options.master_addr if several else host}:{port}"
+        reach = f"{options.master_addr if options.nnodes > 1 else host}:{port}"
         ranks = start_ranks(plan, options, run_dir, reach, front_end.authkey)
         session = Session(plan, front_end, ranks, run_dir, options.start_timeout_s)
         try:
@@ -285,6 +286,29 @@ def describe_rank(plan: Plan, rank: RankPlan) -> str:
         f"rank {rank.rank} ({replica}stage {rank.stage}, tp rank {rank.tp_rank}, "
         f"{'CPU rank' if is_cpu else 'GPU'} {rank.gpu} of node {rank.node} {node.name!r})"
     )
+
+
+def _listen_address(options: RunOptions) -> tuple[str, int]:
+    """Where leaders connect on this machine, the one that serves.
+
+    Raises:
+        ValueError: It cannot be had.
+    """
+    port = leader_port(options)
+    host = options.host_interface or (options.master_addr if options.nnodes > 1 else "127.0.0.1")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        # A service's or a bridge's address leads here without being this machine's own. The key
+        # keeps strangers out on the others, too.
+        foreign = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        if options.host_interface is None and options.nnodes > 1 and foreign:
+            return "0.0.0.0", port
+        raise ValueError(
+            f"cannot listen for ranks on {host}:{port}: {error.strerror or error}; choose another "
+            "with --host-interface or --master-port (leaders connect to the port after it)"
+        ) from None
+    return host, port
 
 
 def _error(plan: Plan, failure: Failure, what: str) -> LaunchError:
