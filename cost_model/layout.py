@@ -89,27 +89,27 @@ def replicas_in_nodes(kind: SlotKind, pp: int) -> int:
     return kind.num_nodes * (len(kind.gpus) // pp)
 
 
-def replica_slots(kind: SlotKind, pp: int) -> Iterator[tuple[int, ...]]:
-    """Yield the slots of each pipeline: those inside one machine first, then the rest joined."""
+def replica_slots(kind: SlotKind, pp: int, spread: bool = False) -> Iterator[tuple[int, ...]]:
+    """Yield the slots of each pipeline of `pp` stages.
+
+    Those that fit a machine are cut there; with `spread`, what each machine has left is strung
+    together over machines.
+    """
     per_node = len(kind.gpus)
+    inside = per_node // pp if kind.nodes_per_slot == 1 or pp == 1 else 0
     left: list[int] = []
-    for node in range(kind.num_nodes // kind.nodes_per_slot):
-        first = node * per_node
-        whole = per_node // pp
-        for replica in range(whole):
+    for first in range(0, kind.count, per_node):
+        for replica in range(inside):
             yield tuple(range(first + replica * pp, first + (replica + 1) * pp))
-        left.extend(range(first + whole * pp, first + per_node))
-        while len(left) >= 2 * pp or (node == _last(kind) and len(left) >= pp):
-            yield tuple(left[:pp])
-            del left[:pp]
-
-
-def _last(kind: SlotKind) -> int:
-    return kind.num_nodes // kind.nodes_per_slot - 1
+        if spread:
+            left.extend(range(first + inside * pp, first + per_node))
+            while len(left) >= pp:
+                yield tuple(left[:pp])
+                del left[:pp]
 
 
 def crossings(kind: SlotKind, pp: int) -> int:
-    """Return the most hand-overs between machines that one pipeline of `replica_slots` has."""
+    """Return the most hand-overs between machines that one spread pipeline has."""
     if pp == 1:
         return 0
     if kind.nodes_per_slot > 1:
@@ -118,6 +118,8 @@ def crossings(kind: SlotKind, pp: int) -> int:
     left = per_node % pp if per_node >= pp else per_node
     if left == 0:
         return 0
+    if pp % left == 0:
+        return pp // left - 1
     # Slots of one pipeline come `left` to a machine; an unlucky one starts in the middle of one.
     return min(pp - 1, (pp - 2) // left + 1)
 

@@ -7,8 +7,9 @@ from `parameters.layer_tensors`, so that what is timed is what is counted in mem
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import log, sqrt
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.efficiency import Efficiency, find_efficiency
@@ -28,9 +29,11 @@ _TILE_ROWS = 64
 OpKind = Literal["gemm", "moe", "attention prefill", "attention decode", "elementwise"]
 
 
-@dataclass(frozen=True, slots=True)
-class StepTokens:
+class StepTokens(NamedTuple):
     """What one micro-batch computes in one step.
+
+    A tuple, not a dataclass, as `Op` is: the planner makes and hashes tens of thousands of each,
+    and a frozen dataclass takes four times as long.
 
     Args:
         decode: Sequences that get one token each.
@@ -52,8 +55,7 @@ class StepTokens:
         return self.decode + self.prefill
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """One term of a rank's step."""
 
     name: str
@@ -73,7 +75,7 @@ class Cost:
     bound: Bound
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rates:
     """What one GPU does in a second under one engine."""
 
@@ -90,26 +92,51 @@ class Rates:
         >>> rates.cost(Op("copy", "gemm", 0.0, 4.128e9, 0, "bfloat16")).bound
         'memory'
         """
-        share = self.efficiency
-        compute_share, memory_share = {
-            "gemm": (
-                share.gemm_compute_float8 if op.dtype == "float8" else share.gemm_compute,
-                share.gemm_memory,
-            ),
-            "moe": (share.moe_compute, share.moe_memory),
-            "attention prefill": (share.attention_compute, share.attention_memory),
-            "attention decode": (share.attention_compute, share.attention_memory),
-            "elementwise": (1.0, share.elementwise_memory),
-        }[op.kind]
-        compute_s = (op.flops + op.padding_flops) / (self.flops_per_s[op.dtype] * compute_share)
-        memory_s = op.bytes / (self.memory_bytes_per_s * memory_share)
-        launch_s = op.launches * share.launch_s
+        compute_s, memory_s, launch_s = self._terms(op)
         times: dict[Bound, float] = {
             "compute": compute_s,
             "memory": memory_s,
             "launch": launch_s,
         }
         return Cost(max(compute_s, memory_s) + launch_s, max(times, key=times.__getitem__))
+
+    def seconds(self, ops: Iterable[Op]) -> float:
+        """Return the seconds of `ops`, one after another."""
+        total = 0.0
+        for op in ops:
+            compute_s, memory_s, launch_s = self._terms(op)
+            total += (compute_s if compute_s > memory_s else memory_s) + launch_s
+        return total
+
+    def _terms(self, op: Op) -> tuple[float, float, float]:
+        """Return the seconds of arithmetic, of memory traffic and of launches."""
+        compute_rate, memory_rate = self._peak[op.kind, op.dtype]
+        return (
+            (op.flops + op.padding_flops) / compute_rate,
+            op.bytes / memory_rate,
+            op.launches * self.efficiency.launch_s,
+        )
+
+    @cached_property
+    def _peak(self) -> dict[tuple[OpKind, Dtype], tuple[float, float]]:
+        """What a kernel of each kind and format reaches: FLOP/s and bytes/s."""
+        share = self.efficiency
+        shares: dict[OpKind, tuple[float, float]] = {
+            "gemm": (share.gemm_compute, share.gemm_memory),
+            "moe": (share.moe_compute, share.moe_memory),
+            "attention prefill": (share.attention_compute, share.attention_memory),
+            "attention decode": (share.attention_compute, share.attention_memory),
+            "elementwise": (1.0, share.elementwise_memory),
+        }
+        peaks: dict[tuple[OpKind, Dtype], tuple[float, float]] = {}
+        for kind, (compute, memory) in shares.items():
+            for dtype, flops in self.flops_per_s.items():
+                of_dtype = share.gemm_compute_float8 if (kind, dtype) == _FP8_GEMM else compute
+                peaks[kind, dtype] = flops * of_dtype, self.memory_bytes_per_s * memory
+        return peaks
+
+
+_FP8_GEMM = ("gemm", "float8")
 
 
 def find_rates(gpu: Gpu, engine: str) -> Rates:

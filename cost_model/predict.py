@@ -7,6 +7,7 @@ chosen, so that a plan's figures and a prediction's come from the same lines.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rankwright.cost_model.collectives import Group
 from rankwright.cost_model.efficiency import device_class
 from rankwright.cost_model.layout import (
     SlotKind,
@@ -21,7 +22,7 @@ from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Predict
 from rankwright.cost_model.serving import Serving, micro_batches_of, serve_closed, serve_open
 from rankwright.cost_model.shards import tp_is_legal
 from rankwright.cost_model.split import Split
-from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel
+from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel, make_pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.cluster import Cluster
 
@@ -52,17 +53,19 @@ class StageModels:
         self.cluster = cluster
         self.engine = engine
         self.layers = LayerKinds(spec)
-        self._models: dict[tuple[object, ...], StageModel] = {}
+        self._models: dict[tuple[int, int, str], tuple[SlotKind, StageModel]] = {}
+        self._boundaries: dict[tuple[int, ...], tuple[Group, ...]] = {}
 
     def stage(self, kind: SlotKind, ep: int, attention: AttentionSplit) -> StageModel:
         """Return the model of a stage on a slot of `kind`."""
-        key = (kind.group, kind.gpu.device, kind.gpu.memory_bytes_per_s, kind.nodes, ep, attention)
+        key = (id(kind), ep, attention)
         if key not in self._models:
             rates = find_rates(kind.gpu, self.engine)
-            self._models[key] = StageModel(
+            model = StageModel(
                 self.spec, self.layers, rates, kind.group, ep=ep, attention=attention
             )
-        return self._models[key]
+            self._models[key] = kind, model  # keeping the kind keeps its id from being used again
+        return self._models[key][1]
 
     def pipeline(
         self,
@@ -74,8 +77,12 @@ class StageModels:
         """Return the pipeline of one of `replicas`."""
         kinds = replicas.stages
         stages = tuple(self.stage(kind, ep, attention) for kind in kinds)
-        groups = boundary_groups(self.cluster, kinds, replicas.spread)
-        return Pipeline(self.layers, stages, stage_layers, groups)
+        key = (replicas.spread, *map(id, kinds))
+        groups = self._boundaries.get(key)
+        if groups is None:
+            groups = boundary_groups(self.cluster, kinds, replicas.spread)
+            self._boundaries[key] = groups
+        return make_pipeline(self.layers, stages, stage_layers, groups)
 
 
 def predict(
@@ -241,14 +248,15 @@ def estimate(value: float, error: float) -> Estimate:
 
 def decode_parts(pipeline: Pipeline, state: Serving) -> tuple[Part, ...]:
     """Return the terms of the slowest stage's step without prompt tokens."""
-    tokens = state.plain if state.plain.decode else state.mixed
+    tokens = state.flow.plain if state.flow.plain.decode else state.flow.mixed
     return pipeline.parts(pipeline.slowest_stage(tokens), tokens)
 
 
 def prefill_parts(pipeline: Pipeline, state: Serving) -> tuple[Part, ...]:
     """Return the terms of the slowest stage's steps that prefill one prompt."""
+    tokens = state.flow.mixed
     return pipeline.parts(
-        pipeline.slowest_stage(state.mixed), state.mixed, repeat=state.prompt_steps
+        pipeline.slowest_stage(tokens), tokens, repeat=state.flow.prompt_steps
     )
 
 

@@ -26,35 +26,6 @@ from rankwright.cost_model.step import Pipeline
 from rankwright.cost_model.workload import Workload
 
 
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """What one replica does in steady state. Rates are of this replica alone.
-
-    Args:
-        ttft_s: Mean time to first token, waiting included.
-        tpot_s: Mean time per output token after the first.
-        requests_per_s: Requests finished, at the most that the batch allows.
-        batch_size: Requests in flight.
-        plain: Tokens of a step without prompt tokens, a micro-batch.
-        mixed: Tokens of a step with prompt tokens, a micro-batch.
-        mixed_share: Share of the steps that carry prompt tokens.
-        prompt_steps: Steps of one prompt.
-    """
-
-    ttft_s: float
-    tpot_s: float
-    requests_per_s: float
-    batch_size: int
-    plain: StepTokens
-    mixed: StepTokens
-    mixed_share: float
-    prompt_steps: int
-
-    def request_s(self, output_tokens: int) -> float:
-        """Return the seconds of one request from arrival to last token."""
-        return self.ttft_s + (output_tokens - 1) * self.tpot_s
-
-
 def micro_batches_of(pp: int, batch_size: int) -> int:
     """Return the micro-batches to keep in flight: one a stage, so that none is idle.
 
@@ -71,6 +42,91 @@ def prompt_tokens(workload: Workload) -> int:
     return max(1, round(workload.input_tokens * (1 - workload.shared_prefix)))
 
 
+_ROUNDING = 1e-9  # of a slot
+_NEARLY_FULL = 0.999  # a queue at full load has no mean; this one is longer than any limit
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How requests pass the steps of one micro-batch; see the head of this file.
+
+    Args:
+        requests: Requests that one step brings closer to their end by a whole one (`r`).
+        plain: A step without prompt tokens.
+        mixed: A step with them.
+        mixed_share: Share of the steps that carry prompt tokens (`f`).
+        prompt_steps: Steps of one prompt (`n`).
+        waiting: Requests whose prompt waits for others' to be taken.
+    """
+
+    requests: float
+    plain: StepTokens
+    mixed: StepTokens
+    mixed_share: float
+    prompt_steps: int
+    waiting: float
+
+    @property
+    def usual(self) -> StepTokens:
+        """The kind of step that most are."""
+        return self.mixed if self.mixed_share >= 0.5 or not self.plain.decode else self.plain
+
+
+def find_flow(workload: Workload, slots: int, chunk_tokens: int) -> Flow:
+    """Return the flow through `slots` slots that are always taken.
+
+    Args:
+        workload: Lengths.
+        slots: Sequences of one micro-batch (`b`).
+        chunk_tokens: Tokens of one step at most, decoding ones included.
+    """
+    new = prompt_tokens(workload)
+    decode_steps = workload.output_tokens - 1
+    chunk = max(1, chunk_tokens - slots)
+    prompt_steps = ceil(new / chunk)
+    requests = slots / (prompt_steps + decode_steps)
+    if requests * new > chunk:
+        requests, share, per_step = chunk / new, 1.0, float(chunk)
+    elif requests * prompt_steps > 1:
+        share, per_step = 1.0, requests * new
+    else:
+        share, per_step = requests * prompt_steps, new / prompt_steps
+    decoding = requests * decode_steps
+    context = workload.input_tokens + workload.output_tokens / 2
+    prefill_context = workload.input_tokens - new / 2
+    return Flow(
+        requests=requests,
+        plain=StepTokens(decode=decoding, decode_context=context),
+        mixed=StepTokens(decoding, context, per_step, prefill_context, per_step / new),
+        mixed_share=share,
+        prompt_steps=prompt_steps,
+        waiting=max(0.0, slots - decoding - requests * prompt_steps),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What one replica does in steady state. Rates are of this replica alone.
+
+    Args:
+        ttft_s: Mean time to first token, waiting included.
+        tpot_s: Mean time per output token after the first.
+        requests_per_s: Requests finished, at the most that the batch allows.
+        batch_size: Requests in flight.
+        flow: How requests pass its steps.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    requests_per_s: float
+    batch_size: int
+    flow: Flow
+
+    def request_s(self, output_tokens: int) -> float:
+        """Return the seconds of one request from arrival to last token."""
+        return self.ttft_s + (output_tokens - 1) * self.tpot_s
+
+
 def serve_closed(
     pipeline: Pipeline, workload: Workload, *, batch_size: int, chunk_tokens: int
 ) -> Serving:
@@ -82,45 +138,29 @@ def serve_closed(
         batch_size: Slots of the replica, all taken.
         chunk_tokens: Tokens of one step at most, decoding ones included.
     """
-    new = prompt_tokens(workload)
-    decode_steps = workload.output_tokens - 1
     micro_batches = micro_batches_of(len(pipeline.stages), batch_size)
     slots = ceil(batch_size / micro_batches)
-    chunk = max(1, chunk_tokens - slots)
-    prompt_steps = ceil(new / chunk)
-    rate = slots / (prompt_steps + decode_steps)  # requests a step of one micro-batch
-    if rate * new > chunk:
-        rate, share, per_step = chunk / new, 1.0, float(chunk)
-    elif rate * prompt_steps > 1:
-        share, per_step = 1.0, rate * new
-    else:
-        share, per_step = rate * prompt_steps, new / prompt_steps
-    decoding = rate * decode_steps
-    context = workload.input_tokens + workload.output_tokens / 2
-    prefill_context = workload.input_tokens - new / 2
-    plain = StepTokens(decode=decoding, decode_context=context)
-    mixed = StepTokens(decoding, context, per_step, prefill_context, per_step / new)
-    plain_s = pipeline.round_s(plain, micro_batches) if decoding else 0.0
-    mixed_s = pipeline.round_s(mixed, micro_batches)
+    flow = find_flow(workload, slots, chunk_tokens)
+    share = flow.mixed_share
+    mixed_s = pipeline.round_s(flow.mixed, micro_batches)
     share_of_rounds = 1 - (1 - share) ** micro_batches
-    round_s = share_of_rounds * mixed_s + (1 - share_of_rounds) * plain_s
-    waiting = max(0.0, slots - decoding - rate * prompt_steps)
-    if waiting:
-        wait_s = waiting / rate * round_s  # Little's law
+    round_s = share_of_rounds * mixed_s
+    if share_of_rounds < 1:
+        round_s += (1 - share_of_rounds) * pipeline.round_s(flow.plain, micro_batches)
+    if flow.waiting > _ROUNDING:
+        wait_s = flow.waiting / flow.requests * round_s  # Little's law
     else:
         # M/D/1 of prompts behind prompts, at most half of the other slots ahead of one.
-        prompt_s = prompt_steps * mixed_s
+        prompt_s = flow.prompt_steps * mixed_s
         queue_s = share / (2 * (1 - share)) * prompt_s if share < 1 else inf
-        wait_s = min(queue_s, (slots - 1) / 2 * mixed_s * min(1.0, new / chunk))
+        per_prompt_s = mixed_s / max(1.0, flow.mixed.prompts)
+        wait_s = min(queue_s, (slots - 1) / 2 * flow.prompt_steps * per_prompt_s)
     return Serving(
-        ttft_s=wait_s + prompt_steps * mixed_s,
+        ttft_s=wait_s + flow.prompt_steps * mixed_s,
         tpot_s=round_s,
-        requests_per_s=micro_batches * rate / round_s,
+        requests_per_s=micro_batches * flow.requests / round_s,
         batch_size=batch_size,
-        plain=plain,
-        mixed=mixed,
-        mixed_share=share,
-        prompt_steps=prompt_steps,
+        flow=flow,
     )
 
 
@@ -157,11 +197,12 @@ def serve_open(
             high, found = middle, state
         else:
             low = middle + 1
-    mixed_s = pipeline.round_s(found.mixed, micro_batches_of(len(pipeline.stages), high))
-    prompt_s = found.prompt_steps * mixed_s
+    flow = found.flow
+    mixed_s = pipeline.round_s(flow.mixed, micro_batches_of(len(pipeline.stages), high))
+    prompt_s = flow.prompt_steps * mixed_s
     # One prefill at a time in each micro-batch; prompts spread over them.
     servers = micro_batches_of(len(pipeline.stages), batch_size)
-    busy = min(requests_per_s / servers * prompt_s, found.mixed_share, 0.999)
+    busy = min(requests_per_s / servers * prompt_s, flow.mixed_share, _NEARLY_FULL)
     load = requests_per_s / full.requests_per_s
     residence_s = prompt_s + (workload.output_tokens - 1) * found.tpot_s
     slot_wait_s = (
@@ -173,8 +214,5 @@ def serve_open(
         tpot_s=found.tpot_s,
         requests_per_s=full.requests_per_s,
         batch_size=high,
-        plain=found.plain,
-        mixed=found.mixed,
-        mixed_share=found.mixed_share,
-        prompt_steps=found.prompt_steps,
+        flow=flow,
     )

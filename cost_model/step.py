@@ -4,6 +4,7 @@ A `StageModel` times the layers of one kind of stage; a `Pipeline` puts stages o
 With one stage and one micro-batch the pipeline's round is simply the step.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,8 +87,8 @@ class StageModel:
         """Return the seconds of one layer of kind `kind`."""
         key = (kind, tokens)
         if key not in self._cache:
-            compute_s = sum(self._rates.cost(op).seconds for op in self._layers[kind].ops(tokens))
-            self._cache[key] = compute_s + self._exchange(tokens).seconds
+            compute_s = self._rates.seconds(self._layers[kind].ops(tokens))
+            self._cache[key] = compute_s + self._exchange_s(tokens)
         return self._cache[key]
 
     def layer_parts(self, kind: int, tokens: StepTokens) -> list[Part]:
@@ -108,7 +109,7 @@ class StageModel:
         """Return what the last stage does after its layers, the host's work included."""
         parts = [self._part(logits_op(self._spec, tokens, tp=self._group.size))]
         if self._group.size > 1:
-            size = (tokens.decode + tokens.prompts) * self._spec.vocab_size * self._width
+            size = self._logits_bytes(tokens)
             seconds = all_gather_s(size, self._group)
             parts.append(_link_part("logits gather", seconds, size))
         step_s = self._rates.efficiency.step_s
@@ -119,11 +120,23 @@ class StageModel:
 
     def first_s(self, tokens: StepTokens) -> float:
         """Return the seconds of the embedding."""
-        return self._cached(-1, tokens)
+        key = (-1, tokens)
+        if key not in self._cache:
+            seconds = self._rates.seconds([embedding_op(self._spec, tokens)])
+            self._cache[key] = seconds + self._exchange_s(tokens, times=1)
+        return self._cache[key]
 
     def last_s(self, tokens: StepTokens) -> float:
         """Return the seconds of head, sampling and host."""
-        return self._cached(-2, tokens)
+        key = (-2, tokens)
+        if key not in self._cache:
+            seconds = self._rates.seconds([logits_op(self._spec, tokens, tp=self._group.size)])
+            seconds += all_gather_s(self._logits_bytes(tokens), self._group)
+            self._cache[key] = seconds + self._rates.efficiency.step_s
+        return self._cache[key]
+
+    def _logits_bytes(self, tokens: StepTokens) -> float:
+        return (tokens.decode + tokens.prompts) * self._spec.vocab_size * self._width
 
     def message_bytes(self, tokens: StepTokens) -> float:
         """Return the bytes that a rank hands to the next stage."""
@@ -134,22 +147,17 @@ class StageModel:
         """Seconds that a hand-over takes on the sending side, before any byte moves."""
         return self._rates.efficiency.send_s
 
-    def _cached(self, slot: int, tokens: StepTokens) -> float:
-        key = (slot, tokens)
-        if key not in self._cache:
-            parts = self.first_parts(tokens) if slot == -1 else self.last_parts(tokens)
-            self._cache[key] = sum(part.seconds for part in parts)
-        return self._cache[key]
+    def _exchange_s(self, tokens: StepTokens, times: int = 2) -> float:
+        """Return the seconds of a layer's collectives: after attention and after feed-forward."""
+        size = self.message_bytes(tokens)
+        if self._attention == "dp":
+            return all_gather_s(size, self._group) + reduce_scatter_s(size, self._group)
+        return times * all_reduce_s(size, self._group, self._rates.efficiency.all_reduce)
 
     def _exchange(self, tokens: StepTokens, times: int = 2) -> Part:
-        """Return the collectives of one layer: after attention and after the feed-forward."""
-        size = tokens.total * self._spec.hidden_size * self._width
-        if self._attention == "dp":
-            seconds = all_gather_s(size, self._group) + reduce_scatter_s(size, self._group)
-            return _link_part("all-gather and reduce-scatter", seconds, 2 * size)
-        algorithms = self._rates.efficiency.all_reduce
-        seconds = times * all_reduce_s(size, self._group, algorithms)
-        return _link_part("all-reduce", seconds, times * size)
+        name = "all-reduce" if self._attention == "tp" else "all-gather and reduce-scatter"
+        size = times * self.message_bytes(tokens)
+        return _link_part(name, self._exchange_s(tokens, times), size)
 
     def _part(self, op: Op) -> Part:
         cost = self._rates.cost(op)
@@ -175,22 +183,20 @@ class Pipeline:
     """Stages of one replica, each with its layers.
 
     Args:
-        layers: Distinct layers of the model.
         stages: One model a stage, first to last.
-        stage_layers: Layers of each stage.
+        kinds: For each stage, how many layers it has of each kind: (kind, count).
         boundaries: Links between neighbouring stages; one fewer than stages.
     """
 
-    layers: LayerKinds
     stages: tuple[StageModel, ...]
-    stage_layers: tuple[int, ...]
+    kinds: tuple[tuple[tuple[int, int], ...], ...]
     boundaries: tuple[Group, ...] = ()
 
     def stage_s(self, stage: int, tokens: StepTokens) -> float:
         """Return the seconds that `stage` is busy with one micro-batch."""
         model = self.stages[stage]
         seconds = sum(
-            count * model.layer_s(kind, tokens) for kind, count in self._kinds(stage).items()
+            count * model.layer_s(kind, tokens) for kind, count in self.kinds[stage]
         )
         if stage == 0:
             seconds += model.first_s(tokens)
@@ -230,7 +236,7 @@ class Pipeline:
         weighted: list[tuple[float, Part]] = []
         if stage == 0:
             weighted += [(1, part) for part in model.first_parts(tokens)]
-        for kind, count in self._kinds(stage).items():
+        for kind, count in self.kinds[stage]:
             weighted += [(count, part) for part in model.layer_parts(kind, tokens)]
         if stage == len(self.stages) - 1:
             weighted += [(1, part) for part in model.last_parts(tokens)]
@@ -241,12 +247,19 @@ class Pipeline:
             )
         return _merge([(count * repeat, part) for count, part in weighted])
 
-    def _kinds(self, stage: int) -> dict[int, int]:
-        first = sum(self.stage_layers[:stage])
-        counts: dict[int, int] = {}
-        for kind in self.layers.of_layer[first : first + self.stage_layers[stage]]:
-            counts[kind] = counts.get(kind, 0) + 1
-        return counts
+
+def make_pipeline(
+    layers: LayerKinds,
+    stages: tuple[StageModel, ...],
+    stage_layers: tuple[int, ...],
+    boundaries: tuple[Group, ...] = (),
+) -> Pipeline:
+    """Return the pipeline whose stages have `stage_layers` layers each, in the model's order."""
+    start, kinds = 0, []
+    for count in stage_layers:
+        kinds.append(tuple(Counter(layers.of_layer[start : start + count]).items()))
+        start += count
+    return Pipeline(stages, tuple(kinds), boundaries)
 
 
 def _merge(weighted: Sequence[tuple[float, Part]]) -> tuple[Part, ...]:

@@ -1,0 +1,361 @@
+"""Evaluates every legal shape at every batch level: the columns of the integer program.
+
+A candidate that breaks a limit is kept with what it breaks, because it is the evidence for what
+binds: what would be better if only that limit were wider.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil, inf
+from typing import Literal
+
+from rankwright.cost_model.efficiency import device_class
+from rankwright.cost_model.layout import replicas_in_nodes
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.ops import StepTokens
+from rankwright.cost_model.predict import Replicas, StageModels
+from rankwright.cost_model.serving import (
+    Serving,
+    find_flow,
+    micro_batches_of,
+    prompt_tokens,
+    serve_closed,
+    serve_open,
+)
+from rankwright.cost_model.step import Pipeline, StageModel
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.balance import StageCosts, balance_layers
+from rankwright.planner.memory_table import MemoryTable
+from rankwright.planner.shapes import Pins, Shape
+from rankwright.topology.cluster import Cluster
+
+Constraint = Literal["memory", "ttft", "tpot", "rate"]
+
+MAX_BATCH = 1024  # sequences of a replica; vLLM 0.26 allows 1,024 on these GPUs by default
+MAX_BATCH_CPU = 32  # a few cores are busy long before
+CHUNK_LEVELS = (512, 1024, 2048, 4096, 8192)
+BLOCK_TOKENS = {"cuda": 64, "cpu": 16}
+# Replica counts tried under a request rate, where the wait depends on them.
+_REPLICA_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Where replicas of one shape may go, and how many fit there.
+
+    Args:
+        replicas: One kind of placement each; `count` is how many fit.
+    """
+
+    replicas: tuple[Replicas, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One shape at one batch level in one pool, with what it does there.
+
+    Args:
+        shape: Its degrees.
+        pool: Where its replicas may go.
+        batch_size: Slots of one replica.
+        chunk_tokens: Tokens of one step.
+        stage_layers: Layers of each stage; the same for all replicas.
+        serving: Steady state on each placement of the pool.
+        memory_bytes: Of the fullest rank, as a share of `budget_bytes` of its GPU.
+        budget_bytes: What may be used of the GPU of that rank.
+        replicas: Fixed number of replicas, where the figures depend on it; else None.
+        broken: Constraints that it breaks.
+    """
+
+    shape: Shape
+    pool: Pool
+    batch_size: int
+    chunk_tokens: int
+    stage_layers: tuple[int, ...]
+    serving: tuple[Serving, ...]
+    memory_bytes: int
+    budget_bytes: int
+    replicas: int | None = None
+    broken: tuple[Constraint, ...] = ()
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to first token on the slowest placement."""
+        return max(state.ttft_s for state in self.serving)
+
+    @property
+    def tpot_s(self) -> float:
+        """Time per output token on the slowest placement."""
+        return max(state.tpot_s for state in self.serving)
+
+    def request_s(self, output_tokens: int) -> float:
+        """Seconds of one request on the slowest placement."""
+        return max(state.request_s(output_tokens) for state in self.serving)
+
+    @property
+    def max_replicas(self) -> int:
+        """Replicas that the pool has room for."""
+        return sum(group.count for group in self.pool.replicas)
+
+    def label(self) -> str:
+        """Return shape, batch and chunk for messages."""
+        return f"{self.shape.label()} at batch {self.batch_size}"
+
+
+class Evaluator:
+    """Evaluates shapes of one model on one cluster under one workload."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        cluster: Cluster,
+        workload: Workload,
+        *,
+        memory_budget_bytes: int | None = None,
+        pins: Pins | None = None,
+        engine: str = "rankwright",
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: What runs.
+            cluster: Where.
+            workload: What is asked.
+            memory_budget_bytes: Bytes of each GPU that may be used; None: what is free.
+            pins: `dp` is looked at here, the other degrees are `find_shapes`'s.
+            engine: Whose efficiency constants to use.
+        """
+        self.model = model
+        self.workload = workload
+        self.models = StageModels(model, cluster, engine)
+        self.memory = MemoryTable(model, memory_budget_bytes)
+        self._dp = pins.dp if pins else None
+        self._cuts: dict[tuple[object, ...], _Cut] = {}
+        self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
+        self.is_cpu = all(
+            device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus
+        )
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a KV block."""
+        return BLOCK_TOKENS["cpu" if self.is_cpu else "cuda"]
+
+    def candidates(self, shape: Shape) -> Iterator[Candidate]:
+        """Yield `shape` at every batch level, chunk and pool."""
+        for pool in pools(shape):
+            most = sum(group.count for group in pool.replicas)
+            for batch_size in self._batch_levels(shape, most):
+                fits = False
+                for chunk in self._chunk_levels(batch_size, shape.pp):
+                    for candidate in self._evaluate(shape, pool, batch_size, chunk):
+                        fits = fits or "memory" not in candidate.broken
+                        yield candidate
+                if not fits:
+                    break  # this level stays as evidence; larger ones fit no better
+
+    def _batch_levels(self, shape: Shape, max_replicas: int) -> list[int]:
+        """Return powers of two, and what the workload's concurrency comes to for a replica."""
+        most = MAX_BATCH_CPU if self.is_cpu else MAX_BATCH
+        concurrency = self.workload.concurrency
+        levels = {2**power for power in range(most.bit_length()) if 2**power <= most}
+        levels |= {level * 3 // 2 for level in levels if 16 <= level * 3 // 2 <= most}
+        levels.add(self._fitting_batch(shape, most))
+        if concurrency is not None:
+            counts = {self._dp} if self._dp else set(range(1, min(max_replicas, 64) + 1))
+            counts.add(max_replicas)
+            exact = {ceil(concurrency / count) for count in counts}
+            levels = {level for level in levels if level < min(exact)}
+            levels |= {min(level, most) for level in exact}
+        elif self.workload.objective == "latency" and self.workload.request_rate is None:
+            levels = {1}
+        if self.workload.request_rate is not None:
+            levels = set(sorted(levels)[-6:])
+        return sorted(level for level in levels if level >= 1)
+
+    def _fitting_batch(self, shape: Shape, most: int) -> int:
+        """Return about the largest batch that memory allows with even stages."""
+        gpu = shape.kinds[0].gpu
+        weights, kv = self.memory.layer_bytes(shape)
+        fixed = sum(weights) / shape.pp + self.memory.extra_bytes(shape, 0, 1, CHUNK_LEVELS[0], gpu)
+        room = self.memory.budget_bytes(gpu) - fixed
+        per_sequence = sum(kv) / shape.pp * self.sequence_tokens
+        return max(1, min(most, int(room // per_sequence))) if per_sequence else most
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens that one request takes of the cache, in whole blocks."""
+        tokens = self.workload.input_tokens + self.workload.output_tokens
+        return ceil(tokens / self.block_tokens) * self.block_tokens
+
+    def _chunk_levels(self, batch_size: int, pp: int) -> list[int]:
+        slots = ceil(batch_size / micro_batches_of(pp, batch_size))
+        enough = prompt_tokens(self.workload) + slots
+        levels = [level for level in CHUNK_LEVELS if level > slots]
+        useful = [level for level in levels if level < enough]
+        # One more that takes a whole prompt, if there is one.
+        return levels[: len(useful) + 1] or [2 * slots]
+
+    def _evaluate(
+        self, shape: Shape, pool: Pool, batch_size: int, chunk: int
+    ) -> Iterator[Candidate]:
+        cut = self._cut(shape, pool, batch_size, chunk)
+        pipelines = [self.models.pipeline(group, cut.layers, shape.ep) for group in pool.replicas]
+        for count in self._replica_levels(pool):
+            states = [self._serve(pipeline, batch_size, chunk, count) for pipeline in pipelines]
+            serving = tuple(
+                state
+                or serve_closed(
+                    pipeline, self.workload, batch_size=batch_size, chunk_tokens=chunk
+                )
+                for state, pipeline in zip(states, pipelines, strict=True)
+            )
+            broken: list[Constraint] = [] if cut.fits else ["memory"]
+            if any(state is None for state in states):
+                broken.append("rate")
+            limits = self.workload
+            ttft_s = max(state.ttft_s for state in serving)
+            tpot_s = max(state.tpot_s for state in serving)
+            if limits.ttft_limit_s is not None and ttft_s > limits.ttft_limit_s:
+                broken.append("ttft")
+            if limits.tpot_limit_s is not None and tpot_s > limits.tpot_limit_s:
+                broken.append("tpot")
+            yield Candidate(
+                shape,
+                pool,
+                batch_size,
+                chunk,
+                cut.layers,
+                serving,
+                cut.memory_bytes,
+                cut.budget_bytes,
+                count,
+                tuple(broken),
+            )
+
+    def _replica_levels(self, pool: Pool) -> list[int | None]:
+        if self.workload.request_rate is None:
+            return [None]
+        most = sum(group.count for group in pool.replicas)
+        if self._dp is not None:
+            return [self._dp]
+        return [level for level in _REPLICA_LEVELS if level < most] + [most]
+
+    def _serve(
+        self, pipeline: Pipeline, batch_size: int, chunk: int, count: int | None
+    ) -> Serving | None:
+        rate = self.workload.request_rate
+        if rate is None or count is None:
+            return serve_closed(
+                pipeline, self.workload, batch_size=batch_size, chunk_tokens=chunk
+            )
+        return serve_open(
+            pipeline,
+            self.workload,
+            requests_per_s=rate / count,
+            batch_size=batch_size,
+            chunk_tokens=chunk,
+        )
+
+    def _cut(self, shape: Shape, pool: Pool, batch_size: int, chunk: int) -> "_Cut":
+        """Return the best stages; where memory allows none, those that it would be without."""
+        kinds = tuple(id(kind) for group in pool.replicas for kind in group.stages)
+        key = (shape.pp, shape.ep, batch_size, chunk, kinds)
+        if key not in self._cuts:
+            costs = self.stage_costs(shape, pool, batch_size, chunk)
+            layers = balance_layers(costs)
+            fits = layers is not None
+            if layers is None:
+                layers = balance_layers([replace(stage, budget_bytes=inf) for stage in costs])
+                assert layers is not None, "without a memory limit every shape has a cut"
+            self._cuts[key] = _Cut(layers, fits, *_fullest(costs, layers))
+        return self._cuts[key]
+
+    def stage_costs(
+        self, shape: Shape, pool: Pool, batch_size: int, chunk: int
+    ) -> list[StageCosts]:
+        """Return what each stage costs per layer, for the placement that is hardest.
+
+        A pool with several kinds of GPU is cut for the slowest and the smallest of each stage.
+        """
+        weights, kv = self.memory.layer_bytes(shape)
+        kv_tokens = batch_size * self.sequence_tokens
+        layer_bytes = [
+            weight + kv_tokens * per_token for weight, per_token in zip(weights, kv, strict=True)
+        ]
+        slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
+        tokens = find_flow(self.workload, slots, chunk).usual
+        costs: list[StageCosts] = []
+        for stage in range(shape.pp):
+            kinds = {id(group.stages[stage]): group.stages[stage] for group in pool.replicas}
+            models = [self.models.stage(kind, shape.ep, "tp") for kind in kinds.values()]
+            extra_s = 0.0
+            if stage == 0:
+                extra_s += max(model.first_s(tokens) for model in models)
+            if stage == shape.pp - 1:
+                extra_s += max(model.last_s(tokens) for model in models)
+            else:
+                extra_s += max(model.handover_s for model in models)
+            gpu = min((kind.gpu for kind in kinds.values()), key=self.memory.budget_bytes)
+            extra_bytes = self.memory.extra_bytes(shape, stage, batch_size, chunk, gpu)
+            layer_s = self._layer_s(models, tokens)
+            budget = self.memory.budget_bytes(gpu)
+            costs.append(StageCosts(layer_s, extra_s, layer_bytes, extra_bytes, budget))
+        return costs
+
+    def _layer_s(self, models: list[StageModel], tokens: StepTokens) -> list[float]:
+        """Return the seconds of each layer on the slowest of `models`; one list for equal asks."""
+        key = (tokens, *map(id, models))
+        if key not in self._layer_seconds:
+            by_kind = [
+                max(model.layer_s(kind, tokens) for model in models)
+                for kind in range(len(self.models.layers.kinds))
+            ]
+            self._layer_seconds[key] = [by_kind[kind] for kind in self.models.layers.of_layer]
+        return self._layer_seconds[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Stages of one candidate, and the rank that is closest to its budget."""
+
+    layers: tuple[int, ...]
+    fits: bool
+    memory_bytes: int
+    budget_bytes: int
+
+
+def _fullest(costs: list[StageCosts], layers: tuple[int, ...]) -> tuple[int, int]:
+    """Return the bytes and the budget of the rank that is closest to its budget."""
+    start, ranks = 0, []
+    for stage, count in zip(costs, layers, strict=True):
+        size = sum(stage.layer_bytes[start : start + count]) + stage.extra_bytes
+        ranks.append((round(size), round(stage.budget_bytes)))
+        start += count
+    return max(ranks, key=lambda rank: rank[0] / rank[1])
+
+
+def pools(shape: Shape) -> Iterator[Pool]:
+    """Yield where replicas of `shape` may go.
+
+    Each kind of slot alone, inside machines or spread over them; all kinds at once, for replicas of
+    one kind each; and, where no kind has room for a whole replica or several kinds are left, one
+    replica over all.
+    """
+    whole: list[Replicas] = []
+    for kind in shape.kinds:
+        inside = replicas_in_nodes(kind, shape.pp)
+        spread = kind.count // shape.pp
+        if inside:
+            yield Pool((Replicas((kind,) * shape.pp, inside),))
+        if spread > inside:
+            yield Pool((Replicas((kind,) * shape.pp, spread, True),))
+        if spread:
+            whole.append(Replicas((kind,) * shape.pp, spread, spread > inside))
+    if len(whole) > 1:
+        yield Pool(tuple(whole))
+    slots = [kind for kind in shape.kinds for _ in range(min(kind.count, shape.pp))]
+    if len(shape.kinds) > 1 and sum(kind.count for kind in shape.kinds) >= shape.pp > 1:
+        stages = tuple(slots[-shape.pp :] if shape.pp == len(slots) else slots[: shape.pp])
+        if len(set(map(id, stages))) > 1:
+            yield Pool((Replicas(stages, 1, True),))

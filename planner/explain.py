@@ -1,0 +1,111 @@
+"""A plan in words and figures."""
+
+from collections.abc import Sequence
+
+from rankwright.cost_model.prediction import MemoryPart, Part
+from rankwright.planner.plan import Plan
+
+
+def explain(plan: Plan) -> str:
+    """Return what was chosen, what it will do, where memory and time go, and why others lost."""
+    sections = [
+        _headline(plan),
+        _prediction(plan),
+        _memory(plan.prediction.memory_parts),
+        _time("One decode step of the slowest stage", plan.prediction.decode_parts),
+        _time("Prefill of one prompt on the slowest stage", plan.prediction.prefill_parts),
+        _certificate(plan),
+        _list(
+            "Runners-up",
+            [f"{one.split.label()}: {one.reason}" for one in plan.certificate.runners_up],
+        ),
+        _list("Settings", [f"{one.name}={one.value}: {one.reason}" for one in plan.environment]),
+        _list("Assumed", plan.assumptions),
+        _list("About the cluster", plan.cluster.notes),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(plan: Plan) -> str:
+    split, limits = plan.split, plan.limits
+    replicas = "1 replica" if split.dp == 1 else f"{split.dp} replicas"
+    lines = [
+        f"{plan.model.name} on {plan.cluster.describe()}: {split.label()}, "
+        f"{plan.num_gpus} of {plan.cluster.num_gpus} GPUs",
+        f"  {replicas} of {split.gpus_per_replica} GPUs; each rank holds 1/{split.tp} of "
+        f"{_stages(split.stage_layers)}",
+        f"  up to {limits.max_num_seqs} requests at once in a replica, "
+        f"{limits.max_batched_tokens} tokens a step, requests of up to "
+        f"{limits.max_model_len} tokens; "
+        f"{plan.kv_cache.num_blocks * plan.kv_cache.block_tokens:,} tokens of KV cache a replica",
+    ]
+    return "\n".join(lines)
+
+
+def _stages(layers: tuple[int, ...]) -> str:
+    if len(layers) == 1:
+        return f"{layers[0]} layers"
+    if len(set(layers)) == 1:
+        return f"{layers[0]} layers ({len(layers)} equal stages)"
+    return f"{min(layers)} to {max(layers)} layers (stages of {', '.join(map(str, layers))})"
+
+
+def _prediction(plan: Plan) -> str:
+    one = plan.prediction
+    limits = plan.workload
+    rows = [
+        ("time to first token", one.ttft_s, 1e3, "ms", limits.ttft_limit_s),
+        ("time per output token", one.tpot_s, 1e3, "ms", limits.tpot_limit_s),
+        ("output tokens per second", one.output_tokens_per_s, 1.0, "", None),
+    ]
+    lines = [
+        f"Predicted at {limits.input_tokens} tokens in, {limits.output_tokens} out, "
+        f"{one.batch_size} requests in flight a replica:"
+    ]
+    for name, figure, scale, unit, limit in rows:
+        text = f"  {name:<26}{figure.value * scale:>12,.4g} {unit:<3}"
+        text += f"({figure.low * scale:,.4g} to {figure.high * scale:,.4g})"
+        if limit is not None:
+            text += f", limit {limit * scale:,.4g}"
+        lines.append(text.rstrip())
+    return "\n".join(lines)
+
+
+def _memory(parts: tuple[MemoryPart, ...]) -> str:
+    total = sum(part.bytes for part in parts)
+    lines = [f"Memory of the fullest rank, {total / 1e9:.2f} GB:"]
+    lines += [
+        f"  {part.name:<26}{part.bytes / 1e9:>12.2f} GB {part.bytes / total:>6.0%}"
+        for part in parts
+    ]
+    return "\n".join(lines)
+
+
+def _time(title: str, parts: tuple[Part, ...]) -> str:
+    total = sum(part.seconds for part in parts)
+    if not total:
+        return ""
+    lines = [f"{title}, {total * 1e3:.4g} ms:"]
+    for part in sorted(parts, key=lambda one: -one.seconds):
+        lines.append(
+            f"  {part.name:<26}{part.seconds * 1e3:>12.4g} ms {part.seconds / total:>6.0%}"
+            f"  bound by {part.bound} ({part.source})"
+        )
+    return "\n".join(lines)
+
+
+def _certificate(plan: Plan) -> str:
+    proof = plan.certificate
+    return "\n".join(
+        [
+            f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound "
+            f"{proof.bound:,.5g}, gap {proof.gap:.2g} ({proof.solver}, {proof.status}, "
+            f"{proof.solve_s:.2f} s)",
+            f"  {proof.num_candidates} candidates, {proof.num_illegal} shapes not legal",
+            f"  binding: {proof.binding_constraint}",
+        ]
+    )
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""

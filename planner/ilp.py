@@ -1,0 +1,337 @@
+"""The integer program: which shape, at which batch level, how many replicas, and where.
+
+    z[c]     1 if candidate c (shape, batch, chunk, pool) is chosen
+    n[c, p]  replicas of c on placement p of its pool (a kind of slot; 2,048 equal nodes are one)
+    t[c]     output tokens/s of c
+
+    sum z = 1                                        one shape for all replicas
+    z[c] <= sum_p n[c, p],   n[c, p] <= room[c, p] * z[c]
+    sum_c memory[c] / budget[c] * z[c] <= 1          likewise TTFT and TPOT over their limits
+    t[c] <= sum_p rate[c, p] * n[c, p]               and what the requests in flight allow
+    maximise  sum t   |   minimise  sum request_s * z   |   maximise  sum tokens_per_dollar * z
+
+Equal objectives are settled by a second solve: fewest GPUs, then the shortest request.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pulp
+
+from rankwright.cost_model.workload import Objective, Workload
+from rankwright.planner.balance import StageCosts
+from rankwright.planner.candidates import Candidate
+from rankwright.planner.solver import Ending, solve
+from rankwright.topology.cluster import Gpu
+from rankwright.topology.devices import device_of
+
+# Candidates this much worse than the best in the objective count as equal to it.
+_TIE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the program chose.
+
+    Args:
+        candidate: Shape, batch and pool.
+        counts: Replicas on each placement of the pool.
+        value: Of the objective.
+        ending: How the solver ended, its bound included.
+    """
+
+    candidate: Candidate
+    counts: tuple[int, ...]
+    value: float
+    ending: Ending
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas in all."""
+        return sum(self.counts)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that they take."""
+        return self.num_replicas * self.candidate.shape.num_gpus
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """An objective: its name with unit, its direction, and how it reads."""
+
+    name: str
+    unit: str
+    sense: int
+
+
+GOALS: dict[Objective, Goal] = {
+    "throughput": Goal("output tokens per second", "tokens/s", pulp.LpMaximize),
+    "latency": Goal("seconds of one request", "s", pulp.LpMinimize),
+    "cost": Goal("output tokens per dollar", "tokens/$", pulp.LpMaximize),
+    "energy": Goal("output tokens per joule", "tokens/J", pulp.LpMaximize),
+}
+
+
+def choose(
+    candidates: Sequence[Candidate], workload: Workload, replicas: int | None = None
+) -> Choice | None:
+    """Return the best candidate that keeps every limit; None when none does.
+
+    Args:
+        candidates: Columns; those that break a limit may be among them.
+        workload: Objective, limits and load.
+        replicas: Number of replicas, if pinned.
+    """
+    columns = prune(candidates, workload)
+    if not columns:
+        return None
+    program = _Program(columns, workload, replicas)
+    return program.solve()
+
+
+def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate]:
+    """Return the candidates without those that another of their shape and pool beats in all.
+
+    What another one equals in rate, TTFT, TPOT, memory and, under a concurrency, batch can never be
+    needed; this leaves a tenth of the columns.
+    """
+    by_home: dict[tuple[object, ...], list[Candidate]] = {}
+    for candidate in candidates:
+        if "rate" in candidate.broken or (
+            workload.objective in ("cost", "energy") and len(candidate.pool.replicas) > 1
+        ):
+            continue  # a ratio is never better over two kinds of GPU than over the better one
+        shape, placements = candidate.shape, candidate.pool.replicas
+        home = (
+            *(shape.tp, shape.pp, shape.ep, candidate.replicas),
+            *((group.spread, *map(id, group.stages)) for group in placements),
+        )
+        by_home.setdefault(home, []).append(candidate)
+    kept: list[Candidate] = []
+    for members in by_home.values():
+        front: list[tuple[tuple[float, ...], Candidate]] = []
+        for member in members:
+            merits = _merits(member, workload)
+            if any(_covers(other, merits) for other, _ in front):
+                continue
+            front = [entry for entry in front if not _covers(merits, entry[0])]
+            front.append((merits, member))
+        kept += [member for _, member in front]
+    return kept
+
+
+def _merits(candidate: Candidate, workload: Workload) -> tuple[float, ...]:
+    """Return what counts in the program, each with more being worse."""
+    merits = [-state.requests_per_s for state in candidate.serving]
+    merits.append(candidate.memory_bytes / candidate.budget_bytes)
+    if workload.ttft_limit_s is not None:
+        merits.append(candidate.ttft_s)
+    if workload.tpot_limit_s is not None:
+        merits.append(candidate.tpot_s)
+    merits.append(candidate.request_s(workload.output_tokens))
+    if workload.concurrency is not None:
+        merits += [candidate.batch_size, -candidate.batch_size]
+    return tuple(merits)
+
+
+def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def ratio_of(candidate: Candidate, placement: int, workload: Workload) -> float:
+    """Return tokens per dollar or per joule of a replica on one placement of its pool."""
+    per_second = sum(
+        candidate.shape.tp * burn_per_s(kind.gpu, workload.objective)
+        for kind in candidate.pool.replicas[placement].stages
+    )
+    requests = candidate.serving[placement].requests_per_s
+    if candidate.replicas is not None and workload.request_rate is not None:
+        requests = min(requests, workload.request_rate / candidate.replicas)
+    return requests * workload.output_tokens / per_second
+
+
+def burn_per_s(gpu: Gpu, objective: Objective) -> float:
+    """Return the dollars or joules that `gpu` takes in a second.
+
+    Energy is the board's rated power: an upper bound that ranks GPUs, not a meter. A device without
+    a listed price or power counts one, so that the fewest GPUs win.
+    """
+    device = device_of(gpu)
+    if objective == "energy":
+        return device.tdp_w if device is not None else 1.0
+    if device is None or device.usd_per_hour is None:
+        return 1.0
+    return sum(device.usd_per_hour) / len(device.usd_per_hour) / 3600
+
+
+class _Program:
+    """The program over one set of columns."""
+
+    def __init__(
+        self, columns: Sequence[Candidate], workload: Workload, replicas: int | None
+    ) -> None:
+        self._columns = columns
+        self._workload = workload
+        self._goal = GOALS[workload.objective]
+        self._problem = pulp.LpProblem("plan", self._goal.sense)
+        self._chosen = [
+            pulp.LpVariable(f"z{index}", cat=pulp.LpBinary) for index in range(len(columns))
+        ]
+        self._counts = [
+            [
+                pulp.LpVariable(f"n{index}_{place}", 0, group.count, cat=pulp.LpInteger)
+                for place, group in enumerate(column.pool.replicas)
+            ]
+            for index, column in enumerate(columns)
+        ]
+        self._tokens = [pulp.LpVariable(f"t{index}", 0) for index in range(len(columns))]
+        self._problem += pulp.lpSum(self._chosen) == 1
+        for index in range(len(columns)):
+            self._add_column(index, replicas)
+        self._add_limits()
+
+    def solve(self) -> Choice | None:
+        """Return the best plan; ties go to the fewest GPUs, then to the shortest request."""
+        primary = self._objective()
+        self._problem.setObjective(primary)
+        ending = solve(self._problem)
+        if ending is None:
+            return None
+        slack = _TIE * abs(ending.value)
+        if self._goal.sense == pulp.LpMaximize:
+            self._problem += primary >= ending.value - slack
+        else:
+            self._problem += primary <= ending.value + slack
+        self._problem.setObjective(self._tie_break())
+        settled = solve(self._problem)
+        assert settled is not None, "the first solution satisfies the second program"
+        index = max(range(len(self._columns)), key=lambda column: self._chosen[column].value())
+        counts = tuple(round(count.value()) for count in self._counts[index])
+        return Choice(self._columns[index], counts, ending.value, ending)
+
+    def _add_column(self, index: int, replicas: int | None) -> None:
+        column, workload, problem = self._columns[index], self._workload, self._problem
+        chosen, counts = self._chosen[index], self._counts[index]
+        number = pulp.lpSum(counts)
+        for count, group in zip(counts, column.pool.replicas, strict=True):
+            problem += count <= group.count * chosen
+        problem += number >= chosen
+        fixed = replicas or column.replicas
+        if fixed is not None:
+            problem += number == fixed * chosen
+        rates = [state.requests_per_s * workload.output_tokens for state in column.serving]
+        tokens = self._tokens[index]
+        problem += tokens <= pulp.lpSum(
+            rate * count for rate, count in zip(rates, counts, strict=True)
+        )
+        if workload.concurrency is None:
+            return
+        in_flight = workload.concurrency
+        # No more than are in flight can be served at the rate of a full batch.
+        problem += tokens <= in_flight / column.batch_size * max(rates) * chosen
+        if replicas is None and column.batch_size > 1:
+            # A replica more than the requests fill would run at a smaller batch: another column.
+            problem += (column.batch_size - 1) * number <= (in_flight - 1) * chosen
+        if workload.objective == "latency":
+            problem += column.batch_size * number >= in_flight * chosen
+
+    def _add_limits(self) -> None:
+        workload = self._workload
+        shares: list[Callable[[Candidate], float]] = [
+            lambda column: column.memory_bytes / column.budget_bytes
+        ]
+        ttft_limit_s, tpot_limit_s = workload.ttft_limit_s, workload.tpot_limit_s
+        if ttft_limit_s is not None:
+            shares.append(lambda column: column.ttft_s / ttft_limit_s)
+        if tpot_limit_s is not None:
+            shares.append(lambda column: column.tpot_s / tpot_limit_s)
+        for share in shares:
+            used = [share(column) for column in self._columns]
+            # A column over a limit by less than the solver's tolerance (1e-6) must not slip in.
+            used = [max(part, 1.001) if part > 1 else part for part in used]
+            self._problem += pulp.lpDot(used, self._chosen) <= 1
+
+    def _objective(self) -> "pulp.LpAffineExpression":
+        workload = self._workload
+        if workload.objective == "throughput":
+            return pulp.lpSum(self._tokens)
+        if workload.objective == "latency":
+            seconds = [column.request_s(workload.output_tokens) for column in self._columns]
+            return pulp.lpDot(seconds, self._chosen)
+        return pulp.lpDot(
+            [ratio_of(column, 0, workload) for column in self._columns], self._chosen
+        )
+
+    def _tie_break(self) -> "pulp.LpAffineExpression":
+        """Return what settles ties, to be optimised in the direction of the objective.
+
+        Throughput is given, so the fewest GPUs win. Where the objective says nothing about how many
+        replicas there are (latency, ratios), as many tokens as possible come first. A request's
+        time settles the rest; it weighs less than one GPU or a thousandth of the tokens.
+        """
+        workload, sense = self._workload, self._goal.sense
+        longest_s = max(column.request_s(workload.output_tokens) for column in self._columns)
+        times = [
+            0.5 * column.request_s(workload.output_tokens) / longest_s for column in self._columns
+        ]
+        gpus = pulp.lpSum(
+            column.shape.num_gpus * count
+            for column, counts in zip(self._columns, self._counts, strict=True)
+            for count in counts
+        )
+        worse = gpus + pulp.lpDot(times, self._chosen)
+        if workload.objective != "throughput" and workload.request_rate is None:
+            most = max(
+                sum(
+                    group.count * state.requests_per_s
+                    for group, state in zip(column.pool.replicas, column.serving, strict=True)
+                )
+                for column in self._columns
+            )
+            per_token = 1000 / (most * workload.output_tokens)
+            worse = pulp.lpDot(times, self._chosen) - per_token * pulp.lpSum(self._tokens)
+        return worse if sense == pulp.LpMinimize else -worse
+
+
+def solve_stages(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
+    """Return the layers of each stage, from the integer program that `balance_layers` searches.
+
+        e[s, l]  1 if stage s ends before layer l
+        minimise  T + a little of the largest stage's layer count
+        end[s] = sum_l l * e[s, l],   end[s - 1] < end[s],   end[last] = number of layers
+        T >= seconds of layers end[s - 1] to end[s] on stage s, and what the stage costs besides
+        memory likewise below the budget of each stage
+
+    Seconds and bytes up to a layer are looked up by the one-hot `e`, so that uneven layers and
+    stages on different GPUs stay linear.
+    """
+    num_layers = len(stages[0].layer_s)
+    problem = pulp.LpProblem("stages", pulp.LpMinimize)
+    slowest, widest = pulp.LpVariable("T", 0), pulp.LpVariable("widest", 0)
+    ends = [
+        [pulp.LpVariable(f"e{stage}_{layer}", cat=pulp.LpBinary) for layer in range(num_layers + 1)]
+        for stage in range(len(stages))
+    ]
+    layers = list(range(num_layers + 1))
+    scale = max(sum(stage.layer_s) + stage.extra_s for stage in stages)
+    problem += slowest + 1e-7 * widest
+    for index, (stage, end) in enumerate(zip(stages, ends, strict=True)):
+        problem += pulp.lpSum(end) == 1
+        seconds = [total / scale for total in (0.0, *accumulate(stage.layer_s))]
+        sizes = [total / stage.budget_bytes for total in (0.0, *accumulate(stage.layer_bytes))]
+        before = ends[index - 1] if index else None
+        count, time, size = (
+            pulp.lpDot(values, end) - (pulp.lpDot(values, before) if before else 0)
+            for values in (layers, seconds, sizes)
+        )
+        problem += count >= 1
+        problem += widest >= count
+        problem += slowest >= time + stage.extra_s / scale
+        problem += size <= 1 - stage.extra_bytes / stage.budget_bytes
+    problem += ends[-1][num_layers] == 1
+    if solve(problem) is None:
+        return None
+    stops = [next(layer for layer in layers if end[layer].value() > 0.5) for end in ends]
+    return tuple(stop - start for start, stop in zip([0, *stops[:-1]], stops, strict=True))

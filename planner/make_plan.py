@@ -1,0 +1,161 @@
+"""Makes a plan: search, choice, placement, and the certificate that goes with it."""
+
+from math import floor
+
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.predict import Replicas, predict_replicas
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.balance import StageCosts
+from rankwright.planner.binding import find_binding
+from rankwright.planner.environment import find_environment
+from rankwright.planner.ilp import GOALS, Choice
+from rankwright.planner.infeasible import NoFeasiblePlanError, explain_failure
+from rankwright.planner.placement import place_ranks
+from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
+from rankwright.planner.runners_up import find_runners_up, split_of
+from rankwright.planner.search import Search
+from rankwright.planner.shapes import Pins
+from rankwright.topology.cluster import Cluster
+
+__all__ = ["NoFeasiblePlanError", "Pins", "make_plan"]
+
+_MIN_RUNNERS_UP = 2  # a plan without a comparison explains nothing
+
+# What the cache of a CPU rank holds at least, if memory allows: a conversation, whatever lengths
+# the plan was made for. More would take memory from everything else on the machine.
+_CPU_CONTEXT_TOKENS = 8192
+
+
+def make_plan(
+    model: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    memory_budget_bytes: int | None = None,
+    pins: Pins | None = None,
+    top: int = 1,
+    allow_pipeline: bool = True,
+    engine: str = "rankwright",
+    assumptions: tuple[str, ...] = (),
+) -> Plan:
+    """Return the best plan to serve `workload` with `model` on `cluster`.
+
+    Args:
+        model: What to serve.
+        cluster: The machines.
+        workload: Lengths, load, limits and objective.
+        memory_budget_bytes: Bytes of each GPU that the plan may use; None: what is free.
+        pins: Degrees to keep.
+        top: How many other shapes to list, each with the reason why it lost; two at least.
+        allow_pipeline: Whether a replica may have several stages.
+        engine: Whose efficiency constants to predict with.
+        assumptions: What the caller assumed, to be recorded in the plan.
+
+    Raises:
+        NoFeasiblePlanError: No split keeps memory and limits; the message names what binds and the
+            nearest change that was verified to help.
+        ValueError: The request exceeds the model's context, or a pin or budget is out of range.
+    """
+    _check(model, workload, memory_budget_bytes, top)
+    search = Search(
+        model, cluster, workload, memory_budget_bytes, pins or Pins(), allow_pipeline, engine
+    )
+    choice = search.best()
+    if choice is None:
+        raise explain_failure(search)
+    return _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
+
+
+def _check(model: ModelSpec, workload: Workload, budget: int | None, top: int) -> None:
+    tokens = workload.input_tokens + workload.output_tokens
+    if tokens > model.max_context_tokens:
+        raise ValueError(
+            f"a request of {workload.input_tokens} + {workload.output_tokens} tokens exceeds the "
+            f"context of {model.name}, {model.max_context_tokens} tokens; use shorter lengths"
+        )
+    if budget is not None and budget <= 0:
+        raise ValueError(f"memory budget of {budget} bytes: expected more than 0")
+    if top < 1:
+        raise ValueError(f"top={top}: expected 1 or more")
+
+
+def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]) -> Plan:
+    candidate, model, workload = choice.candidate, search.model, search.workload
+    groups = _placed(choice)
+    split = split_of(choice)
+    num_blocks = _num_blocks(search, choice)
+    block_tokens = search.evaluator.block_tokens
+    kv_tokens = num_blocks * block_tokens
+    prediction = predict_replicas(search.evaluator.models, workload, split, groups, kv_tokens)
+    ranks = place_ranks(model, split, groups)
+    return Plan(
+        num_gpus=split.num_gpus,
+        model=model,
+        workload=workload,
+        cluster=search.cluster,
+        cluster_fingerprint=search.cluster.fingerprint,
+        split=split,
+        ranks=ranks,
+        kv_cache=KvCachePlan(block_tokens=block_tokens, num_blocks=num_blocks),
+        limits=Limits(
+            max_num_seqs=candidate.batch_size,
+            max_batched_tokens=candidate.chunk_tokens,
+            max_model_len=min(model.max_context_tokens, kv_tokens),
+        ),
+        prediction=prediction,
+        certificate=_certificate(search, choice, top),
+        environment=find_environment(search.cluster, ranks),
+        assumptions=assumptions,
+    )
+
+
+def _placed(choice: Choice) -> tuple[Replicas, ...]:
+    """Return the placements that got replicas, with how many."""
+    return tuple(
+        Replicas(group.stages, count, group.spread)
+        for group, count in zip(choice.candidate.pool.replicas, choice.counts, strict=True)
+        if count
+    )
+
+
+def _num_blocks(search: Search, choice: Choice) -> int:
+    """Return the KV blocks of every rank: what is left on the rank with least room.
+
+    A CPU rank takes what its requests need and a conversation besides, not all of the machine.
+    """
+    candidate, evaluator = choice.candidate, search.evaluator
+    costs = evaluator.stage_costs(
+        candidate.shape, candidate.pool, candidate.batch_size, candidate.chunk_tokens
+    )
+    weights, kv = evaluator.memory.layer_bytes(candidate.shape)
+    start, tokens = 0, float("inf")
+    for stage, count in zip(costs, candidate.stage_layers, strict=True):
+        layers = slice(start, start + count)
+        room = _room(stage, sum(weights[layers]))
+        tokens = min(tokens, room / sum(kv[layers]))
+        start += count
+    if evaluator.is_cpu:
+        wanted = candidate.batch_size * evaluator.sequence_tokens
+        tokens = min(tokens, max(wanted, min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)))
+    return max(1, floor(tokens / evaluator.block_tokens))
+
+
+def _room(stage: StageCosts, weight_bytes: int) -> float:
+    return stage.budget_bytes - stage.extra_bytes - weight_bytes
+
+
+def _certificate(search: Search, choice: Choice, top: int) -> Certificate:
+    goal, ending = GOALS[search.workload.objective], choice.ending
+    return Certificate(
+        objective=f"{goal.name} ({goal.unit})",
+        objective_value=choice.value,
+        bound=ending.bound,
+        gap=ending.gap,
+        solver=ending.solver,
+        status=ending.status,
+        solve_s=ending.seconds,
+        num_candidates=len(search.candidates),
+        num_illegal=len(search.illegal),
+        binding_constraint=find_binding(search, choice),
+        runners_up=find_runners_up(search, choice, top),
+    )

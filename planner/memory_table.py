@@ -1,0 +1,84 @@
+"""Bytes of a rank as the search needs them: by layer and by what each stage has besides.
+
+The same functions of `cost_model/memory.py` that `rank_memory` sums up, looked up once for each
+degree instead of once for each candidate.
+"""
+
+from rankwright.cost_model.efficiency import device_class
+from rankwright.cost_model.memory import (
+    RESERVED_BYTES,
+    activation_bytes,
+    embedding_weight_bytes,
+    final_norm_bytes,
+    head_weight_bytes,
+    kv_bytes_per_token,
+    layer_weight_bytes,
+)
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.predict import memory_class
+from rankwright.planner.shapes import Shape
+from rankwright.topology.cluster import Gpu
+
+
+class MemoryTable:
+    """Bytes of the fullest rank of every shape of one model."""
+
+    def __init__(self, model: ModelSpec, memory_budget_bytes: int | None = None) -> None:
+        """Prepare.
+
+        Args:
+            model: Whose weights and cache.
+            memory_budget_bytes: Bytes of each GPU that may be used; None: what is free.
+        """
+        self._model = model
+        self._budget = memory_budget_bytes
+        self._layers: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+        self._extras: dict[tuple[int | bool, ...], int] = {}
+
+    def budget_bytes(self, gpu: Gpu) -> int:
+        """Return the bytes of `gpu` that a plan may use."""
+        return gpu.memory_bytes if self._budget is None else min(self._budget, gpu.memory_bytes)
+
+    def layer_bytes(self, shape: Shape) -> tuple[list[int], list[int]]:
+        """Return, for every layer, its weight bytes and its KV bytes of a token."""
+        key = (shape.tp, shape.ep)
+        if key not in self._layers:
+            model, weights, kv = self._model, list[int](), list[int]()
+            for run in model.layer_runs:
+                size = layer_weight_bytes(model, run.layer, tp=shape.tp, ep=shape.ep)
+                weights += [size] * run.count
+                kv += [kv_bytes_per_token(model, run.layer, tp=shape.tp)] * run.count
+            self._layers[key] = weights, kv
+        return self._layers[key]
+
+    def extra_bytes(
+        self, shape: Shape, stage: int, batch_size: int, chunk_tokens: int, gpu: Gpu
+    ) -> int:
+        """Return the bytes of a stage that do not depend on how many layers it has."""
+        last = stage == shape.pp - 1
+        num_seqs = batch_size if last else 0
+        is_cpu = gpu.device == "cpu"
+        key = (shape.tp, shape.ep, max(chunk_tokens, batch_size), num_seqs, stage == 0, last, is_cpu)
+        if key not in self._extras:
+            self._extras[key] = self._find_extra_bytes(shape, stage, key[2], num_seqs, gpu)
+        return self._extras[key]
+
+    def _find_extra_bytes(
+        self, shape: Shape, stage: int, max_batched_tokens: int, num_seqs: int, gpu: Gpu
+    ) -> int:
+        model = self._model
+        total = RESERVED_BYTES[memory_class(gpu.device, device_class(gpu))]
+        total += activation_bytes(
+            model,
+            tp=shape.tp,
+            ep=shape.ep,
+            max_batched_tokens=max_batched_tokens,
+            max_num_seqs=num_seqs,
+        )
+        if stage == 0:
+            total += embedding_weight_bytes(model, tp=shape.tp)
+        if stage == shape.pp - 1:
+            total += final_norm_bytes(model)
+            if not (model.tie_embeddings and shape.pp == 1):
+                total += head_weight_bytes(model, tp=shape.tp)
+        return total

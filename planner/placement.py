@@ -1,0 +1,100 @@
+"""Binds replicas, stages and TP ranks to machines and GPUs.
+
+TP groups were cut out of islands by `cost_model/layout.py`, and pipelines strung inside machines
+where they fit; here each gets its numbers. Ranks count TP first, then stages, then replicas:
+`rank = (replica * pp + stage) * tp + tp_rank`.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
+
+from rankwright.cost_model.layout import SlotKind, replica_slots
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.predict import Replicas
+from rankwright.cost_model.shards import even_range, head_ranges
+from rankwright.cost_model.split import Split
+from rankwright.planner.plan import Range, RankPlan
+
+Place = tuple[int, int]
+
+
+def place_ranks(
+    model: ModelSpec, split: Split, groups: Sequence[Replicas]
+) -> tuple[RankPlan, ...]:
+    """Return every rank with its GPU and its part of the model.
+
+    Args:
+        model: What is cut.
+        split: How.
+        groups: Kinds of slot of the replicas, and how many replicas are on each.
+    """
+    shards = [_shard(model, split, tp_rank) for tp_rank in range(split.tp)]
+    stops = list(accumulate(split.stage_layers))
+    stages: list[Range] = [
+        (stop - count, stop) for stop, count in zip(stops, split.stage_layers, strict=True)
+    ]
+    ranks: list[RankPlan] = []
+    for replica, slots in enumerate(_replica_places(groups)):
+        for stage, places in enumerate(slots):
+            for tp_rank, (node, gpu) in enumerate(places):
+                query_heads, kv_heads, ffn_columns, experts, vocab = shards[tp_rank]
+                ranks.append(
+                    RankPlan(
+                        rank=len(ranks),
+                        node=node,
+                        gpu=gpu,
+                        replica=replica,
+                        stage=stage,
+                        tp_rank=tp_rank,
+                        layers=stages[stage],
+                        query_heads=query_heads,
+                        kv_heads=kv_heads,
+                        ffn_columns=ffn_columns,
+                        experts=experts,
+                        vocab=vocab,
+                    )
+                )
+    assert len(ranks) == split.num_gpus, f"{len(ranks)} ranks placed for {split.label()}"
+    return tuple(ranks)
+
+
+def _replica_places(groups: Sequence[Replicas]) -> Iterator[list[tuple[Place, ...]]]:
+    """Yield, for each replica, the places of each stage's TP group."""
+    for group in groups:
+        kinds = group.stages
+        if len(set(map(id, kinds))) > 1:
+            yield _mixed_places(kinds)
+            continue
+        kind = kinds[0]
+        for slots in islice(replica_slots(kind, len(kinds), group.spread), group.count):
+            yield [kind.places(slot) for slot in slots]
+
+
+def _mixed_places(kinds: tuple[SlotKind, ...]) -> list[tuple[Place, ...]]:
+    used: dict[int, int] = {}
+    places = []
+    for kind in kinds:
+        slot = used.get(id(kind), 0)
+        used[id(kind)] = slot + 1
+        places.append(kind.places(slot))
+    return places
+
+
+def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, Range, Range, Range, Range]:
+    """Return the query heads, KV heads, FFN columns, experts and vocabulary rows of `tp_rank`.
+
+    A plan has one of each for all layers. Where layers differ (DeepSeek's first layers are dense,
+    the others have experts), the columns are those of the experts and the heads those of the first
+    layer; the executor cuts a layer that differs by the same rule.
+    """
+    layers = [run.layer for run in model.layer_runs]
+    query_heads, kv_heads = head_ranges(layers[0].attention, split.tp, tp_rank)
+    moe = next((layer.feed_forward for layer in layers if layer.feed_forward.kind == "moe"), None)
+    vocab = even_range(model.vocab_size, split.tp, tp_rank)
+    if moe is None:
+        columns = even_range(layers[0].feed_forward.intermediate_size, split.tp, tp_rank)
+        return query_heads, kv_heads, columns, (0, 0), vocab
+    ep_rank, moe_tp_rank = divmod(tp_rank, split.moe_tp)
+    columns = even_range(moe.intermediate_size, split.moe_tp, moe_tp_rank)
+    experts = even_range(moe.num_experts, split.ep, ep_rank)
+    return query_heads, kv_heads, columns, experts, vocab

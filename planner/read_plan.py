@@ -1,0 +1,117 @@
+"""Reads and writes plan files, and refuses plans that were made for another cluster."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rankwright.planner.plan import Plan
+from rankwright.topology.cluster import Cluster
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Return the plan in the file at `path`.
+
+    Raises:
+        ValueError: There is no such file, it is no plan, or it contradicts itself; one line that
+            names the field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"plan {str(path)!r} is not a text file") from None
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"plan {str(path)!r}: {_first_problem(error)}") from None
+
+
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Write `plan` to `path`: to a temporary file beside it, then renamed.
+
+    Raises:
+        ValueError: The folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ValueError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(plan.model_dump_json(indent=2) + "\n")
+        # mkstemp makes files that only their owner reads; a plan is as public as any other file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise ValueError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
+
+
+def check_cluster(plan: Plan, cluster: Cluster) -> None:
+    """Check that `plan` was made for `cluster`.
+
+    Raises:
+        ValueError: It was not; one line that says what differs.
+    """
+    if plan.cluster_fingerprint == cluster.fingerprint:
+        return
+    wanted, found = plan.cluster, cluster
+    raise ValueError(
+        f"the plan was made for {wanted.describe()} and this is {found.describe()}: "
+        f"{_difference(wanted, found)}; plan again for this cluster"
+    )
+
+
+def _first_problem(error: ValidationError) -> str:
+    """Return the first of `error`'s problems in one line, with the field's path."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("\n", " ")
+    given = problem.get("input")
+    shown = ""
+    if isinstance(given, str | int | float | bool) and problem["type"] != "json_invalid":
+        shown = f" (got {json.dumps(given)})"
+    more = error.error_count() - 1
+    others = f"; and {more} more" if more else ""
+    return f"{where}: {message}{shown}{others}" if where else f"{message}{others}"
+
+
+def _difference(wanted: Cluster, found: Cluster) -> str:
+    """Return the first fact that differs."""
+    if wanted.num_nodes != found.num_nodes:
+        return f"{wanted.num_nodes} machines against {found.num_nodes}"
+    if wanted.num_gpus != found.num_gpus:
+        return f"{wanted.num_gpus} GPUs against {found.num_gpus}"
+    for index in range(wanted.num_nodes):
+        one, other = wanted.node(index), found.node(index)
+        if len(one.gpus) != len(other.gpus):
+            return f"node {index} has {len(other.gpus)} GPUs instead of {len(one.gpus)}"
+        for a, b in zip(one.gpus, other.gpus, strict=True):
+            facts = (a.index, a.device, round(a.total_memory_bytes / 2**30))
+            others = (b.index, b.device, round(b.total_memory_bytes / 2**30))
+            if facts != others:
+                return (
+                    f"node {index} GPU {a.index} is {b.device} with "
+                    f"{b.total_memory_bytes / 1e9:.0f} GB instead of {a.device} with "
+                    f"{a.total_memory_bytes / 1e9:.0f} GB"
+                )
+        links = {(link.a, link.b): link.kind for link in one.links}
+        for link in other.links:
+            kind = links.pop((link.a, link.b), "none")
+            if kind != link.kind:
+                return (
+                    f"node {index}: GPUs {link.a} and {link.b} are joined by {link.kind} instead "
+                    f"of {kind}"
+                )
+        if links:
+            (a_gpu, b_gpu), kind = next(iter(links.items()))
+            return f"node {index}: the link {kind} of GPUs {a_gpu} and {b_gpu} is missing"
+    return "the fabric between the machines differs"

@@ -1,0 +1,105 @@
+"""One search: shapes, their candidates, and the program over them.
+
+Kept apart from `make_plan` so that the same search can be run again with one thing changed: that is
+how a binding constraint is shown to bind, and how a suggested change is shown to help.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.candidates import Candidate, Evaluator
+from rankwright.planner.ilp import Choice, choose
+from rankwright.planner.shapes import Illegal, Pins, Shape, Shapes, find_shapes
+from rankwright.topology.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Search:
+    """Everything that a plan depends on, and what was found.
+
+    Args:
+        model: What runs.
+        cluster: Where.
+        workload: What is asked.
+        memory_budget_bytes: Bytes of each GPU that may be used; None: what is free.
+        pins: Degrees to keep.
+        allow_pipeline: Whether a replica may have several stages.
+        engine: Whose efficiency constants to use.
+    """
+
+    model: ModelSpec
+    cluster: Cluster
+    workload: Workload
+    memory_budget_bytes: int | None = None
+    pins: Pins = Pins()
+    allow_pipeline: bool = True
+    engine: str = "rankwright"
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Prices candidates."""
+        return Evaluator(
+            self.model,
+            self.cluster,
+            self.workload,
+            memory_budget_bytes=self.memory_budget_bytes,
+            pins=self.pins,
+            engine=self.engine,
+        )
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Legal and illegal shapes; deep pipelines only where no shallow one fits in memory."""
+        usual = self._find_shapes(None)
+        if self.pins.pp is None and not any(self._fits(shape) for shape in usual.legal):
+            return self._find_shapes(self.model.num_layers)
+        return usual
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """Every shape at every batch level."""
+        return [
+            candidate
+            for shape in self.shapes.legal
+            for candidate in self.evaluator.candidates(shape)
+        ]
+
+    @property
+    def illegal(self) -> tuple[Illegal, ...]:
+        """Shapes that the model or the cluster forbids."""
+        return self.shapes.illegal
+
+    def best(self, without: frozenset[str] = frozenset()) -> Choice | None:
+        """Return the best choice whose shape is not in `without`; None when nothing fits."""
+        allowed = [
+            candidate for candidate in self.candidates if candidate.shape.label() not in without
+        ]
+        return choose(allowed, self.workload, self.pins.dp)
+
+    def changed(self, **changes: object) -> "Search":
+        """Return the same search with other inputs."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+    def _find_shapes(self, max_pp: int | None) -> Shapes:
+        options = {} if max_pp is None else {"max_pp": max_pp}
+        return find_shapes(
+            self.model,
+            self.cluster,
+            pins=self.pins,
+            allow_pipeline=self.allow_pipeline,
+            **options,
+        )
+
+    def _fits(self, shape: Shape) -> bool:
+        """Return whether one request fits with even stages; no proof, only a reason to look deeper.
+
+        What does not fit so may still fit with uneven stages; then it is found all the same.
+        """
+        table = self.evaluator.memory
+        gpu = max((kind.gpu for kind in shape.kinds), key=table.budget_bytes)
+        weights, kv = table.layer_bytes(shape)
+        fixed = table.extra_bytes(shape, shape.pp - 1, 1, 512, gpu)
+        layers = (sum(weights) + self.evaluator.sequence_tokens * sum(kv)) / shape.pp
+        return layers + fixed <= table.budget_bytes(gpu)

@@ -1,0 +1,86 @@
+"""Runs an integer program and says honestly how it ended.
+
+HiGHS inside the process first; the CBC that comes with PuLP where HiGHS is missing.
+"""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import pulp
+
+# No program of ours has taken a second; this only keeps a plan from hanging.
+TIME_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a solver ended.
+
+    Args:
+        status: `optimal`, or `time limit` when a solution was found but not proved best.
+        value: Objective of the solution.
+        bound: No solution can be better than this.
+        solver: Name and version.
+        seconds: Wall-clock time.
+    """
+
+    status: str
+    value: float
+    bound: float
+    solver: str
+    seconds: float
+
+    @property
+    def gap(self) -> float:
+        """Distance between bound and value, relative to the value."""
+        return abs(self.bound - self.value) / max(abs(self.value), 1e-12)
+
+
+class SolverError(RuntimeError):
+    """The solver neither solved the program nor proved it infeasible."""
+
+
+def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Ending | None:
+    """Solve `problem` in place and return how it ended; None when it has no solution.
+
+    Raises:
+        SolverError: The solver stopped without a solution and without a proof that none exists.
+    """
+    # One thread: our programs are solved at the root, and HiGHS's threads cost more than that.
+    highs = pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=0.0, threads=1)
+    use_highs = highs.available()
+    solver = (
+        highs
+        if use_highs
+        else pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, gapRel=0.0, threads=1)
+    )
+    start = perf_counter()
+    problem.solve(solver)
+    seconds = perf_counter() - start
+    if problem.status == pulp.LpStatusInfeasible:
+        return None
+    name = f"HiGHS {_highs_version(problem)}" if use_highs else "CBC"
+    found = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
+    if problem.status != pulp.LpStatusOptimal or not found:
+        raise SolverError(
+            f"{name} ended as {pulp.LpStatus[problem.status]!r} after {seconds:.1f} s without a "
+            "plan; pin some degrees (--tp, --pp) to make the program smaller"
+        )
+    value = float(pulp.value(problem.objective) or 0.0)
+    bound = _bound(problem) if use_highs else value
+    optimal = problem.sol_status == pulp.LpSolutionOptimal
+    if not use_highs and not optimal:
+        raise SolverError(
+            f"CBC reached its limit of {time_limit_s:.0f} s and reports no bound; install highspy"
+        )
+    return Ending("optimal" if optimal else "time limit", value, bound, name, seconds)
+
+
+def _highs_version(problem: "pulp.LpProblem") -> str:
+    return str(problem.solverModel.version())
+
+
+def _bound(problem: "pulp.LpProblem") -> float:
+    """Return HiGHS's dual bound; PuLP hands it maximisation as the minimisation of the negative."""
+    bound = float(problem.solverModel.getInfo().mip_dual_bound)
+    return -bound if problem.sense == pulp.LpMaximize else bound
