@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     or run failure. 1 is a mistake of ours, and the only one that prints a traceback.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    asked = [args[0]] if args and args[0] in COMMANDS else COMMANDS
+    known = args[:1] == ["--version"] or args[:1] in ([name] for name in COMMANDS)
+    asked = [name for name in COMMANDS if name in args[:1]] if known else COMMANDS
     try:
         code = build_app(asked)(args=args, prog_name="rankwright", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

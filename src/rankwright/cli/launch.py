@@ -7,7 +7,7 @@ import typer
 from rankwright.cli import options
 from rankwright.cli.output import status
 from rankwright.cli.planning import plan_of
-from rankwright.planner.pins import Pins
+from rankwright.planner.make_plan import Pins
 
 
 def run(

@@ -11,7 +11,7 @@ from rankwright.cli.plan_page import print_plan
 from rankwright.cli.planning import plan_for
 from rankwright.cost_model.read_model import read_model
 from rankwright.planner.explain import explain as explain_plan
-from rankwright.planner.pins import Pins
+from rankwright.planner.make_plan import Pins
 from rankwright.planner.read_plan import write_plan
 
 

@@ -8,8 +8,7 @@ from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.make_plan import make_plan
-from rankwright.planner.pins import Pins
+from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
 from rankwright.topology.read_cluster import read_cluster
