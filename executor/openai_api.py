@@ -146,7 +146,8 @@ class _Generation(_Request):
                 # Generators take 63 bits on every device.
                 "seed": None if self.seed is None else (self.seed + choice) % 2**63,
                 "max_tokens": max_tokens,
-                "min_tokens": max_tokens if self.ignore_eos else min(self.min_tokens, max_tokens),
+                # One more than can come: even a last token that would end the text is text.
+                "min_tokens": max_tokens + 1 if self.ignore_eos else self.min_tokens,
                 "stop_token_ids": tuple(self.stop_token_ids),
             }
         )

@@ -137,6 +137,11 @@ class LocalRanks:
 
     async def kill(self) -> None:
         """Kill what is left, ranks and agent, and wait until it is gone."""
+        self._find_ranks()
+        for rank in self._pids:
+            self._kill_rank(rank)
+        if self._pids:
+            await self.end(_LAST_WORDS_S)  # it waits for its children, or they would be zombies
         if self._agent.poll() is None:
             self._agent.kill()
             await asyncio.to_thread(self._agent.wait)

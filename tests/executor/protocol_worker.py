@@ -107,7 +107,7 @@ def serve(connection: "object", replica: int) -> None:
             generated += 1
             reason = None
             if token == 0 or token in request.sampling.stop_token_ids:
-                reason = "stop" if index >= request.sampling.min_tokens else None
+                reason = "stop" if index + 1 >= request.sampling.min_tokens else None
             if reason is None and index + 1 == request.sampling.max_tokens:
                 reason = "length"
             tokens = Tokens(request_id=request_id, token_ids=(token,), finish_reason=reason)

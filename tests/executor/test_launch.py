@@ -5,29 +5,25 @@ test_launch_end_to_end.py does the same with the real worker.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tests.executor.launched import WORKER, Launched, complete
+from tests.executor.launched import launched as launched_for_real
 from tests.executor.plans import cpu_plan
 
 from rankwright.cost_model.read_model import read_model
 from rankwright.executor.preflight import check_machine, find_model, listen, make_options
 from rankwright.planner.plan import Plan
 
-HERE = Path(__file__).parent
-WORKER = [sys.executable, str(HERE / "protocol_worker.py")]
 pytestmark = pytest.mark.timeout(90)
 
 SPEC = read_model(
@@ -47,87 +43,11 @@ SPEC = read_model(
 )
 
 
-class Launched:
-    """A launch in a process of its own."""
-
-    def __init__(self, process: "subprocess.Popen[str]", folder: Path) -> None:
-        self.process = process
-        self.folder = folder
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip())
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def url(self) -> str:
-        found = self.wait_for(lambda: re.search(r"ready in .* on (http://\S+)", self.text))
-        return str(found.group(1))
-
-    def wait_for(self, what: Callable[[], Any], within_s: float = 40) -> Any:
-        deadline = time.monotonic() + within_s
-        while time.monotonic() < deadline:
-            if value := what():
-                return value
-            assert self.process.poll() is None, self.text
-            time.sleep(0.02)
-        raise AssertionError(f"waited in vain:\n{self.text}")
-
-    def pid_of(self, rank: int) -> int:
-        def find() -> int | None:
-            files = list(self.folder.glob(f"rankwright-*/rank-{rank}.pid"))
-            return int(files[0].read_text() or 0) if files else None
-
-        return int(self.wait_for(find))
-
-    def exit_code(self) -> int:
-        code = self.process.wait(40)
-        self._reader.join(10)
-        return code
-
-    def processes(self) -> list[str]:
-        """Processes that this launch has started: its folder is in their environment."""
-        found: list[str] = []
-        mark = f"RANKWRIGHT_RUN_DIR={self.folder}".encode()
-        for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (path / "environ").read_bytes():
-                    found.append((path / "cmdline").read_text().replace("\0", " "))
-        return found
-
-
 @contextlib.contextmanager
 def launched(folder: Path, plan: Plan, **extra: Any) -> Iterator[Launched]:
-    environment = {**os.environ, "TMPDIR": str(folder), **extra.pop("environment", {})}
-    plan_path = folder / f"plan-{extra.get('node_rank', 0)}.json"
-    plan_path.write_text(plan.model_dump_json())
-    options = {"port": 0, "load_format": "dummy", "worker": WORKER, **extra}
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "run_launch.py"), str(plan_path), json.dumps(options)],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    it = Launched(process, folder)
-    try:
+    """Launch `plan` on ranks that have no model."""
+    with launched_for_real(folder, plan, load_format="dummy", worker=WORKER, **extra) as it:
         yield it
-    finally:
-        process.terminate()
-        it.exit_code()
-        assert it.process.stderr is not None
-        it.process.stderr.close()
-
-
-def complete(url: str, **body: Any) -> dict[str, Any]:
-    response = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
-    result: dict[str, Any] = response.json()
-    return result
 
 
 def test_a_signal_drains_running_requests_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -177,13 +97,16 @@ def test_a_second_signal_ends_running_requests_at_once(tmp_path: Path) -> None:
 def test_a_rank_that_is_killed_takes_the_launch_down_by_name(tmp_path: Path) -> None:
     with launched(tmp_path, cpu_plan(SPEC, tp=1, pp=2)) as it:
         it.url()
-        os.kill(it.pid_of(1), signal.SIGKILL)
+        victim = it.pid_of(1)
+        (log,) = tmp_path.glob("rankwright-*/rank-1.log")
+        it.wait_for(lambda: "rank 1 runs as" in log.read_text())
+        os.kill(victim, signal.SIGKILL)
         assert it.exit_code() == 5
         message = it.lines[-1]
         assert "rank 1 (stage 1, tp rank 0, CPU rank 1 of node 0 'here') failed" in message
         assert "killed by SIGKILL" in message
-        log = Path(message.rpartition("log: ")[2].rstrip(")"))
-        assert "rank 1 runs as" in log.read_text()
+        assert message.endswith(f"(log: {log})")
+        assert log.exists()
         assert it.processes() == []
 
 

@@ -43,8 +43,8 @@ def test_choices_differ_by_their_seed() -> None:
 
 
 def test_ignoring_the_end_asks_for_every_token() -> None:
-    assert completion(ignore_eos=True).sampling({}, 9).min_tokens == 9
-    assert completion(min_tokens=20).sampling({}, 9).min_tokens == 9
+    assert completion(ignore_eos=True).sampling({}, 9).min_tokens > 9
+    assert completion(min_tokens=5).sampling({}, 9).min_tokens == 5
 
 
 @pytest.mark.parametrize(("stop", "stops"), [(None, []), ("a", ["a"]), (["a", "b"], ["a", "b"])])
