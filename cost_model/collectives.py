@@ -17,8 +17,8 @@ Place = tuple[int, int]  # node, gpu
 
 # NCCL on H100, H200 and A100 with NVLink, fitted to nccl-tests (aiconfigurator's tables of NCCL
 # 2.23 to 2.29: all-reduce of 2 KiB on 2, 4 and 8 H100: 6.3, 9.6 and 15.7 us) and to our own runs on
-# two H200 inside a CUDA graph (11.3 us up to 64 KiB, 36 us at 4 MiB, 894 us at 256 MiB): 9.7 us in a
-# graph, and a hop of the ring for each step (0.8 us, in the topology).
+# two H200 inside a CUDA graph (11.3 us up to 64 KiB, 36 us at 4 MiB, 894 us at 256 MiB): 9.7 us in
+# a graph, and a hop of the ring for each step (0.8 us, in the topology).
 _RING_BASE_S = 9.7e-6
 # Its low-latency protocol moves at most 160 GB/s (1 MiB to 4 MiB on two H100); the bulk protocol
 # reaches 0.68-0.76 of the link and starts 25 us later (16 MiB and more).
@@ -77,10 +77,7 @@ def find_group(cluster: Cluster, places: tuple[Place, ...]) -> Group:
     if len(nodes) == 1:
         return Group(len(places), 1, bandwidth, latency)
     assert cluster.fabric is not None, "a cluster of several nodes has a fabric"
-    share = min(
-        port_share_bytes_per_s(cluster, cluster.node(node), gpu)
-        for node, gpu in places
-    )
+    share = min(port_share_bytes_per_s(cluster, cluster.node(node), gpu) for node, gpu in places)
     return Group(len(places), len(nodes), bandwidth, latency, share, cluster.fabric.latency_s)
 
 

@@ -131,12 +131,15 @@ _CPU = Efficiency(
 _CUDA = {"rankwright": _RANKWRIGHT, "vllm": _VLLM, "sglang": _SGLANG, "trtllm": _TRTLLM}
 
 
+_RUNTIMES: dict[str, DeviceClass] = {"nvidia": "cuda", "amd": "rocm", "cpu": "cpu"}
+
+
 def device_class(gpu: Gpu) -> DeviceClass:
     """Return which runtime `gpu` runs under."""
     device = device_of(gpu)
     if device is None:
         return "cuda"  # the probe derives rates from SM counts, which only NVIDIA has
-    return {"nvidia": "cuda", "amd": "rocm", "cpu": "cpu"}[device.vendor]
+    return _RUNTIMES[device.vendor]
 
 
 def find_efficiency(engine: str, gpu: Gpu) -> Efficiency:

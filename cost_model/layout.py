@@ -68,7 +68,7 @@ def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
     """Return the TP groups of `tp` ranks that the cluster has room for, fastest kind first.
 
     A machine is cut island by island; GPUs left over in several islands are joined, those of one
-    kind first. A group larger than a machine takes whole machines, which `tp` must be a multiple of.
+    kind first. A group larger than a machine takes whole machines: `tp` is a multiple of one.
     """
     found: list[SlotKind] = []
     for node, runs in _alike(cluster):
@@ -218,8 +218,7 @@ def _slot_kind(
 ) -> SlotKind:
     first = [index for run in runs for index in run[:nodes_per_slot]][:nodes_per_slot]
     groups = [
-        find_group(cluster, tuple((index, gpu) for index in first for gpu in slot))
-        for slot in gpus
+        find_group(cluster, tuple((index, gpu) for index in first for gpu in slot)) for slot in gpus
     ]
     members = [gpu for gpu in node.gpus if any(gpu.index in slot for slot in gpus)]
     return SlotKind(gpus, nodes_per_slot, tuple(runs), _slowest(members), _worst(groups))

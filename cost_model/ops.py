@@ -153,7 +153,8 @@ def expected_experts(num_experts: int, experts_per_token: int, tokens: float) ->
     >>> round(expected_experts(128, 8, 64), 1)
     125.9
     """
-    return num_experts * (1 - (1 - experts_per_token / num_experts) ** tokens)
+    missed = float((1 - experts_per_token / num_experts) ** tokens)
+    return num_experts * (1 - missed)
 
 
 def expert_imbalance(ep: int) -> float:
@@ -255,9 +256,7 @@ class LayerModel:
             + 3 * activated
         )
         name: OpKind = "elementwise"
-        ops.append(
-            Op("norms", name, 0, values * self._width, self._launches, self._spec.dtype)
-        )
+        ops.append(Op("norms", name, 0, values * self._width, self._launches, self._spec.dtype))
         return tuple(ops)
 
     def _attention_ops(self, tokens: StepTokens) -> list[Op]:
@@ -313,8 +312,8 @@ class LayerModel:
             experts.name,
             "moe",
             pairs * experts.flops_per_row / held,
-            touched * experts.weight_bytes / held + pairs * experts.values_per_row / held
-            * self._width,
+            touched * experts.weight_bytes / held
+            + pairs * experts.values_per_row / held * self._width,
             experts.launches,
             experts.dtype,
         )

@@ -19,7 +19,7 @@ from rankwright.cost_model.memory import AttentionSplit, rank_memory
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import find_rates
 from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Prediction
-from rankwright.cost_model.serving import Serving, micro_batches_of, serve_closed, serve_open
+from rankwright.cost_model.serving import Serving, serve_closed, serve_open
 from rankwright.cost_model.shards import tp_is_legal
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel, make_pipeline
@@ -255,9 +255,7 @@ def decode_parts(pipeline: Pipeline, state: Serving) -> tuple[Part, ...]:
 def prefill_parts(pipeline: Pipeline, state: Serving) -> tuple[Part, ...]:
     """Return the terms of the slowest stage's steps that prefill one prompt."""
     tokens = state.flow.mixed
-    return pipeline.parts(
-        pipeline.slowest_stage(tokens), tokens, repeat=state.flow.prompt_steps
-    )
+    return pipeline.parts(pipeline.slowest_stage(tokens), tokens, repeat=state.flow.prompt_steps)
 
 
 def fullest_rank(

@@ -7,10 +7,11 @@ prompt slows the decoding of all others down. With, for each micro-batch,
     b      slots                          new   prompt tokens to compute (the rest is cached)
     chunk  prompt tokens a step may take   n     = ceil(new / chunk), steps of one prompt
 
-a request holds its slot for `n` steps of prefill and `osl - 1` of decode, so `r = b / (n + osl - 1)`
-requests pass a step, and a share `f` of the steps carries prompt tokens. When prompts bring more
-tokens than steps can take (`r * new > chunk`), prefill is the bottleneck: every step carries a full
-chunk, `r = chunk / new`, and the slots in excess wait with their prompts. A round then lasts
+a request holds its slot for `n` steps of prefill and `osl - 1` of decode, so that
+`r = b / (n + osl - 1)` requests pass a step, and a share `f` of the steps carries prompt tokens.
+When prompts bring more tokens than steps can take (`r * new > chunk`), prefill is the bottleneck:
+every step carries a full chunk, `r = chunk / new`, and the slots in excess wait with their prompts.
+A round then lasts
 
     R = F * R(decoding, with prompt tokens) + (1 - F) * R(decoding alone),   F = 1 - (1 - f)**m
 
@@ -175,8 +176,8 @@ def serve_open(
     """Return the steady state under random arrivals, or None where they outrun the replica.
 
     The requests in flight are the fewest that finish `requests_per_s`. To their TTFT come two
-    waits: for the prefill of others (M/G/1 with equal prompts: `rho * S / (2 * (1 - rho))`), and for
-    a slot (M/M/c after Sakasegawa 1977: `rho**(sqrt(2 * (c + 1)) - 1) * S / (c * (1 - rho))`).
+    waits: for the prefill of others (M/G/1 with equal prompts: `rho * S / (2 * (1 - rho))`), and
+    for a slot (M/M/c after Sakasegawa 1977: `rho**(sqrt(2 * (c + 1)) - 1) * S / (c * (1 - rho))`).
 
     Args:
         pipeline: One replica.
@@ -205,9 +206,7 @@ def serve_open(
     busy = min(requests_per_s / servers * prompt_s, flow.mixed_share, _NEARLY_FULL)
     load = requests_per_s / full.requests_per_s
     residence_s = prompt_s + (workload.output_tokens - 1) * found.tpot_s
-    slot_wait_s = (
-        load ** (sqrt(2 * (batch_size + 1)) - 1) * residence_s / (batch_size * (1 - load))
-    )
+    slot_wait_s = load ** (sqrt(2 * (batch_size + 1)) - 1) * residence_s / (batch_size * (1 - load))
     prefill_wait_s = busy / (2 * (1 - busy)) * prompt_s
     return Serving(
         ttft_s=prompt_s + prefill_wait_s + slot_wait_s,

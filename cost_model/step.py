@@ -113,9 +113,7 @@ class StageModel:
             seconds = all_gather_s(size, self._group)
             parts.append(_link_part("logits gather", seconds, size))
         step_s = self._rates.efficiency.step_s
-        parts.append(
-            Part(name="sampling and host", seconds=step_s, bound="launch", source=_SOURCE)
-        )
+        parts.append(Part(name="sampling and host", seconds=step_s, bound="launch", source=_SOURCE))
         return parts
 
     def first_s(self, tokens: StepTokens) -> float:
@@ -195,9 +193,7 @@ class Pipeline:
     def stage_s(self, stage: int, tokens: StepTokens) -> float:
         """Return the seconds that `stage` is busy with one micro-batch."""
         model = self.stages[stage]
-        seconds = sum(
-            count * model.layer_s(kind, tokens) for kind, count in self.kinds[stage]
-        )
+        seconds = sum(count * model.layer_s(kind, tokens) for kind, count in self.kinds[stage])
         if stage == 0:
             seconds += model.first_s(tokens)
         if stage == len(self.stages) - 1:

@@ -122,7 +122,8 @@ def _gpus(search: Search, choice: Choice) -> str:
     total, used = search.cluster.num_gpus, choice.num_gpus
     unit = GOALS[search.workload.objective].unit
     if search.workload.objective != "throughput":
-        return f"none: no legal split of {total} GPUs has a better {unit}"
+        name = GOALS[search.workload.objective].name
+        return f"number of GPUs: no legal split of {total} is better in {name}"
     each = choice.value / choice.num_replicas
     room = f"all {total} GPUs are used" if used == total else f"{used} of {total} GPUs are used"
     if choice.candidate.batch_size >= MAX_BATCH:

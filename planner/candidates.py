@@ -4,7 +4,7 @@ A candidate that breaks a limit is kept with what it breaks, because it is the e
 binds: what would be better if only that limit were wider.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Literal
@@ -132,9 +132,7 @@ class Evaluator:
         self._dp = pins.dp if pins else None
         self._cuts: dict[tuple[object, ...], _Cut] = {}
         self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
-        self.is_cpu = all(
-            device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus
-        )
+        self.is_cpu = all(device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus)
 
     @property
     def block_tokens(self) -> int:
@@ -205,9 +203,7 @@ class Evaluator:
             states = [self._serve(pipeline, batch_size, chunk, count) for pipeline in pipelines]
             serving = tuple(
                 state
-                or serve_closed(
-                    pipeline, self.workload, batch_size=batch_size, chunk_tokens=chunk
-                )
+                or serve_closed(pipeline, self.workload, batch_size=batch_size, chunk_tokens=chunk)
                 for state, pipeline in zip(states, pipelines, strict=True)
             )
             broken: list[Constraint] = [] if cut.fits else ["memory"]
@@ -233,7 +229,7 @@ class Evaluator:
                 tuple(broken),
             )
 
-    def _replica_levels(self, pool: Pool) -> list[int | None]:
+    def _replica_levels(self, pool: Pool) -> Sequence[int | None]:
         if self.workload.request_rate is None:
             return [None]
         most = sum(group.count for group in pool.replicas)
@@ -246,9 +242,7 @@ class Evaluator:
     ) -> Serving | None:
         rate = self.workload.request_rate
         if rate is None or count is None:
-            return serve_closed(
-                pipeline, self.workload, batch_size=batch_size, chunk_tokens=chunk
-            )
+            return serve_closed(pipeline, self.workload, batch_size=batch_size, chunk_tokens=chunk)
         return serve_open(
             pipeline,
             self.workload,

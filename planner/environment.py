@@ -78,4 +78,3 @@ def _fabric_settings(cluster: Cluster, used: list[int]) -> list[EnvironmentVaria
             f"fabric; {', '.join(sorted(others))} do not",
         )
     ]
-

@@ -2,7 +2,7 @@
 
     z[c]     1 if candidate c (shape, batch, chunk, pool) is chosen
     n[c, p]  replicas of c on placement p of its pool (a kind of slot; 2,048 equal nodes are one)
-    t[c]     output tokens/s of c
+    t[c]     output tokens/s of c, where the requests in flight limit them
 
     sum z = 1                                        one shape for all replicas
     z[c] <= sum_p n[c, p],   n[c, p] <= room[c, p] * z[c]
@@ -13,7 +13,7 @@
 Equal objectives are settled by a second solve: fewest GPUs, then the shortest request.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -75,7 +75,11 @@ GOALS: dict[Objective, Goal] = {
 
 
 def choose(
-    candidates: Sequence[Candidate], workload: Workload, replicas: int | None = None
+    candidates: Sequence[Candidate],
+    workload: Workload,
+    replicas: int | None = None,
+    *,
+    settle: bool = True,
 ) -> Choice | None:
     """Return the best candidate that keeps every limit; None when none does.
 
@@ -83,19 +87,19 @@ def choose(
         candidates: Columns; those that break a limit may be among them.
         workload: Objective, limits and load.
         replicas: Number of replicas, if pinned.
+        settle: Whether to choose well among equals, which takes a second solve.
     """
     columns = prune(candidates, workload)
     if not columns:
         return None
-    program = _Program(columns, workload, replicas)
-    return program.solve()
+    return _Program(columns, workload, replicas).solve(settle=settle)
 
 
 def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate]:
     """Return the candidates without those that another of their shape and pool beats in all.
 
-    What another one equals in rate, TTFT, TPOT, memory and, under a concurrency, batch can never be
-    needed; this leaves a tenth of the columns.
+    What another equals in what the objective counts, in how far it breaks each limit and, under a
+    concurrency, in batch, can never be needed: a few of a hundred columns are left.
     """
     by_home: dict[tuple[object, ...], list[Candidate]] = {}
     for candidate in candidates:
@@ -107,10 +111,13 @@ def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate
         home = (
             *(shape.tp, shape.pp, shape.ep, candidate.replicas),
             *((group.spread, *map(id, group.stages)) for group in placements),
+            candidate.batch_size if workload.concurrency is not None else None,
         )
         by_home.setdefault(home, []).append(candidate)
     kept: list[Candidate] = []
     for members in by_home.values():
+        # Shortest requests first: of two that are equal in all that counts, the first one stays.
+        members.sort(key=lambda member: member.request_s(workload.output_tokens))
         front: list[tuple[tuple[float, ...], Candidate]] = []
         for member in members:
             merits = _merits(member, workload)
@@ -125,15 +132,21 @@ def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate
 def _merits(candidate: Candidate, workload: Workload) -> tuple[float, ...]:
     """Return what counts in the program, each with more being worse."""
     merits = [-state.requests_per_s for state in candidate.serving]
-    merits.append(candidate.memory_bytes / candidate.budget_bytes)
-    if workload.ttft_limit_s is not None:
-        merits.append(candidate.ttft_s)
-    if workload.tpot_limit_s is not None:
-        merits.append(candidate.tpot_s)
-    merits.append(candidate.request_s(workload.output_tokens))
-    if workload.concurrency is not None:
-        merits += [candidate.batch_size, -candidate.batch_size]
+    # Inside a limit it does not matter how far.
+    merits += [max(1.0, part) for part in limit_shares(candidate, workload)]
+    if workload.objective == "latency":
+        merits.append(candidate.request_s(workload.output_tokens))
     return tuple(merits)
+
+
+def limit_shares(candidate: Candidate, workload: Workload) -> list[float]:
+    """Return memory, TTFT and TPOT as shares of what may be; those without a limit are left out."""
+    shares = [candidate.memory_bytes / candidate.budget_bytes]
+    if workload.ttft_limit_s is not None:
+        shares.append(candidate.ttft_s / workload.ttft_limit_s)
+    if workload.tpot_limit_s is not None:
+        shares.append(candidate.tpot_s / workload.tpot_limit_s)
+    return shares
 
 
 def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
@@ -186,19 +199,27 @@ class _Program:
             ]
             for index, column in enumerate(columns)
         ]
-        self._tokens = [pulp.LpVariable(f"t{index}", 0) for index in range(len(columns))]
+        self._tokens: list[pulp.LpAffineExpression | pulp.LpVariable] = []
         self._problem += pulp.lpSum(self._chosen) == 1
         for index in range(len(columns)):
             self._add_column(index, replicas)
         self._add_limits()
 
-    def solve(self) -> Choice | None:
+    def solve(self, *, settle: bool) -> Choice | None:
         """Return the best plan; ties go to the fewest GPUs, then to the shortest request."""
         primary = self._objective()
         self._problem.setObjective(primary)
         ending = solve(self._problem)
         if ending is None:
             return None
+        if settle:
+            self._settle(primary, ending)
+        index = max(range(len(self._columns)), key=lambda column: self._chosen[column].value())
+        counts = tuple(round(count.value()) for count in self._counts[index])
+        return Choice(self._columns[index], counts, ending.value, ending)
+
+    def _settle(self, primary: "pulp.LpAffineExpression", ending: Ending) -> None:
+        """Solve again for the tie-break among what equals the best."""
         slack = _TIE * abs(ending.value)
         if self._goal.sense == pulp.LpMaximize:
             self._problem += primary >= ending.value - slack
@@ -207,9 +228,6 @@ class _Program:
         self._problem.setObjective(self._tie_break())
         settled = solve(self._problem)
         assert settled is not None, "the first solution satisfies the second program"
-        index = max(range(len(self._columns)), key=lambda column: self._chosen[column].value())
-        counts = tuple(round(count.value()) for count in self._counts[index])
-        return Choice(self._columns[index], counts, ending.value, ending)
 
     def _add_column(self, index: int, replicas: int | None) -> None:
         column, workload, problem = self._columns[index], self._workload, self._problem
@@ -222,12 +240,13 @@ class _Program:
         if fixed is not None:
             problem += number == fixed * chosen
         rates = [state.requests_per_s * workload.output_tokens for state in column.serving]
-        tokens = self._tokens[index]
-        problem += tokens <= pulp.lpSum(
-            rate * count for rate, count in zip(rates, counts, strict=True)
-        )
+        served = pulp.lpDot(rates, counts)
         if workload.concurrency is None:
+            self._tokens.append(served)
             return
+        tokens = pulp.LpVariable(f"t{index}", 0)
+        self._tokens.append(tokens)
+        problem += tokens <= served
         in_flight = workload.concurrency
         # No more than are in flight can be served at the rate of a full batch.
         problem += tokens <= in_flight / column.batch_size * max(rates) * chosen
@@ -238,20 +257,11 @@ class _Program:
             problem += column.batch_size * number >= in_flight * chosen
 
     def _add_limits(self) -> None:
-        workload = self._workload
-        shares: list[Callable[[Candidate], float]] = [
-            lambda column: column.memory_bytes / column.budget_bytes
-        ]
-        ttft_limit_s, tpot_limit_s = workload.ttft_limit_s, workload.tpot_limit_s
-        if ttft_limit_s is not None:
-            shares.append(lambda column: column.ttft_s / ttft_limit_s)
-        if tpot_limit_s is not None:
-            shares.append(lambda column: column.tpot_s / tpot_limit_s)
-        for share in shares:
-            used = [share(column) for column in self._columns]
+        shares = [limit_shares(column, self._workload) for column in self._columns]
+        for used in zip(*shares, strict=True):
             # A column over a limit by less than the solver's tolerance (1e-6) must not slip in.
-            used = [max(part, 1.001) if part > 1 else part for part in used]
-            self._problem += pulp.lpDot(used, self._chosen) <= 1
+            row = [max(part, 1.001) if part > 1 else part for part in used]
+            self._problem += pulp.lpDot(row, self._chosen) <= 1
 
     def _objective(self) -> "pulp.LpAffineExpression":
         workload = self._workload
@@ -260,9 +270,7 @@ class _Program:
         if workload.objective == "latency":
             seconds = [column.request_s(workload.output_tokens) for column in self._columns]
             return pulp.lpDot(seconds, self._chosen)
-        return pulp.lpDot(
-            [ratio_of(column, 0, workload) for column in self._columns], self._chosen
-        )
+        return pulp.lpDot([ratio_of(column, 0, workload) for column in self._columns], self._chosen)
 
     def _tie_break(self) -> "pulp.LpAffineExpression":
         """Return what settles ties, to be optimised in the direction of the objective.

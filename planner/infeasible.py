@@ -6,6 +6,7 @@ A change is only suggested after a search with it has found a plan.
 from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil, floor, log10
+from operator import attrgetter
 
 from rankwright.planner.candidates import Candidate
 from rankwright.planner.search import Search
@@ -14,6 +15,8 @@ from rankwright.topology.cluster import Cluster, Fabric
 from rankwright.topology.shorthand import FABRIC_LATENCY_S, parse_cluster
 
 _NUM_SUGGESTIONS = 2
+# Searches for another suggestion once one is found: each is a whole plan's work.
+_MORE_TRIES = 3
 
 
 class NoFeasiblePlanError(Exception):
@@ -34,12 +37,15 @@ class NoFeasiblePlanError(Exception):
 def explain_failure(search: Search) -> NoFeasiblePlanError:
     """Return the error for a search that found nothing."""
     constraint = _constraint(search)
-    changes = []
+    changes: list[str] = []
+    more_tries = _MORE_TRIES
     for text, changed in _changes(search):
-        if changed.best() is not None:
+        if changed.best(settle=False) is not None:
             changes.append(text)
-            if len(changes) == _NUM_SUGGESTIONS:
-                break
+        if changes:
+            more_tries -= 1
+        if len(changes) == _NUM_SUGGESTIONS or more_tries == 0:
+            break
     change = ", or ".join(changes)
     advice = (
         f"nearest change that fits: {change}"
@@ -54,9 +60,7 @@ def _constraint(search: Search) -> str:
     """Return what stands in the way of the candidate that comes closest."""
     if not search.candidates:
         pinned = search.pins.describe()
-        reasons = "; ".join(
-            f"{illegal.label}: {illegal.reason}" for illegal in search.illegal[:3]
-        )
+        reasons = "; ".join(f"{illegal.label}: {illegal.reason}" for illegal in search.illegal[:3])
         return f"no legal split{f' with {pinned} pinned' if pinned else ''} ({reasons})"
     fitting = [one for one in search.candidates if "memory" not in one.broken]
     if not fitting:
@@ -144,16 +148,14 @@ def _looser_limits(search: Search) -> Iterator[tuple[str, Search]]:
             slower = workload.model_copy(update={"request_rate": most})
             yield f"{most:g} requests/s", search.changed(workload=slower)
     fitting = [one for one in fitting if "rate" not in one.broken]
-    for name, field, value in (
-        ("TPOT", "tpot_limit_s", lambda one: one.tpot_s),
-        ("TTFT", "ttft_limit_s", lambda one: one.ttft_s),
+    for name, field, figure, limit in (
+        ("TPOT", "tpot_limit_s", attrgetter("tpot_s"), workload.tpot_limit_s),
+        ("TTFT", "ttft_limit_s", attrgetter("ttft_s"), workload.ttft_limit_s),
     ):
-        limit = getattr(workload, field)
-        broken = name.lower()
-        others = [one for one in fitting if set(one.broken) <= {broken}]
+        others = [one for one in fitting if set(one.broken) <= {name.lower()}]
         if limit is None or not others:
             continue
-        needed_s = _round_up(min(value(one) for one in others) * 1e3) / 1e3
+        needed_s = _round_up(min(figure(one) for one in others) * 1e3) / 1e3
         if needed_s > limit:
             looser = workload.model_copy(update={field: needed_s})
             yield f"a {name} limit of {needed_s * 1e3:g} ms", search.changed(workload=looser)

@@ -58,9 +58,10 @@ class MemoryTable:
         last = stage == shape.pp - 1
         num_seqs = batch_size if last else 0
         is_cpu = gpu.device == "cpu"
-        key = (shape.tp, shape.ep, max(chunk_tokens, batch_size), num_seqs, stage == 0, last, is_cpu)
+        most = max(chunk_tokens, batch_size)
+        key = (shape.tp, shape.ep, most, num_seqs, stage == 0, last, is_cpu)
         if key not in self._extras:
-            self._extras[key] = self._find_extra_bytes(shape, stage, key[2], num_seqs, gpu)
+            self._extras[key] = self._find_extra_bytes(shape, stage, most, num_seqs, gpu)
         return self._extras[key]
 
     def _find_extra_bytes(

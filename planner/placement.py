@@ -18,9 +18,7 @@ from rankwright.planner.plan import Range, RankPlan
 Place = tuple[int, int]
 
 
-def place_ranks(
-    model: ModelSpec, split: Split, groups: Sequence[Replicas]
-) -> tuple[RankPlan, ...]:
+def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> tuple[RankPlan, ...]:
     """Return every rank with its GPU and its part of the model.
 
     Args:
@@ -80,7 +78,7 @@ def _mixed_places(kinds: tuple[SlotKind, ...]) -> list[tuple[Place, ...]]:
     return places
 
 
-def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, Range, Range, Range, Range]:
+def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, ...]:
     """Return the query heads, KV heads, FFN columns, experts and vocabulary rows of `tp_rank`.
 
     A plan has one of each for all layers. Where layers differ (DeepSeek's first layers are dense,

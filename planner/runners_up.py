@@ -14,7 +14,7 @@ def find_runners_up(search: Search, choice: Choice, count: int) -> tuple[RunnerU
     seen = {choice.candidate.shape.label()}
     found: list[RunnerUp] = []
     while len(found) < count:
-        other = search.best(without=frozenset(seen))
+        other = search.best(without=frozenset(seen), settle=False)
         if other is None:
             break
         seen.add(other.candidate.shape.label())
@@ -46,9 +46,8 @@ def _reason(search: Search, choice: Choice, other: Choice) -> str:
     if worse < 1e-3:
         saved = other.num_gpus - choice.num_gpus
         return f"as good ({figures})" + (f", but takes {saved} GPUs more" if saved > 0 else "")
-    direction = "more" if search.workload.objective == "latency" else "fewer"
-    unit = goal.unit if direction == "fewer" else "seconds"
-    text = f"{worse:.1%} {direction} {unit} ({figures})"
+    slower = search.workload.objective == "latency"
+    text = f"{worse:.1%} {'slower' if slower else f'fewer {goal.unit}'} ({figures})"
     if other.num_gpus < choice.num_gpus:
         text += f", on {other.num_gpus} GPUs instead of {choice.num_gpus}"
     mine, theirs = _per_token(search, choice), _per_token(search, other)
@@ -80,6 +79,4 @@ def _per_token(search: Search, choice: Choice) -> dict[str, float]:
             plain = pipeline.parts(stage, flow.plain, 1 - flow.mixed_share)
         for part in (*mixed, *plain):
             seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds
-    return {
-        name: total * candidate.shape.tp / per_step for name, total in seconds.items()
-    }
+    return {name: total * candidate.shape.tp / per_step for name, total in seconds.items()}

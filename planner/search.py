@@ -4,7 +4,7 @@ Kept apart from `make_plan` so that the same search can be run again with one th
 how a binding constraint is shown to bind, and how a suggested change is shown to help.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from rankwright.cost_model.model_spec import ModelSpec
@@ -33,7 +33,7 @@ class Search:
     cluster: Cluster
     workload: Workload
     memory_budget_bytes: int | None = None
-    pins: Pins = Pins()
+    pins: Pins = field(default_factory=Pins)
     allow_pipeline: bool = True
     engine: str = "rankwright"
 
@@ -71,12 +71,12 @@ class Search:
         """Shapes that the model or the cluster forbids."""
         return self.shapes.illegal
 
-    def best(self, without: frozenset[str] = frozenset()) -> Choice | None:
+    def best(self, without: frozenset[str] = frozenset(), *, settle: bool = True) -> Choice | None:
         """Return the best choice whose shape is not in `without`; None when nothing fits."""
         allowed = [
             candidate for candidate in self.candidates if candidate.shape.label() not in without
         ]
-        return choose(allowed, self.workload, self.pins.dp)
+        return choose(allowed, self.workload, self.pins.dp, settle=settle)
 
     def changed(self, **changes: object) -> "Search":
         """Return the same search with other inputs."""

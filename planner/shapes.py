@@ -137,9 +137,7 @@ def _stages(
         deepest = min(slots, model.num_layers, max_pp)
         choices = list(range(1, deepest + 1)) if allow_pipeline else [1]
         # Beyond eight stages, only those that leave no GPU over or cut the layers evenly.
-        choices = [
-            pp for pp in choices if pp <= 8 or slots % pp == 0 or model.num_layers % pp == 0
-        ]
+        choices = [pp for pp in choices if pp <= 8 or slots % pp == 0 or model.num_layers % pp == 0]
     for pp in choices:
         if pp > 1 and not allow_pipeline:
             yield pp, "pipeline parallelism is not allowed"
