@@ -1,4 +1,3 @@
-# Shape letters as suffixes, and Triton's capitals for constants.
 """Attention of one new token a sequence over its paged KV cache (decode).
 
 Shapes: B sequences, H query heads, K key/value heads, G = H / K query heads that share one, D head

@@ -1,4 +1,3 @@
-# Shape letters as suffixes, and Triton's capitals for constants.
 """Causal attention of several new tokens a sequence over its paged KV cache (prefill chunks).
 
 Shapes: T query tokens of all sequences, one after the other, B sequences, H query heads, K

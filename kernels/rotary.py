@@ -1,4 +1,3 @@
-# Shape letters as suffixes, and Triton's capitals for constants.
 """Rotary position embedding, fused with query and key norms and with the write to the KV cache.
 
 Shapes: T tokens, C packed columns (query heads, then key heads, then value heads), H query heads,

@@ -1,4 +1,3 @@
-# Shape letters as suffixes, and Triton's capitals for constants.
 """Choice of the next token: greedy, or at random by temperature, top-k and top-p.
 
 Shapes: B rows (one a sequence), V vocabulary, W chunks of the vocabulary.

@@ -1,4 +1,3 @@
-# Shape letters as suffixes, and Triton's capitals for constants.
 """SwiGLU: the gated activation between the two matrix products of a dense FFN.
 
 Shapes: T tokens, C columns of the fused gate and up projection, F = C / 2.
