@@ -171,7 +171,8 @@ async def _run(
                 )
             )
             failure = asyncio.create_task(session.failure())
-            both = asyncio.wait({answers, failure}, return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {answers, failure}
+            both = asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             try:
                 if await signals.before(both):
                     raise KeyboardInterrupt
@@ -198,7 +199,8 @@ async def _answer(
     on_text: OnText | None,
     started_s: float,
 ) -> Generation:
-    text, ids = "", []
+    text = ""
+    ids: list[int] = []
     first_s: float | None = None
     reason: Literal["stop", "length"] = "length"
     stream = stream_text(session.front_end, tokenizer, prompt, sampling, stops=stops)

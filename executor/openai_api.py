@@ -184,9 +184,8 @@ class CompletionRequest(_Generation):
         """One entry a prompt: text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [cast("list[int]", self.prompt)]
-        return list(cast("list[str | list[int]]", self.prompt))
+        prompt = cast("list[Any]", self.prompt)  # the field's validator knows the kinds
+        return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 class TextPart(BaseModel):

@@ -184,7 +184,8 @@ async def completion_events(
     job: Job, head: dict[str, Any], wants_usage: bool
 ) -> AsyncGenerator[BaseModel, None]:
     """Yield the chunks of a streamed completion."""
-    nothing = {"usage": None} if wants_usage else {}
+    # OpenAI sends `"usage": null` in the other chunks of a stream that ends with the counts.
+    nothing: dict[str, Any] = {"usage": None} if wants_usage else {}
     num_tokens = 0
     async with contextlib.aclosing(_pieces(job)) as pieces:
         async for index, piece in pieces:
@@ -202,7 +203,7 @@ async def chat_events(
     job: Job, head: dict[str, Any], wants_usage: bool
 ) -> AsyncGenerator[BaseModel, None]:
     """Yield the chunks of a streamed chat: roles first, then what is said."""
-    nothing = {"usage": None} if wants_usage else {}
+    nothing: dict[str, Any] = {"usage": None} if wants_usage else {}
 
     def chunk(index: int, delta: ChatDelta, reason: FinishReason | None) -> ChatChunk:
         choice = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)

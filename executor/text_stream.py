@@ -53,7 +53,7 @@ async def stream_text(
                 ids = tokens.token_ids
                 if timer is not None:
                     timer.tokens(len(ids))
-                if tokens.finish_reason in ("error", "abort"):
+                if tokens.finish_reason == "error" or tokens.finish_reason == "abort":
                     reason = tokens.finish_reason
                     raise GenerationError(tokens.error or "the request was taken back")
                 ended_by_token = tokens.finish_reason == "stop" and ids and ids[-1] in silent

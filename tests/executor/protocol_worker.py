@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
@@ -60,7 +60,7 @@ def main() -> int:
     return 0
 
 
-def serve(connection: "object", replica: int) -> None:
+def serve(connection: Connection, replica: int) -> None:
     step_s = float(os.environ.get("TEST_STEP_S", "0.001"))
     hello = Hello(
         replica=replica,

@@ -32,7 +32,7 @@ def test_prompts_are_answered_in_their_order(options: dict[str, Any], tmp_path: 
     def on_text(index: int, text: str) -> None:
         pieces[index] = pieces.get(index, "") + text
 
-    prompts = ["ab", "cde", [66, 67, 0]]
+    prompts: list[str | list[int]] = ["ab", "cde", [66, 67, 0]]
     plan = cpu_plan(SPEC, dp=2)
     answers = generate(plan, prompts, {"max_tokens": 6}, on_text=on_text, **options)
     assert [answer.text for answer in answers[:2]] == ["ababab", "cdecde"]
