@@ -15,14 +15,13 @@ from rankwright.cli import main as command_line
 from rankwright.cli.cluster_page import print_cluster
 from rankwright.cli.errors import RunError, describe_error, exit_code
 from rankwright.cli.output import console, seconds
-from rankwright.cli.plan_page import print_plan
+from rankwright.cli.plan_page import num_devices, print_plan
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
 from rankwright.demo_model import smollm2_folder
 from rankwright.executor.generate import generate
 from rankwright.executor.messages import Sampling
-from rankwright.planner.explain import explain
-from rankwright.planner.make_plan import make_plan
+from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import write_plan
 from rankwright.templates.render import render
@@ -63,11 +62,15 @@ def demo() -> Path:
     _title("The plan, and why")
     workload = Workload(input_tokens=64, output_tokens=_MAX_TOKENS, concurrency=4)
     plan = make_plan(read_model(folder), cluster, workload, top=3)
-    print_plan(plan)
-    print()
-    print(explain(plan))
-    _title(f"The answer, from {plan.num_gpus} ranks ({plan.split.label()})")
+    print_plan(plan, explain=True)
+    _title(f"The answer, from {num_devices(plan)} ({plan.split.label()})")
     tokens = _answer(plan, started_s)
+    if plan.split.gpus_per_replica == 1 and cluster.num_gpus > 1:
+        # Whole copies serve more users here; a model cut in two must say the same, too.
+        cut = make_plan(plan.model, cluster, workload, pins=Pins(tp=1, pp=2, dp=1))
+        _title(f"The same model cut in two: {cut.split.label()}")
+        if _answer(cut, time.perf_counter()) != tokens:
+            raise RunError(f"{cut.split.label()} gives other tokens than {plan.split.label()}")
     _title("Against transformers, on the same weights")
     _compare(folder, tokens)
     _title(f"Files, in {OUTPUT}/")
@@ -96,7 +99,7 @@ def _answer(plan: Plan, started_s: float) -> tuple[int, ...]:
     answers = generate(plan, [QUESTION] * plan.split.dp, sampling, chat=True, on_text=on_text)
     first = answers[0]
     print(f"{QUESTION}\n{first.text}")
-    print(f"(first token {seconds(first_s[0])} after the probe began, processes' start included)")
+    print(f"(first token after {seconds(first_s[0])}; {len(plan.ranks)} processes were started)")
     if any(answer.token_ids != first.token_ids for answer in answers) or first.text != ANSWER:
         texts = sorted({answer.text for answer in answers})
         raise RunError(f"expected {ANSWER!r} from every replica, got {texts}")
@@ -111,7 +114,9 @@ def _compare(folder: Path, tokens: tuple[int, ...]) -> None:
     """
     import torch  # seconds, which the ranks above should not have waited for
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = tokenizer.apply_chat_template(

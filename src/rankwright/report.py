@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from rankwright.cli.output import gigabytes, seconds
+from rankwright.cli.plan_page import num_devices
 from rankwright.cost_model.prediction import Estimate
 from rankwright.planner.explain import explain
 from rankwright.planner.plan import Plan, RankPlan
@@ -93,6 +94,7 @@ def render_report(plan: Plan) -> str:
     )
     return environment.get_template("report.html.j2").render(
         plan=plan,
+        devices=num_devices(plan),
         picture=draw(plan),
         facts=(
             ("time to first token", *_interval(prediction.ttft_s, seconds)),

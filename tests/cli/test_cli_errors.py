@@ -64,7 +64,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
         ("config.json", "{", ["config.json", "JSON"]),
         ("config.json", "{}", ["architectures"]),
         ("config.json", '{"architectures": ["GPT2LMHeadModel"]}', ["GPT2LMHeadModel"]),
-        ("plan.json", "{}", ["plan.json", "field"]),
+        ("plan.json", "{}", ["plan.json", "num_gpus"]),
         ("plan.json", "[", ["plan.json", "JSON"]),
     ],
 )

@@ -59,16 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        return _report(error, as_json="--json" in args)
+        return _report(error, args)
     return code if isinstance(code, int) else 0
 
 
-def _report(error: Exception, *, as_json: bool) -> int:
+def _report(error: Exception, args: Sequence[str]) -> int:
     code = exit_code(error)
     if code == 1 or os.environ.get("RANKWRIGHT_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    kind, message = describe_error(error)
-    if as_json:
+    kind, message = describe_error(error, args)
+    if "--json" in args:
         import json
 
         print(json.dumps({"error": {"class": kind, "message": message}}))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from rankwright.cli import options
 from rankwright.cli.errors import RunError
@@ -58,7 +59,7 @@ def run(
     model_path: options.ModelPath = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a server under load, beside what its plan predicts."""
+    """Measure a server beside what its plan predicts."""
     is_url = target.startswith(("http://", "https://"))
     if not is_url and plan is not None:
         raise ValueError("--plan goes with a URL; a PLAN given by itself is launched")
@@ -209,7 +210,9 @@ def _print(load: Load, measured: Measured, predicted: Prediction | None) -> None
     )
     out.print(made)
     if measured.num_failed:
-        out.print(f"[red]{measured.num_failed} requests failed[/]: {measured.first_failure}")
+        out.print(
+            f"[red]{measured.num_failed} requests failed[/]: {escape(str(measured.first_failure))}"
+        )
 
 
 def _estimate(estimate: Estimate | None, show: Callable[[float], str]) -> tuple[str, str]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -41,7 +42,7 @@ def print_cluster(cluster: Cluster, out: Console | None = None) -> None:
             out.print(_links(node))
     _print_legend(out, {link.kind for node in cluster.nodes for link in node.links})
     for note in cluster.notes:
-        out.print(f"[dim]note: {note}[/]")
+        out.print(f"[dim]note: {escape(note)}[/]")
     out.print(f"[dim]fingerprint {cluster.fingerprint}[/]")
 
 
@@ -65,7 +66,7 @@ def _add_node(tree: Tree, node: Node) -> None:
     times = f"{node.count} x " if node.count > 1 else ""
     driver = f", driver {node.driver}" if node.driver else ""
     memory = f", {gigabytes(node.host_memory_bytes)} memory" if node.host_memory_bytes else ""
-    branch = tree.add(f"{times}[bold]{node.name}[/]: {node.num_cpus} CPUs{memory}{driver}")
+    branch = tree.add(f"{times}[bold]{escape(node.name)}[/]: {node.num_cpus} CPUs{memory}{driver}")
     domains = sorted({gpu.numa_node for gpu in node.gpus}, key=lambda numa: (numa is None, numa))
     for domain in domains:
         inside = branch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from rankwright.cli import options
 from rankwright.cli.output import console, gigabytes, print_json, table
@@ -46,7 +47,10 @@ def run(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check this machine, and a running server; say what to do about each finding."""
+    """Check this machine and a running server.
+
+    Each finding comes with what to do about it.
+    """
     findings = [*check_machine(), *([] if url is None else check_server(url))]
     if as_json:
         print_json({"findings": [finding.model_dump() for finding in findings]})
@@ -54,7 +58,7 @@ def run(
         made = table("check", "state", "found", "remedy")
         for finding in findings:
             state = f"[{_STYLES[finding.state]}]{finding.state}[/]"
-            made.add_row(finding.check, state, finding.detail, finding.remedy or "")
+            made.add_row(finding.check, state, escape(finding.detail), escape(finding.remedy or ""))
         console().print(made)
     if any(finding.state == "failure" for finding in findings):
         raise typer.Exit(4)

@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -36,8 +36,13 @@ def exit_code(error: Exception) -> int:
     return OUR_MISTAKE
 
 
-def describe_error(error: Exception) -> tuple[str, str]:
-    """Return the name of the error's kind and one line that says what to do."""
+def describe_error(error: Exception, args: Sequence[str] = ()) -> tuple[str, str]:
+    """Return the name of the error's kind and one line that says what to do.
+
+    Args:
+        error: What was raised.
+        args: The command line, to quote an option's value from.
+    """
     kind = str(getattr(error, "kind", type(error).__name__))
     if isinstance(error, ValidationError):
         return kind, describe_validation(error)
@@ -47,7 +52,7 @@ def describe_error(error: Exception) -> tuple[str, str]:
         return kind, f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     message = error.format_message() if _is_usage(error) else str(error)  # type: ignore[attr-defined]
     if _is_usage(error):
-        message = _tidy_usage(message, error)
+        message = _tidy_usage(message, error, args)
     return kind, re.sub(r"\s*\n\s*", " ", message.strip()) or kind
 
 
@@ -83,7 +88,7 @@ def _is_usage(error: Exception) -> bool:
     return hasattr(error, "format_message")
 
 
-def _tidy_usage(message: str, error: Exception) -> str:
+def _tidy_usage(message: str, error: Exception, args: Sequence[str]) -> str:
     message = message[:1].lower() + message[1:].rstrip(".")
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "rankwright")
@@ -97,4 +102,17 @@ def _tidy_usage(message: str, error: Exception) -> str:
         option = str(getattr(error, "option_name", ""))
         known = [name for param in context.command.params for name in param.opts if "--" in name]
         return f"no such option {option}; {nearest(option, sorted(known))}; see `{path} --help`"
+    given = _given(error, args)
+    if given is not None and repr(given) not in message:
+        message += f", got {given!r}"
     return f"{message}; see `{path} --help`"
+
+
+def _given(error: Exception, args: Sequence[str]) -> str | None:
+    """Return the value that was typed for the option that `error` is about."""
+    names: Sequence[str] = getattr(getattr(error, "param", None), "opts", ())
+    for index, word in enumerate(args):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else next(iter(args[index + 1 : index + 2]), None)
+    return None

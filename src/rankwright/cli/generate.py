@@ -55,7 +55,10 @@ def run(
     force: options.Force = False,
     as_json: options.Json = False,
 ) -> None:
-    """Answer prompts with MODEL, planned now, or PLAN; the ranks end afterwards."""
+    """Answer prompts with MODEL or PLAN, offline.
+
+    A model is planned first. The ranks end with the last answer.
+    """
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
     if not 0 < top_p <= 1:

@@ -50,7 +50,10 @@ def run(
     ] = None,
     force: options.Force = False,
 ) -> None:
-    """Serve MODEL, planned now, or PLAN, until stopped: an OpenAI-compatible server."""
+    """Serve MODEL or PLAN over an OpenAI-compatible API.
+
+    A model is planned first. SIGINT or SIGTERM ends it.
+    """
     if node_rank >= nnodes:
         raise ValueError(f"--node-rank is {node_rank}, of {nnodes} nodes the last is {nnodes - 1}")
     load = options.workload(

@@ -10,7 +10,6 @@ from rankwright.cli.output import print_json, status
 from rankwright.cli.plan_page import print_plan
 from rankwright.cli.planning import plan_for
 from rankwright.cost_model.read_model import read_model
-from rankwright.planner.explain import explain as explain_plan
 from rankwright.planner.make_plan import Pins
 from rankwright.planner.read_plan import write_plan
 
@@ -44,7 +43,7 @@ def run(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find the best split of MODEL over a cluster, and prove it."""
+    """Find the best split of MODEL, and prove it."""
     plan = plan_for(
         read_model(model),
         cluster,
@@ -75,7 +74,4 @@ def run(
     if as_json:
         print_json(plan)
         return
-    print_plan(plan)
-    if explain:
-        print()
-        print(explain_plan(plan))
+    print_plan(plan, explain=explain)

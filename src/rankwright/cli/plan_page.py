@@ -1,6 +1,7 @@
 """A `Plan` as tables on a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rankwright.cli.output import (
@@ -11,18 +12,24 @@ from rankwright.cli.output import (
     seconds,
     table,
 )
+from rankwright.planner.explain import explain as explain_plan
 from rankwright.planner.plan import Certificate, Plan
 
 _STAGES_SHOWN = 16  # a screen; the JSON has them all
 
 
-def print_plan(plan: Plan, out: Console | None = None) -> None:
-    """Print what the plan is, where its ranks are, what it will do, and the proof."""
+def print_plan(plan: Plan, out: Console | None = None, *, explain: bool = False) -> None:
+    """Print what the plan is, where its ranks are, what it will do, and the proof.
+
+    Args:
+        plan: What to print.
+        out: Where to; None: stdout.
+        explain: Give prediction and proof in words, step by step, instead of as tables.
+    """
     out = out or console()
     split, workload = plan.split, plan.workload
-    out.print(f"[bold]{plan.model.name}[/] on {plan.cluster.describe()}: ", end="")
-    gpus = "GPU" if plan.num_gpus == 1 else "GPUs"
-    out.print(f"[bold green]{split.label()}[/], {plan.num_gpus} {gpus}")
+    out.print(f"[bold]{escape(plan.model.name)}[/] on {plan.cluster.describe()}: ", end="")
+    out.print(f"[bold green]{split.label()}[/], {num_devices(plan)}")
     load = (
         f"{workload.request_rate:g} requests/s"
         if workload.request_rate is not None
@@ -34,8 +41,13 @@ def print_plan(plan: Plan, out: Console | None = None) -> None:
         f"for {workload.input_tokens} input and {workload.output_tokens} output tokens, {load}, "
         f"best {workload.objective}"
     )
+    out.print()
+    out.print(_ranks(plan))
+    if explain:
+        out.print()
+        out.print(explain_plan(plan), markup=False, soft_wrap=True)
+        return
     for part in (
-        _ranks(plan),
         prediction_table(plan.prediction, plan.num_gpus),
         memory_table(plan.prediction, _capacity_bytes(plan)),
         _certificate(plan.certificate),
@@ -46,7 +58,15 @@ def print_plan(plan: Plan, out: Console | None = None) -> None:
         out.print()
         out.print(_runners_up(plan.certificate))
     for note in (*plan.assumptions, *plan.cluster.notes):
-        out.print(f"[dim]note: {note}[/]")
+        out.print(f"[dim]note: {escape(note)}[/]")
+
+
+def num_devices(plan: Plan) -> str:
+    """Return how many of what the plan takes: `8 GPUs`, `2 CPU ranks`."""
+    ranks = plan.ranks
+    nodes = {rank.node: plan.cluster.node(rank.node) for rank in ranks}
+    is_cpu = all(gpu.device == "cpu" for node in nodes.values() for gpu in node.gpus)
+    return f"{len(ranks)} {'CPU rank' if is_cpu else 'GPU'}{'s' if len(ranks) > 1 else ''}"
 
 
 def _ranks(plan: Plan) -> Table:

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from rankwright.cli import options
 from rankwright.cli.output import (
@@ -63,7 +64,7 @@ def run(
         print_json(prediction)
         return
     out = console()
-    out.print(f"[bold]{spec.name}[/] on {machines.describe()}: [bold]{split.label()}[/]")
+    out.print(f"[bold]{escape(spec.name)}[/] on {machines.describe()}: [bold]{split.label()}[/]")
     capacity_bytes = min(gpu.memory_bytes for node in machines.nodes for gpu in node.gpus)
     for part in (
         prediction_table(prediction, split.num_gpus),

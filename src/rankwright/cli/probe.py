@@ -30,7 +30,10 @@ def run(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read this machine: GPUs, links, network ports; without a GPU, CPU ranks."""
+    """Read this machine: GPUs, links, network ports.
+
+    Without a GPU, its cores are CPU ranks.
+    """
     if from_file is None:
         cluster = probe(require_gpu=require_gpu)
         if as_json:

@@ -26,7 +26,7 @@ def run(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write PLAN as the files of a target: a Slurm script or Kubernetes objects."""
+    """Write PLAN as Slurm or Kubernetes files."""
     files = render(read_plan(plan), target, output, **parse_settings(settings or []))
     if as_json:
         print_json(dict(files))
