@@ -45,7 +45,7 @@ def yaml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-_ENVIRONMENT.filters.update(comment=comment, shell=shell_word, yaml=yaml_string)
+_ENVIRONMENT.filters |= {"comment": comment, "shell": shell_word, "yaml": yaml_string}  # pyright: ignore[reportUnknownMemberType] (jinja2 leaves the type open)
 
 
 def fill(template: str, **values: object) -> str:

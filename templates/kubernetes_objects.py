@@ -129,7 +129,7 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
 def _groups(name: str, shares: tuple[NodeShare, ...]) -> tuple[Group, ...]:
     head = Group(f"{name}-head", "head", 0, 1, _pod_share(shares[0]))
     runs = [list(run) for _, run in groupby(shares[1:], key=_pod_share)]
-    workers = []
+    workers: list[Group] = []
     for run in runs:
         start = run[0].node_rank
         suffix = "workers" if len(runs) == 1 else f"from-{start}"
@@ -186,7 +186,7 @@ def _notes(
     options: KubernetesOptions, left_out: tuple[str, ...], host_path: str | None
 ) -> tuple[str, ...]:
     """Return what the reader of the file must know."""
-    notes = []
+    notes: list[str] = []
     if options.image is None:
         notes.append("Build and push the image of docs/deploy-kubernetes.md, or set `image`.")
     if host_path is not None:

@@ -179,7 +179,7 @@ def parse_options(model: type[Options], target: str, given: dict[str, object]) -
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:
-            raise ValueError(str(first["ctx"]["error"])) from None
+            raise ValueError(first["msg"].removeprefix("Value error, ")) from None
         field = str(first["loc"][0])
         expected = model.model_fields[field].description
         raise ValueError(

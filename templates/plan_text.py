@@ -1,6 +1,7 @@
 """A plan as text that survives a shell's heredoc and a YAML block unchanged."""
 
 import json
+from typing import cast
 
 from rankwright.planner.plan import Plan
 
@@ -12,11 +13,11 @@ def plan_text(plan: Plan) -> str:
     delete character (0x7f) as it is, which YAML forbids; it only occurs inside strings, where
     `\u007f` means the same.
     """
-    fields = json.loads(plan.model_dump_json())
-    lines = []
+    fields: dict[str, object] = json.loads(plan.model_dump_json())
+    lines: list[str] = []
     for name, value in fields.items():
-        if name == "ranks":
-            rows = ",\n".join("  " + json.dumps(rank) for rank in value)
+        if isinstance(value, list) and name == "ranks":
+            rows = ",\n".join("  " + json.dumps(rank) for rank in cast("list[object]", value))
             lines.append(f' "ranks": [\n{rows}\n ]')
         else:
             lines.append(f" {json.dumps(name)}: {json.dumps(value)}")

@@ -80,6 +80,7 @@ def plan(
     places = [(node, gpu) for node, count in enumerate(ranks_of_nodes) for gpu in range(count)]
     dp, rest = divmod(len(places), tp * pp)
     assert rest == 0, f"{len(places)} ranks are no multiple of tp={tp} x pp={pp}"
+    attention, ffn = model.layers[0].attention, model.layers[0].feed_forward
     layers_each, more = divmod(model.num_layers, pp)
     stage_layers = tuple(layers_each + (stage < more) for stage in range(pp))
     ranks = []
@@ -87,6 +88,10 @@ def plan(
         replica, place = divmod(rank, tp * pp)
         stage, tp_rank = divmod(place, tp)
         first = sum(stage_layers[:stage])
+
+        def part(total: int, index: int = tp_rank) -> tuple[int, int]:
+            return index * total // tp, (index + 1) * total // tp
+
         ranks.append(
             RankPlan(
                 rank=rank,
@@ -96,10 +101,10 @@ def plan(
                 stage=stage,
                 tp_rank=tp_rank,
                 layers=(first, first + stage_layers[stage]),
-                query_heads=(tp_rank * 128 // tp, (tp_rank + 1) * 128 // tp),
-                kv_heads=(0, 8),
-                ffn_columns=(tp_rank * 53248 // tp, (tp_rank + 1) * 53248 // tp),
-                vocab=(tp_rank * 128256 // tp, (tp_rank + 1) * 128256 // tp),
+                query_heads=part(attention.num_heads),
+                kv_heads=(0, attention.num_kv_heads),
+                ffn_columns=part(ffn.intermediate_size),
+                vocab=part(model.vocab_size),
             )
         )
     memory = Estimate(

@@ -7,12 +7,12 @@ environment: they are about Slurm and the script. `test_slurm_launch.py` runs th
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.templates.plans import cluster, cpu_plan, plan
-from tests.templates.slurm_rig.rig import SlurmRig, why_not
+from tests.templates.slurm_rig.rig import SlurmRig
 
 from rankwright.planner.plan import Plan
 from rankwright.templates.render import render
@@ -35,15 +35,6 @@ FAIL = """\
 [ "$SLURM_NODEID" = 1 ] && exit 7
 exec sleep 60
 """
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmRig]:
-    reason = why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    with SlurmRig(tmp_path_factory.mktemp("slurm") / "rig", num_nodes=2, gpus_per_node=8) as rig:
-        yield rig
 
 
 def submit(
@@ -71,6 +62,11 @@ def options_of(folder: Path, node: int) -> dict[str, str]:
     words = (folder / f"arguments-{node}").read_text().splitlines()
     words.remove("--force")  # 6 of the machine's 8 GPUs are used
     return dict(zip(words[2::2], words[3::2], strict=True))
+
+
+def environment_of(folder: Path, node: int) -> dict[str, str]:
+    lines = (folder / f"environment-{node}").read_text().splitlines()
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
 
 
 @pytest.mark.parametrize(
@@ -125,14 +121,11 @@ def test_each_node_runs_one_launcher_with_its_number_and_gpus(
     assert first["--master-addr"] == "127.0.100.1"
     assert (run_dir / "url").read_text() == "http://127.0.100.1:9001\n"
     assert Plan.model_validate_json((run_dir / "plan.json").read_text()) == made
-    keys = set()
+    keys: set[str] = set()
     for node in (0, 1):
         words = (tmp_path / f"arguments-{node}").read_text().splitlines()
         assert words[:2] == ["launch", str(run_dir / "plan.json")]
-        seen = dict(
-            line.partition("=")[::2]
-            for line in (tmp_path / f"environment-{node}").read_text().splitlines()
-        )
+        seen = environment_of(tmp_path, node)
         keys.add(seen["RANKWRIGHT_AUTHKEY"])
         assert seen["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1"
         assert seen["SLURM_CPUS_ON_NODE"] == "32"  # all of the node, though 14 were asked for
@@ -145,7 +138,7 @@ def test_each_node_runs_one_launcher_with_its_number_and_gpus(
 def test_a_cpu_job_sees_no_gpus(slurm: SlurmRig, tmp_path: Path) -> None:
     job, _ = submit(slurm, cpu_plan((2,)), tmp_path, RECORD)
     assert slurm.wait(job).state == "COMPLETED"
-    environment = (tmp_path / "environment-0").read_text()
+    environment = environment_of(tmp_path, 0)
     assert "RANKWRIGHT_AUTHKEY" not in environment
     # --exclusive hands out every GPU of the node; none belongs to a step that asked for none.
     assert "SLURM_STEP_GPUS" not in environment
