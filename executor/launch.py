@@ -154,7 +154,8 @@ class _Launch:
                     if await signals.before(session.ready(progress.show)):
                         return
                     host, port = listening.getsockname()[:2]
-                    progress.ready(f"{self._model_name} on http://{host}:{port}")
+                    shown = f"[{host}]" if ":" in host else host
+                    progress.ready(f"{self._model_name} on http://{shown}:{port}")
                     await self._serve(session, service, signals, drain_s)
                 finally:
                     server.should_exit = True

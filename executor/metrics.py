@@ -53,10 +53,10 @@ class Metrics:
             "rankwright_output_tokens", "Tokens sent to clients.", registry=self._registry
         )
 
-    def watch(self, num_prompt_tokens: int) -> "RequestTimer":
-        """Return a timer for a request that arrives now."""
+    def watch(self, num_prompt_tokens: int, arrived_s: float) -> "RequestTimer":
+        """Return a timer for a request that came at `arrived_s` (`time.monotonic`)."""
         self._prompt_tokens.inc(num_prompt_tokens)
-        return RequestTimer(self)
+        return RequestTimer(self, arrived_s)
 
     def text(self) -> bytes:
         """Return all metrics as Prometheus reads them."""
@@ -88,10 +88,10 @@ class Metrics:
 class RequestTimer:
     """Times one request from its arrival."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        """Start now."""
+    def __init__(self, metrics: Metrics, arrived_s: float) -> None:
+        """Start at `arrived_s`."""
         self._metrics = metrics
-        self._arrived_s = time.monotonic()
+        self._arrived_s = arrived_s
         self._first_s: float | None = None
         self._num_tokens = 0
 

@@ -52,6 +52,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        arrived_s = time.monotonic()
         service.check_open(body.model)
         prompts = [
             await service.encode(prompt, add_special_tokens=True)
@@ -59,7 +60,7 @@ def create_app(service: Service) -> FastAPI:
             else prompt
             for prompt in body.prompts
         ]
-        job = make_job(service, body, prompts, body.max_tokens, _COMPLETION_MAX_TOKENS)
+        job = make_job(service, body, prompts, body.max_tokens, _COMPLETION_MAX_TOKENS, arrived_s)
         head: dict[str, Any] = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -76,6 +77,7 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
+        arrived_s = time.monotonic()
         service.check_open(body.model)
         try:
             text = service.tokenizer.render_chat(
@@ -85,7 +87,7 @@ def create_app(service: Service) -> FastAPI:
             raise ApiError(str(error), param="messages") from None
         prompt = await service.encode(text, add_special_tokens=False)
         asked = body.max_completion_tokens or body.max_tokens
-        job = make_job(service, body, [prompt], asked, None)
+        job = make_job(service, body, [prompt], asked, None, arrived_s)
         head: dict[str, Any] = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),

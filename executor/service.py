@@ -72,6 +72,8 @@ class Service:
             )
         if self.draining:
             raise ApiError("the server is shutting down", status=503, code="draining")
+        if self.front_end.lost.is_set():
+            raise ApiError("a replica is gone", status=503, code="replica_lost")
         if not self.front_end.is_ready:
             raise ApiError("the model is still loading", status=503, code="not_ready")
 
@@ -83,8 +85,10 @@ class Service:
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
 
-    def max_tokens(self, prompt: list[int], asked: int | None, default: int | None) -> int:
-        """Return how many tokens may follow `prompt`.
+    def max_tokens(
+        self, prompt: list[int], asked: int | None, default: int | None, param: str
+    ) -> int:
+        """Return how many tokens may follow `prompt`, which came in the field `param`.
 
         Raises:
             ApiError: The prompt is empty or not of this vocabulary, or it and the answer do not
@@ -92,11 +96,10 @@ class Service:
         """
         limit = self.front_end.max_model_len
         if not prompt:
-            raise ApiError("the prompt has no tokens", param="prompt", code="empty_prompt")
+            raise ApiError("the prompt has no tokens", param=param, code="empty_prompt")
         if max(prompt) >= self.vocab_size:
             raise ApiError(
-                f"token {max(prompt)} is not in the vocabulary of {self.vocab_size}",
-                param="prompt",
+                f"token {max(prompt)} is not in the vocabulary of {self.vocab_size}", param=param
             )
         room = limit - len(prompt)
         if room < 1 or (asked is not None and asked > room):
@@ -104,7 +107,7 @@ class Service:
             raise ApiError(
                 f"the context holds {limit} tokens: the prompt has {len(prompt)}{wanted}; "
                 "shorten the prompt or ask for fewer tokens",
-                param="prompt" if room < 1 else "max_tokens",
+                param=param if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
         if asked is not None:
@@ -140,13 +143,23 @@ def make_job(
     prompts: list[list[int]],
     asked: int | None,
     default: int | None,
+    arrived_s: float,
 ) -> Job:
     """Return the job of a request; nothing runs until its streams are read.
+
+    Args:
+        service: What answers it.
+        body: The request.
+        prompts: Its prompts as token ids.
+        asked: How many tokens it wants at most; None: `default`.
+        default: None: as many as the context holds.
+        arrived_s: `time.monotonic` when it came.
 
     Raises:
         ApiError: A prompt cannot be answered (`Service.max_tokens`).
     """
-    limits = [service.max_tokens(prompt, asked, default) for prompt in prompts]
+    param = "messages" if isinstance(body, ChatRequest) else "prompt"
+    limits = [service.max_tokens(prompt, asked, default, param) for prompt in prompts]
     streams = [
         stream_text(
             service.front_end,
@@ -154,7 +167,7 @@ def make_job(
             prompt,
             body.sampling(service.sampling_defaults, max_tokens, choice),
             stops=body.stop,
-            timer=service.metrics.watch(len(prompt)),
+            timer=service.metrics.watch(len(prompt), arrived_s),
         )
         for prompt, max_tokens in zip(prompts, limits, strict=True)
         for choice in range(body.n)

@@ -28,6 +28,8 @@ RUN_DIR = Path(os.environ["RANKWRIGHT_RUN_DIR"])
 
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.environ.get("RANKWRIGHT_IGNORE_TERM") == "1":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan", type=Path)
     plan_path = parser.parse_known_args()[0].plan

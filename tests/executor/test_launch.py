@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,41 @@ def test_a_second_signal_ends_running_requests_at_once(tmp_path: Path) -> None:
         job.join(10)
         assert "the server has stopped" in answers[0]["error"]["message"]
         assert it.processes() == []
+
+
+def test_a_signal_to_every_process_at_once_drains_too(tmp_path: Path) -> None:
+    # Slurm and systemd send it so.
+    with launched(tmp_path, cpu_plan(SPEC, pp=2), environment={"TEST_STEP_S": "0.05"}) as it:
+        url = it.url()
+        answers: list[dict[str, Any]] = []
+        job = threading.Thread(
+            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=40))
+        )
+        job.start()
+        running = 'rankwright_requests_running{replica="0"} 1.0'
+        it.wait_for(lambda: running in httpx.get(f"{url}/metrics").text)
+        for pid in (it.pid_of(0), it.pid_of(1), parent_of(it.pid_of(0)), it.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert it.exit_code() == 0
+        job.join(20)
+        assert answers[0]["choices"][0]["text"] == "ab" * 20
+        assert it.processes() == []
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_parent_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
+    with launched(tmp_path, cpu_plan(SPEC, tp=2)) as it:
+        it.url()
+        it.process.kill()
+        assert it.exit_code() == -signal.SIGKILL
+        for _ in range(500):
+            if not it.processes():
+                return
+            time.sleep(0.02)
+        raise AssertionError(it.processes())
 
 
 def test_a_rank_that_is_killed_takes_the_launch_down_by_name(tmp_path: Path) -> None:
