@@ -83,7 +83,7 @@ class Session:
         self.run_dir = run_dir
         self._ranks = ranks
         self._start_timeout_s = timeout_s
-        self._stopped = False
+        self._keep_files = False
 
     async def ready(self, report: Callable[[str], None] = lambda _: None) -> None:
         """Return when every replica takes requests; `report` gets what the first rank does.
@@ -100,8 +100,10 @@ class Session:
                     {ready, ended}, timeout=_REFRESH_S, return_when=asyncio.FIRST_COMPLETED
                 )
                 if ended.done():
+                    self._keep_files = True
                     raise _error(self.plan, await self._ranks.failure(), "did not start")
                 if time.monotonic() > deadline_s:
+                    self._keep_files = True
                     raise LaunchError(await self._timeout_message())
                 report(last_line(self.run_dir / "rank-0.log"))
         finally:
@@ -119,6 +121,7 @@ class Session:
         finally:
             for task in tasks:
                 task.cancel()
+        self._keep_files = True
         failure = await self._ranks.failure()
         lost = [replica.lost for replica in self.front_end.replicas.values() if replica.lost]
         if failure.rank is None and lost:
@@ -127,15 +130,14 @@ class Session:
 
     async def stop(self) -> None:
         """End every rank, in good order if they can."""
-        self._stopped = True
         self.front_end.stop()
         await self._ranks.end(_STOP_GRACE_S)
         await self._ranks.kill()
 
     async def close(self) -> None:
-        """Leave nothing behind: no process, and no files unless something went wrong."""
+        """Leave nothing behind: no process, and no files unless an error names them."""
         await self._ranks.kill()
-        if self._stopped:
+        if not self._keep_files:
             shutil.rmtree(self.run_dir, ignore_errors=True)
 
     async def _timeout_message(self) -> str:
@@ -171,10 +173,12 @@ async def start(plan: Plan, options: RunOptions) -> AsyncIterator[Session]:
 class FollowedRanks:
     """The ranks of a machine that does not serve; machine 0 leads them."""
 
-    def __init__(self, plan: Plan, ranks: LocalRanks) -> None:
+    def __init__(self, plan: Plan, ranks: LocalRanks, run_dir: Path) -> None:
         """Hold what `follow` has started."""
         self._plan = plan
         self._ranks = ranks
+        self._run_dir = run_dir
+        self._keep_files = False
 
     async def done(self) -> None:
         """Return when all have ended well.
@@ -185,7 +189,14 @@ class FollowedRanks:
         await self._ranks.first_end()
         await self._ranks.end(_STOP_GRACE_S)
         if self._ranks.exit_code != 0:
+            self._keep_files = True
             raise _error(self._plan, await self._ranks.failure(), "failed")
+
+    async def close(self) -> None:
+        """Leave nothing behind: no process, and no files unless an error names them."""
+        await self._ranks.kill()
+        if not self._keep_files:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
 
 
 @contextlib.asynccontextmanager
@@ -196,10 +207,11 @@ async def follow(plan: Plan, options: RunOptions) -> AsyncIterator[FollowedRanks
     run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))
     address = f"{options.master_addr}:{leader_port(options)}"
     ranks = start_ranks(plan, options, run_dir, address, key)
+    followed = FollowedRanks(plan, ranks, run_dir)
     try:
-        yield FollowedRanks(plan, ranks)
+        yield followed
     finally:
-        await asyncio.shield(ranks.kill())
+        await asyncio.shield(followed.close())
 
 
 def start_ranks(

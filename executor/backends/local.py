@@ -156,11 +156,6 @@ class LocalRanks:
         while self._watched:  # each empties it as it ends
             await asyncio.sleep(_POLL_S / 10)
 
-    def terminate(self) -> None:
-        """Ask torchrun to end its ranks; for a node whose ranks another node leads."""
-        with contextlib.suppress(ProcessLookupError):
-            self._agent.terminate()
-
     @property
     def exit_code(self) -> int | None:
         """Exit code of torchrun; None while it runs."""

@@ -182,6 +182,7 @@ def test_a_signal_while_starting_is_a_clean_end(tmp_path: Path) -> None:
         it.process.send_signal(signal.SIGTERM)
         assert it.exit_code() == 0
         assert it.processes() == []
+        assert list(tmp_path.glob("rankwright-*")) == []
 
 
 def test_two_machines_serve_one_plan(tmp_path: Path) -> None:
@@ -205,6 +206,7 @@ def test_two_machines_serve_one_plan(tmp_path: Path) -> None:
         first.process.send_signal(signal.SIGTERM)
         assert first.exit_code() == 0
         assert second.exit_code() == 0
+        assert list(tmp_path.glob("*/rankwright-*")) == []
 
 
 def two_nodes(plan: Plan) -> Plan:
