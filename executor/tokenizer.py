@@ -24,11 +24,6 @@ from rankwright.executor.checkpoint import read_json
 class Tokenizer(Protocol):
     """What serving needs of a tokenizer."""
 
-    @property
-    def can_chat(self) -> bool:
-        """Whether there is a chat template."""
-        ...
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`, with the model's first token if `add_special_tokens`."""
         ...
@@ -75,11 +70,6 @@ class HubTokenizer:
         source = _chat_template(folder, config)
         self._template = None if source is None else _compile(source, folder)
 
-    @property
-    def can_chat(self) -> bool:
-        """Whether there is a chat template."""
-        return self._template is not None
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of `text`."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -119,8 +109,6 @@ class ByteTokenizer:
     >>> ByteTokenizer().decode([104, 105, 1000])
     'hi<1000>'
     """
-
-    can_chat = True
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the UTF-8 bytes of `text`."""
