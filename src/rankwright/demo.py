@@ -9,7 +9,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from rankwright.cli import main as command_line
 from rankwright.cli.cluster_page import print_cluster
@@ -112,13 +114,11 @@ def _compare(folder: Path, tokens: tuple[int, ...]) -> None:
     Raises:
         RunError: They differ.
     """
-    import torch  # seconds, which the ranks above should not have waited for
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Here, because it takes seconds that the ranks should not wait for; and untyped as it is.
+    transformers: Any = import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True,
@@ -127,7 +127,7 @@ def _compare(folder: Path, tokens: tuple[int, ...]) -> None:
     )
     length = prompt["input_ids"].shape[1]
     output = model.generate(**prompt, max_new_tokens=_MAX_TOKENS, do_sample=False)
-    theirs = tuple(output[0, length:].tolist())
+    theirs: tuple[int, ...] = tuple(output[0, length:].tolist())
     if theirs != tokens:
         raise RunError(f"greedy tokens differ: ours {tokens}, transformers' {theirs}")
     print(f"{len(tokens)} greedy tokens, all equal")

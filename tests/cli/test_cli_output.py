@@ -107,9 +107,12 @@ def test_plan_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_prints_split_ranks_memory_and_proof(capsys: pytest.CaptureFixture[str]) -> None:
-    page = ok(capsys, "plan", "Qwen/Qwen3-8B", "--cluster", "4xl4", "--explain")
+    args = ("plan", "Qwen/Qwen3-8B", "--cluster", "4xl4")
+    page = ok(capsys, *args)
     for part in ("Qwen/Qwen3-8B", "layers", "weights", "interval", "no plan is better", "binds"):
         assert part in page
+    plan = Plan.model_validate_json(ok(capsys, *args, "--json"))
+    assert plan.explain() in ok(capsys, *args, "--explain")
 
 
 def test_pins_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -134,7 +134,7 @@ def _predict(plan: Plan, load: Load) -> Prediction:
 
 
 @contextmanager
-def _served(plan: Path, load_format: str, model_path: Path | None) -> Iterator[str]:
+def _served(plan: Path, load_format: str, model_path: Path | None) -> Generator[str]:
     """Launch `plan` for as long as the block runs; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -143,7 +143,7 @@ def _served(plan: Path, load_format: str, model_path: Path | None) -> Iterator[s
     command += ["--host", "127.0.0.1", "--port", str(port), "--load-format", load_format]
     if model_path is not None:
         command += ["--model-path", str(model_path)]
-    server = subprocess.Popen(command, stdout=sys.stderr)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)  # what it says is on stderr
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, server)

@@ -51,7 +51,9 @@ def run(
 
     Each finding comes with what to do about it.
     """
-    findings = [*check_machine(), *([] if url is None else check_server(url))]
+    findings = list(check_machine())
+    if url is not None:
+        findings += check_server(url)
     if as_json:
         print_json({"findings": [finding.model_dump() for finding in findings]})
     else:
@@ -67,12 +69,12 @@ def run(
 def check_machine() -> Iterator[Finding]:
     """Yield what there is to say about this machine."""
     yield Finding(check="python", state="ok", detail=platform.python_version())
+    cluster: Cluster | None = None
     try:
         cluster = probe()
     except ProbeError as error:
         yield Finding(check="GPUs", state="failure", detail=error.kind, remedy=str(error))
-        cluster = None
-    else:
+    if cluster is not None:
         yield from _check_gpus(cluster)
     yield from _check_packages(cluster)
     yield _check_shared_memory()

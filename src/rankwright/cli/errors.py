@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -50,9 +51,7 @@ def describe_error(error: Exception, args: Sequence[str] = ()) -> tuple[str, str
         return kind, f"{error.name} is missing; install it with: pip install 'rankwright[executor]'"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return kind, f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
-    message = error.format_message() if _is_usage(error) else str(error)  # type: ignore[attr-defined]
-    if _is_usage(error):
-        message = _tidy_usage(message, error, args)
+    message = _usage_message(error, args) if _is_usage(error) else str(error)
     return kind, re.sub(r"\s*\n\s*", " ", message.strip()) or kind
 
 
@@ -88,24 +87,24 @@ def _is_usage(error: Exception) -> bool:
     return hasattr(error, "format_message")
 
 
-def _tidy_usage(message: str, error: Exception, args: Sequence[str]) -> str:
+def _usage_message(error: Any, args: Sequence[str]) -> str:
+    message: str = error.format_message()
     message = message[:1].lower() + message[1:].rstrip(".")
-    context = getattr(error, "ctx", None)
-    path = getattr(context, "command_path", "rankwright")
+    context: Any = getattr(error, "ctx", None)
+    help_hint = f"see `{getattr(context, 'command_path', 'rankwright')} --help`"
     if message.startswith("no such command"):
-        # Only the commands known to typer at that point; the full list helps when nothing is near.
-        from rankwright.cli import COMMANDS
+        from rankwright.cli import COMMANDS  # which imports this module
 
         word = message.split("'")[1]
         return f"no such command {word!r}; {nearest(word, COMMANDS)}"
-    if message.startswith("no such option"):
-        option = str(getattr(error, "option_name", ""))
-        known = [name for param in context.command.params for name in param.opts if "--" in name]
-        return f"no such option {option}; {nearest(option, sorted(known))}; see `{path} --help`"
+    if message.startswith("no such option") and context is not None:
+        known = {name for param in context.command.params for name in param.opts if "--" in name}
+        option: str = error.option_name
+        return f"no such option {option}; {nearest(option, sorted(known))}; {help_hint}"
     given = _given(error, args)
     if given is not None and repr(given) not in message:
         message += f", got {given!r}"
-    return f"{message}; see `{path} --help`"
+    return f"{message}; {help_hint}"
 
 
 def _given(error: Exception, args: Sequence[str]) -> str | None:

@@ -99,7 +99,7 @@ def _places(plan: Plan, ranks: list[int]) -> str:
 
 def _capacity_bytes(plan: Plan) -> int:
     """Memory of the smallest GPU that the plan uses."""
-    capacity = []
+    capacity: list[int] = []
     for rank in plan.ranks:
         node = plan.cluster.node(rank.node)
         capacity += [gpu.memory_bytes for gpu in node.gpus if gpu.index == rank.gpu]

@@ -1,7 +1,7 @@
 """`rankwright probe`: this machine, or one whose `nvidia-smi` output was saved, as a cluster."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -45,8 +45,7 @@ def run(
     text = from_file.read_text(encoding="utf-8", errors="replace")
     read = describe_topology_text(text)
     if "error" in read:
-        error = read["error"]
-        assert isinstance(error, dict)
+        error = cast("dict[str, str]", read["error"])
         raise ProbeError(error["class"], error["message"])
     if as_json:
         print_json(read)
