@@ -135,7 +135,9 @@ def measure(client: Client, plan: Plan, bytes_per_s: float) -> list[dict[str, ob
                 "step_ms": step_s * 1e3,
                 "floor_ms": floor_s * 1e3,
                 "share_of_floor": floor_s / step_s,
-                "output_tokens_per_s_of_a_replica": batch * output / (last - min(line.sent.values())),
+                "output_tokens_per_s_of_a_replica": batch
+                * output
+                / (last - min(line.sent.values())),
             }
         )
     for prompt in PREFILLS:
@@ -238,7 +240,6 @@ def main() -> None:
                 folder=arguments.output,
             )
     del runner
-    dist.barrier()
     dist.destroy_process_group()
 
 

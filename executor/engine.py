@@ -60,7 +60,7 @@ class Follower:
         """Run batches until the leader says stop."""
         pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         while True:
-            message = self._mesh.broadcast_bytes(None)
+            message = self._mesh.hear()
             kind, body = message[:1], memoryview(message)[1:]
             if kind == STOP:
                 break
@@ -81,6 +81,7 @@ class Follower:
         while pending:
             pending.popleft()[0].wait()
         self._runner.finish()
+        self._mesh.finish()
 
 
 class Leader:
@@ -133,8 +134,9 @@ class Leader:
             self._report()
         while self._in_flight:
             self._collect()
-        self._mesh.broadcast_bytes(STOP)
+        self._mesh.tell(STOP)
         self._runner.finish()
+        self._mesh.finish()
 
     def _done(self) -> bool:
         if self._stopping is None:
@@ -183,7 +185,7 @@ class Leader:
             return False
         batch, sampled = scheduled
         if self._mesh.control.size > 1:
-            self._mesh.broadcast_bytes(BATCH + batch.encode())
+            self._mesh.tell(BATCH + batch.encode())
             self._last_word = time.monotonic()
         receiving = buffer = None
         if not self._mesh.is_sampler:
@@ -218,7 +220,7 @@ class Leader:
                 )
             )
         if self._mesh.control.size > 1 and now - self._last_word >= HEARTBEAT_S:
-            self._mesh.broadcast_bytes(IDLE)
+            self._mesh.tell(IDLE)
             self._last_word = now
 
     def _send(self, message: Hello | Tokens | Stats) -> None:

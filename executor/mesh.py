@@ -5,6 +5,7 @@ runs the same code as many. Activations travel over NCCL on GPUs and gloo on CPU
 (step batches, sampled tokens) always over gloo, from host memory.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +19,9 @@ from rankwright.planner.plan import Plan, RankPlan
 CONTROL_TIMEOUT = timedelta(minutes=10)
 # What one control broadcast carries without a second one: a decode step of some 100 sequences.
 CONTROL_BYTES = 16384
+# Control broadcasts on their way at most: a pipeline has as many steps in flight as stages, each of
+# one or two broadcasts.
+MAX_TELLING = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Mesh:
         self.place: RankPlan = plan.ranks[rank]
         self.device = device
         self.num_stages = split.pp
+        self._telling: deque[tuple[dist.Work, bytearray]] = deque()
         self.vocab_ranges = tuple(
             other.vocab
             for other in plan.ranks
@@ -133,25 +138,58 @@ class Mesh:
         dist.recv(hidden_TD, self._previous.ranks[0], group=self._previous.process_group)
         return hidden_TD
 
-    def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Return the leader's `data` on every rank of the replica."""
+    def tell(self, data: bytes) -> None:
+        """Start sending the leader's `data` to every rank of the replica, without waiting.
+
+        A stage that still computes an earlier batch hears this one when it is done; waiting for it
+        here would let the stages of a pipeline work one after another.
+        """
         if self.control.size == 1:
-            assert data is not None
-            return data
-        source, group = self.control.ranks[0], self.control.process_group
+            return
         room = CONTROL_BYTES - 8
         head = bytearray(CONTROL_BYTES)
-        if data is not None:
-            head[:8] = len(data).to_bytes(8, "little")
-            head[8 : 8 + min(len(data), room)] = data[:room]
-        # `frombuffer` shares memory, so the broadcast fills `head` in place.
+        head[:8] = len(data).to_bytes(8, "little")
+        head[8 : 8 + min(len(data), room)] = data[:room]
+        self._start_broadcast(head)
+        if len(data) > room:
+            self._start_broadcast(bytearray(data[room:]))
+
+    def hear(self) -> bytes:
+        """Return what the leader of this replica says next."""
+        source, group = self.control.ranks[0], self.control.process_group
+        # `frombuffer` shares memory, so a broadcast fills the bytes in place.
+        head = bytearray(CONTROL_BYTES)
         dist.broadcast(torch.frombuffer(head, dtype=torch.uint8), source, group=group)
         size = int.from_bytes(head[:8], "little")
+        room = CONTROL_BYTES - 8
         if size <= room:
             return bytes(head[8 : 8 + size])
-        rest = bytearray(size - room) if data is None else bytearray(data[room:])
+        rest = bytearray(size - room)
         dist.broadcast(torch.frombuffer(rest, dtype=torch.uint8), source, group=group)
         return bytes(head[8:] + rest)
+
+    def _start_broadcast(self, data: bytearray) -> None:
+        while self._telling and (
+            len(self._telling) >= MAX_TELLING or self._telling[0][0].is_completed()
+        ):
+            self._telling.popleft()[0].wait()
+        work = dist.broadcast(
+            torch.frombuffer(data, dtype=torch.uint8),
+            self.control.ranks[0],
+            group=self.control.process_group,
+            async_op=True,
+        )
+        assert work is not None
+        self._telling.append((work, data))
+
+    def finish(self) -> None:
+        """Wait until all ranks of the replica have heard everything and are here too.
+
+        Over gloo: a barrier of the default group would make NCCL take memory that the KV cache has.
+        """
+        while self._telling:
+            self._telling.popleft()[0].wait()
+        self.gather_integers(0)
 
     def gather_integers(self, value: int) -> list[int]:
         """Return every replica rank's `value`, in rank order."""

@@ -102,7 +102,6 @@ def run(
     progress("stopped")
     # Graphs hold NCCL work; they must go before the communicators do.
     del runner
-    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -174,7 +174,11 @@ def control(rank: int, plan_json: str, size: int) -> bytes:
     """What this rank hears when its leader says `size` bytes."""
     mesh = Mesh(Plan.model_validate_json(plan_json), rank, torch.device("cpu"))
     said = bytes([mesh.place.replica + 1]) * size
-    return mesh.broadcast_bytes(said if mesh.is_leader else None)
+    if mesh.is_leader:
+        mesh.tell(said)
+    heard = said if mesh.is_leader else mesh.hear()
+    mesh.finish()
+    return heard
 
 
 def columns(rank: int, plan_json: str) -> list[float]:
