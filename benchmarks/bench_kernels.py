@@ -57,6 +57,10 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=DTYPE)
 
 
+def _backend(backend: str) -> Any:
+    return "triton" if backend == "timed" else backend
+
+
 def norm_case(tokens: int) -> Case:
     """Return RMSNorm of a residual that it updates."""
 
@@ -65,8 +69,7 @@ def norm_case(tokens: int) -> Case:
 
         def run(backend: Any) -> tuple[torch.Tensor, ...]:
             total = residual if backend == "timed" else residual.clone()
-            how = "triton" if backend == "timed" else backend
-            return rms_norm(x, weight, 1e-5, total, backend=how), total
+            return rms_norm(x, weight, 1e-5, total, backend=_backend(backend)), total
 
         return run
 
@@ -109,10 +112,6 @@ def rotary_case(tokens: int, with_norm: bool) -> Case:
     moved = 2 * 2 * tokens * columns + tokens * (4 * HEAD_DIM + 16)
     op = "norm + rotary + cache" if with_norm else "rotary + cache"
     return Case(op, f"{tokens} tokens", make, moved)
-
-
-def _backend(backend: str) -> Any:
-    return "triton" if backend == "timed" else backend
 
 
 def paged_cache(contexts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -326,44 +325,45 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def sweep(op: str) -> Iterator[Case]:
-    """Return the shapes of an attention kernel under other configurations than its table's."""
-    if op == "decode":
-        for shape, contexts in DECODES.items():
-            if shape not in ("1 x 2048", "1 x 8192", "64 x 2048", "64 mixed"):
+def sweep_decode() -> Iterator[Case]:
+    """Return decode shapes under other configurations than `decode_config`'s."""
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for shape in ("1 x 2048", "1 x 8192", "64 x 2048", "64 mixed"):
+        contexts = DECODES[shape]
+        blocks = -(-max(contexts) // BLOCK_TOKENS)
+        base = decode_config(
+            len(contexts), KV_HEADS, HEAD_DIM, blocks, BLOCK_TOKENS, DTYPE, multiprocessors
+        )
+        splits = sorted({max(1, base.num_splits * i // 2) for i in (1, 2, 3)})
+        for num_splits, warps, stages in itertools.product(splits, (4, 8), (3, 4)):
+            config = replace(base, num_splits=num_splits, num_warps=warps, num_stages=stages)
+            label = f"{shape} s{num_splits} w{warps} p{stages}"
+            yield decode_case(contexts, label, config=config)
+
+
+def sweep_prefill() -> Iterator[Case]:
+    """Return prefill shapes under other configurations than `prefill_config`'s."""
+    for shape in ("1 x 4096", "512 of 8192"):
+        lengths, contexts = PREFILLS[shape]
+        base = prefill_config(max(lengths), HEAD_DIM, BLOCK_TOKENS, DTYPE)
+        for block_m, tile, warps, stages in itertools.product(
+            (64, 128), (32, 64), (4, 8), (2, 3, 4)
+        ):
+            if block_m // warps < 16:  # a warpgroup of 4 warps takes 64 rows
                 continue
-            blocks = -(-max(contexts) // BLOCK_TOKENS)
-            sms = torch.cuda.get_device_properties(0).multi_processor_count
-            base = decode_config(
-                len(contexts), KV_HEADS, HEAD_DIM, blocks, BLOCK_TOKENS, DTYPE, sms
-            )
-            splits = {max(1, base.num_splits * i // 2) for i in (1, 2, 3)}
-            for num_splits, warps, stages in itertools.product(sorted(splits), (4, 8), (3, 4)):
-                config = replace(base, num_splits=num_splits, num_warps=warps, num_stages=stages)
-                label = f"{shape} s{num_splits} w{warps} p{stages}"
-                yield decode_case(contexts, label, config=config)
-    else:
-        for shape, (lengths, contexts) in PREFILLS.items():
-            if shape not in ("1 x 4096", "512 of 8192"):
-                continue
-            base = prefill_config(max(lengths), HEAD_DIM, BLOCK_TOKENS, DTYPE)
-            for block_m, tile, warps, stages in itertools.product(
-                (64, 128), (32, 64), (4, 8), (2, 3, 4)
-            ):
-                config = replace(
-                    base, block_m=block_m, tile=tile, num_warps=warps, num_stages=stages
-                )
-                if block_m // warps < 16:  # a warpgroup of 4 warps takes 64 rows
-                    continue
-                label = f"{shape} m{block_m} n{tile} w{warps} p{stages}"
-                yield prefill_case(lengths, contexts, label, "triton", config=config)
+            config = replace(base, block_m=block_m, tile=tile, num_warps=warps, num_stages=stages)
+            label = f"{shape} m{block_m} n{tile} w{warps} p{stages}"
+            yield prefill_case(lengths, contexts, label, "triton", config=config)
+
+
+SWEEPS = {"decode": sweep_decode, "prefill": sweep_prefill}
 
 
 def main() -> int:
     """Return the exit status: 1 where a kernel failed its check, 4 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="rows whose operation contains this")
-    parser.add_argument("--sweep", choices=["decode", "prefill"], help="try configurations instead")
+    parser.add_argument("--sweep", choices=SWEEPS, help="try configurations instead")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -377,7 +377,7 @@ def main() -> int:
         f"matrix product {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s; seed {seed}",
         flush=True,
     )
-    table = sweep(arguments.sweep) if arguments.sweep else cases()
+    table = SWEEPS[arguments.sweep]() if arguments.sweep else cases()
     rows = []
     for case in table:
         if arguments.only in case.op:

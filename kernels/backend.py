@@ -36,7 +36,7 @@ def jit(*, do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., A
     """
     if triton is None:
         return lambda kernel: kernel
-    return lambda kernel: triton.jit(kernel, do_not_specialize=list(do_not_specialize))
+    return triton.jit(do_not_specialize=list(do_not_specialize))
 
 
 def runs_triton(tensor: torch.Tensor, backend: Backend) -> bool:

@@ -40,27 +40,23 @@ def decode_attention_reference(
     window: int | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale) v over each sequence's own blocks; zeros where it has none."""
-    batch, _, head_dim = q_BHD.shape
-    _, num_kv_heads, block_tokens, _ = k_cache.shape
-    num_blocks = ceil_div(int(context_lens_B.max()), block_tokens) if batch else 0
-    token_L = torch.arange(num_blocks * block_tokens, device=q_BHD.device)
-    seen_BL = token_L < context_lens_B[:, None]
-    if window is not None:
-        seen_BL &= token_L >= context_lens_B[:, None] - window
-    # Blocks without a seen token may be anything: read block 0 in their place, then hide it.
-    used_BN = seen_BL.unflatten(1, (num_blocks, block_tokens)).any(-1)
-    table_BN = block_tables_BN[:, :num_blocks].masked_fill(~used_BN, 0).long()
-    hidden_B1L1 = ~seen_BL[:, None, :, None]
-
-    def gather(cache: torch.Tensor) -> torch.Tensor:
-        rows_BKLD = cache[table_BN].transpose(1, 2).flatten(2, 3).float()
-        return rows_BKLD.masked_fill(hidden_B1L1, 0.0)
-
-    q_BKGD = q_BHD.float().view(batch, num_kv_heads, -1, head_dim)
-    scores_BKGL = q_BKGD @ gather(k_cache).transpose(2, 3) * scale
-    weights_BKGL = scores_BKGL.masked_fill(~seen_BL[:, None, None], -math.inf).softmax(-1)
-    weights_BKGL = weights_BKGL.masked_fill(~seen_BL[:, None, None], 0.0)
-    return (weights_BKGL @ gather(v_cache)).view(q_BHD.shape).to(q_BHD.dtype)
+    _, num_kv_heads, block_tokens, head_dim = k_cache.shape
+    out_BHD = torch.zeros_like(q_BHD)
+    for b, context in enumerate(context_lens_B.tolist()):
+        if context == 0:
+            continue
+        first = 0 if window is None else max(0, context - window)
+        first_block = first // block_tokens
+        blocks = block_tables_BN[b, first_block : ceil_div(context, block_tokens)].long()
+        seen = slice(first - first_block * block_tokens, context - first_block * block_tokens)
+        k_KLD, v_KLD = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, seen].float()
+            for cache in (k_cache, v_cache)
+        )
+        q_KGD = q_BHD[b].float().reshape(num_kv_heads, -1, head_dim)
+        weights_KGL = (q_KGD @ k_KLD.transpose(1, 2) * scale).softmax(-1)
+        out_BHD[b] = (weights_KGL @ v_KLD).flatten(0, 1)
+    return out_BHD
 
 
 @jit()
@@ -260,8 +256,10 @@ def decode_config(
 ) -> DecodeConfig:
     """Return the launch configuration of a geometry: the same for every step of a CUDA graph.
 
-    Splits fill the GPU: the fewest whose programs come in waves at least 85 % as full as the best
-    number's (the rule of FlashAttention-2's `num_splits_heuristic`).
+    Splits fill the GPU: the fewest whose programs come in waves at least 95 % as full as the best
+    number's. (FlashAttention-2's `num_splits_heuristic` asks for 85 %, which is 29 splits of a
+    sequence with 8 key/value heads on an H100: a context of 8192 tokens then takes rounds of 5
+    tiles, of 32 splits 4.)
     """
     shape = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
     tile = min(shape.tile, block_tokens)
@@ -272,7 +270,7 @@ def decode_config(
     limit = max(1, min(limit, _MAX_SPLITS, ceil_div(max_blocks * block_tokens, tile)))
     waves = [programs * num_splits / slots for num_splits in range(1, limit + 1)]
     fullness = [wave / math.ceil(wave) for wave in waves]
-    num_splits = 1 + next(i for i, full in enumerate(fullness) if full >= 0.85 * max(fullness))
+    num_splits = 1 + next(i for i, full in enumerate(fullness) if full >= 0.95 * max(fullness))
     return replace(shape, tile=tile, num_splits=num_splits)
 
 

@@ -151,7 +151,7 @@ def _attend_tiles(
     # Block numbers are loaded one tile ahead: loaded in place, they would take up pipeline stages
     # that keys and values need. int64: a pool may hold more than 2**31 values.
     next_block = tl.load(table_at + start * TILE // BLOCK_TOKENS, mask=start < stop, other=0)
-    for tile in tl.range(start, stop):
+    for tile in tl.range(start, stop):  # pyright: ignore[reportGeneralTypeIssues]
         token = tile * TILE
         block = next_block.to(tl.int64)
         next_token = token + TILE

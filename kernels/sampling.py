@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from rankwright.kernels.backend import Backend, ceil_div, jit, runs_triton, tl
+from rankwright.kernels.backend import Backend, ceil_div, jit, next_power_of_two, runs_triton, tl
 
 _MASK = 0xFFFFFFFF
 # Multipliers of lowbias32, a 32-bit hash with an avalanche bias of 0.17
@@ -109,8 +109,8 @@ def _hash_kernel(x, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constexpr):
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,
-    first_key_ptr,
-    second_key_ptr,
+    seeds_ptr,
+    positions_ptr,
     best_ptr,
     token_ptr,
     logits_stride,
@@ -119,6 +119,7 @@ def _sample_kernel(
     BLOCK: tl.constexpr,
     MULTIPLY_1: tl.constexpr,
     MULTIPLY_2: tl.constexpr,
+    WEYL: tl.constexpr,
     BELOW_ONE: tl.constexpr,
 ):
     """Write the best score and its token id of one chunk of the vocabulary."""
@@ -129,8 +130,12 @@ def _sample_kernel(
     score = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     if temperature > 0:
-        first = tl.load(first_key_ptr + row).to(tl.uint32)
-        second = tl.load(second_key_ptr + row).to(tl.uint32)
+        seed = tl.load(seeds_ptr + row)
+        position = tl.load(positions_ptr + row).to(tl.uint32)
+        first = _hash_kernel(seed.to(tl.uint32), MULTIPLY_1, MULTIPLY_2)
+        first = _hash_kernel(first + (seed >> 32).to(tl.uint32), MULTIPLY_1, MULTIPLY_2)
+        first = _hash_kernel(first + position * WEYL, MULTIPLY_1, MULTIPLY_2)
+        second = _hash_kernel(first + WEYL, MULTIPLY_1, MULTIPLY_2)
         bits = _hash_kernel(token.to(tl.uint32) + first, MULTIPLY_1, MULTIPLY_2)
         bits = _hash_kernel(bits ^ second, MULTIPLY_1, MULTIPLY_2)
         u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, BELOW_ONE)
@@ -138,9 +143,21 @@ def _sample_kernel(
         series = u * (1.0 + u * (0.5 + u * 0.3333333333))
         noise = tl.where(u < 0.0078125, series, -tl.log(1.0 - u))
         score = score / temperature - tl.log(noise)
-    best, index = tl.max(score, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best_ptr + row * num_chunks + tl.program_id(0), best)
-    tl.store(token_ptr + row * num_chunks + tl.program_id(0), tl.program_id(0) * BLOCK + index)
+    chunk = row * num_chunks + tl.program_id(0)
+    index = tl.argmax(score, axis=0, tie_break_left=True)
+    tl.store(best_ptr + chunk, tl.max(score, axis=0))
+    tl.store(token_ptr + chunk, tl.program_id(0) * BLOCK + index)
+
+
+@jit()
+def _pick_kernel(best_ptr, token_ptr, out_ptr, num_chunks, BLOCK_W: tl.constexpr):
+    """Write the token id of the best chunk; of equal ones the first, which has the lowest ids."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.arange(0, BLOCK_W)
+    at = best_ptr + row * num_chunks + chunk
+    best = tl.load(at, mask=chunk < num_chunks, other=-float("inf"))
+    winner = tl.argmax(best, axis=0, tie_break_left=True)
+    tl.store(out_ptr + row, tl.load(token_ptr + row * num_chunks + winner))
 
 
 # 16 values a thread: the hash costs some 20 instructions a value, so several loads overlap it.
@@ -157,29 +174,34 @@ def _sample_unfiltered(
     if logits_BV.stride(1) != 1:
         logits_BV = logits_BV.contiguous()
     batch, vocab = logits_BV.shape
+    device = logits_BV.device
     num_chunks = ceil_div(vocab, _BLOCK)
-    first_B, second_B = _row_keys(seeds_B, positions_B)
-    best_BW = torch.empty((batch, num_chunks), dtype=torch.float32, device=logits_BV.device)
-    token_BW = torch.empty((batch, num_chunks), dtype=torch.int64, device=logits_BV.device)
-    if batch:
-        _sample_kernel[(num_chunks, batch)](
-            logits_BV,
-            temperature_B,
-            first_B,
-            second_B,
-            best_BW,
-            token_BW,
-            logits_BV.stride(0),
-            vocab,
-            num_chunks,
-            BLOCK=_BLOCK,
-            MULTIPLY_1=_MULTIPLY_1,
-            MULTIPLY_2=_MULTIPLY_2,
-            BELOW_ONE=_BELOW_ONE,
-            num_warps=8,
-        )
-    # argmax takes the first of equal chunks: the lowest token id again.
-    return token_BW.gather(1, best_BW.argmax(-1, keepdim=True))[:, 0]
+    best_BW = torch.empty((batch, num_chunks), dtype=torch.float32, device=device)
+    token_BW = torch.empty((batch, num_chunks), dtype=torch.int32, device=device)
+    out_B = torch.empty((batch,), dtype=torch.int64, device=device)
+    if batch == 0:
+        return out_B
+    _sample_kernel[(num_chunks, batch)](
+        logits_BV,
+        temperature_B,
+        seeds_B,
+        positions_B,
+        best_BW,
+        token_BW,
+        logits_BV.stride(0),
+        vocab,
+        num_chunks,
+        BLOCK=_BLOCK,
+        MULTIPLY_1=_MULTIPLY_1,
+        MULTIPLY_2=_MULTIPLY_2,
+        WEYL=_WEYL,
+        BELOW_ONE=_BELOW_ONE,
+        num_warps=8,
+    )
+    _pick_kernel[(batch,)](
+        best_BW, token_BW, out_B, num_chunks, BLOCK_W=next_power_of_two(num_chunks), num_warps=1
+    )
+    return out_B
 
 
 def sample(

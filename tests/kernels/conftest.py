@@ -43,7 +43,7 @@ def _mend_the_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patched_lang_tensor
     interpreter._convert_float = patched_convert_float
-    interpreter.InterpreterBuilder.create_dot = patched_dot
+    setattr(interpreter.InterpreterBuilder, "create_dot", patched_dot)  # noqa: B010
 
 
 if DEVICE == "cpu":

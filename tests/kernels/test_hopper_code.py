@@ -29,12 +29,12 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        ints = {"table_ptr": "i32", "work_ptr": "i32", "context_ptr": "i32"}
+        ints = dict.fromkeys(["table_ptr", "work_ptr", "context_ptr", "token_ptr"], "i32")
         if name in floats:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
             wide = name in ("partial_ptr", "lse_ptr", "cos_sin_ptr", "temperature_ptr", "best_ptr")
-            long = name in ("positions_ptr", "slots_ptr", "token_ptr") or "key" in name
+            long = name in ("positions_ptr", "slots_ptr", "seeds_ptr")
             kind = "fp32" if wide else "i64" if long else "bf16"
             signature[name] = "*" + ints.get(name, kind)
         else:
@@ -58,7 +58,7 @@ found["rotary"] = resources(
 found["sample"] = resources(
     sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK,
     MULTIPLY_1=sampling._MULTIPLY_1, MULTIPLY_2=sampling._MULTIPLY_2,
-    BELOW_ONE=sampling._BELOW_ONE)
+    WEYL=sampling._WEYL, BELOW_ONE=sampling._BELOW_ONE)
 cut = dict(TILE=64, NUM_SPLITS=16, MIN_TILES=1)
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
 found["merge"] = resources(

@@ -12,7 +12,7 @@ from rankwright.kernels.sampling import exponential_noise, sample
 
 def rows(
     batch: int, device: str = "cpu", *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Return the settings of `batch` rows: equal but for their positions."""
     return {
         "temperature_B": torch.full((batch,), temperature, device=device),
@@ -139,11 +139,14 @@ def test_other_seeds_and_positions_draw_other_tokens(device: str) -> None:
 
 
 def kept_by_transformers(logits: torch.Tensor, top_k: int, top_p: float) -> set[int]:
-    scores = TemperatureLogitsWarper(0.8)(None, logits[None])
+    warpers: list[Any] = [TemperatureLogitsWarper(0.8)]
     if top_k > 0:
-        scores = TopKLogitsWarper(top_k)(None, scores)
+        warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)
+        warpers.append(TopPLogitsWarper(top_p))
+    scores = logits[None]
+    for warper in warpers:
+        scores = warper(None, scores)
     return set(torch.nonzero(scores[0] > -math.inf)[:, 0].tolist())
 
 
