@@ -10,7 +10,6 @@ from pydantic import Field, TypeAdapter
 
 from rankwright.topology.value import Value
 
-
 FinishReason = Literal["stop", "length", "abort", "error"] | None
 
 
