@@ -189,12 +189,11 @@ class _Program:
         self._workload = workload
         self._goal = GOALS[workload.objective]
         self._problem = pulp.LpProblem("plan", self._goal.sense)
-        self._chosen = [
-            pulp.LpVariable(f"z{index}", cat=pulp.LpBinary) for index in range(len(columns))
-        ]
+        add = self._problem.add_variable
+        self._chosen = [add(f"z{index}", cat=pulp.LpBinary) for index in range(len(columns))]
         self._counts = [
             [
-                pulp.LpVariable(f"n{index}_{place}", 0, group.count, cat=pulp.LpInteger)
+                add(f"n{index}_{place}", 0, group.count, pulp.LpInteger)
                 for place, group in enumerate(column.pool.replicas)
             ]
             for index, column in enumerate(columns)
@@ -244,7 +243,7 @@ class _Program:
         if workload.concurrency is None:
             self._tokens.append(served)
             return
-        tokens = pulp.LpVariable(f"t{index}", 0)
+        tokens = problem.add_variable(f"t{index}", 0)
         self._tokens.append(tokens)
         problem += tokens <= served
         in_flight = workload.concurrency
@@ -317,12 +316,13 @@ def solve_stages(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
     """
     num_layers = len(stages[0].layer_s)
     problem = pulp.LpProblem("stages", pulp.LpMinimize)
-    slowest, widest = pulp.LpVariable("T", 0), pulp.LpVariable("widest", 0)
+    add = problem.add_variable
+    slowest, widest = add("T", 0), add("widest", 0)
+    layers = list(range(num_layers + 1))
     ends = [
-        [pulp.LpVariable(f"e{stage}_{layer}", cat=pulp.LpBinary) for layer in range(num_layers + 1)]
+        [add(f"e{stage}_{layer}", cat=pulp.LpBinary) for layer in layers]
         for stage in range(len(stages))
     ]
-    layers = list(range(num_layers + 1))
     scale = max(sum(stage.layer_s) + stage.extra_s for stage in stages)
     problem += slowest + 1e-7 * widest
     for index, (stage, end) in enumerate(zip(stages, ends, strict=True)):

@@ -3,7 +3,9 @@
 HiGHS inside the process first; the CBC that comes with PuLP where HiGHS is missing.
 """
 
+import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from time import perf_counter
 
 import pulp
@@ -47,13 +49,9 @@ def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Endi
         SolverError: The solver stopped without a solution and without a proof that none exists.
     """
     # One thread: our programs are solved at the root, and HiGHS's threads cost more than that.
-    highs = pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=0.0, threads=1)
-    use_highs = highs.available()
-    solver = (
-        highs
-        if use_highs
-        else pulp.PULP_CBC_CMD(msg=False, timeLimit=time_limit_s, gapRel=0.0, threads=1)
-    )
+    options = {"msg": False, "timeLimit": time_limit_s, "gapRel": 0.0, "threads": 1}
+    use_highs = find_spec("highspy") is not None
+    solver = pulp.HiGHS(**options) if use_highs else _cbc(options)
     start = perf_counter()
     problem.solve(solver)
     seconds = perf_counter() - start
@@ -74,6 +72,19 @@ def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Endi
             f"CBC reached its limit of {time_limit_s:.0f} s and reports no bound; install highspy"
         )
     return Ending("optimal" if optimal else "time limit", value, bound, name, seconds)
+
+
+def _cbc(options: dict[str, object]) -> "pulp.LpSolver":
+    """Return the CBC on the path, else the one that comes with PuLP 3."""
+    solver = pulp.COIN_CMD(**options)
+    if not solver.available():
+        with warnings.catch_warnings():
+            # PuLP 4 drops its own copy; until then it works, and the user can do nothing better.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver = pulp.PULP_CBC_CMD(**options)
+    if not solver.available():
+        raise SolverError("no solver for integer programs was found; install highspy")
+    return solver
 
 
 def _highs_version(problem: "pulp.LpProblem") -> str:
