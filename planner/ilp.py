@@ -110,7 +110,7 @@ def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate
         shape, placements = candidate.shape, candidate.pool.replicas
         home = (
             *(shape.tp, shape.pp, shape.ep, candidate.replicas),
-            *((group.spread, *map(id, group.stages)) for group in placements),
+            *((group.count, group.spread, *map(id, group.stages)) for group in placements),
             candidate.batch_size if workload.concurrency is not None else None,
         )
         by_home.setdefault(home, []).append(candidate)

@@ -109,7 +109,7 @@ def brute_force(columns: list[Candidate], workload: Workload, pinned: int | None
     return min(values) if workload.objective == "latency" else max(values)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(
     st.lists(candidates(), min_size=1, max_size=6),
     workloads(),
