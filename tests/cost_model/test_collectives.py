@@ -11,9 +11,11 @@ from rankwright.cost_model.collectives import (
     reduce_scatter_s,
     send_s,
 )
+from rankwright.cost_model.efficiency import AllReduce
 from rankwright.topology.shorthand import parse_cluster
 
 NVLINK = 450e9
+BOTH: tuple[AllReduce, ...] = ("library", "one_shot")
 H200_PAIR = Group(2, bytes_per_s=NVLINK, latency_s=0.8e-6)
 
 
@@ -39,9 +41,8 @@ def test_ring_by_hand() -> None:
 
 def test_one_shot_wins_when_small_and_the_library_when_large() -> None:
     group = Group(8, bytes_per_s=NVLINK, latency_s=0.8e-6)
-    both = ("library", "one_shot")
-    assert all_reduce_s(16 << 10, group, both) < 0.6 * all_reduce_s(16 << 10, group)
-    assert all_reduce_s(1 << 30, group, both) == all_reduce_s(1 << 30, group)
+    assert all_reduce_s(16 << 10, group, BOTH) < 0.6 * all_reduce_s(16 << 10, group)
+    assert all_reduce_s(1 << 30, group, BOTH) == all_reduce_s(1 << 30, group)
 
 
 def test_a_group_over_two_nodes_pays_for_the_fabric() -> None:
@@ -79,6 +80,5 @@ def test_more_bandwidth_is_never_slower(group: Group, size: float, factor: float
 
 @given(groups, st.floats(1, 1e10), st.floats(1.0, 10.0))
 def test_more_bytes_are_never_faster(group: Group, size: float, factor: float) -> None:
-    both = ("library", "one_shot")
-    assert all_reduce_s(size, group, both) <= all_reduce_s(size * factor, group, both)
+    assert all_reduce_s(size, group, BOTH) <= all_reduce_s(size * factor, group, BOTH)
     assert all_gather_s(size, group) <= all_gather_s(size * factor, group)

@@ -295,7 +295,7 @@ def test_illegal_pins_say_why() -> None:
 )
 def test_unsound_input_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan_of(SMOLLM2, "1xcpu", **options)
+        plan_of(SMOLLM2, "1xcpu", SHORT, **options)
 
 
 def test_a_request_longer_than_the_context_is_refused() -> None:
