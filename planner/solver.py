@@ -84,7 +84,7 @@ def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Endi
 
 def _cbc(options: dict[str, object]) -> "pulp.LpSolver":
     """Return the CBC on the path, else the one that comes with PuLP 3."""
-    solver = pulp.COIN_CMD(**options)
+    solver: pulp.LpSolver = pulp.COIN_CMD(**options)
     if not solver.available():
         with warnings.catch_warnings():
             # PuLP 4 drops its own copy; until then it works, and the user can do nothing better.

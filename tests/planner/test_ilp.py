@@ -164,6 +164,17 @@ def test_highs_is_asked_without_its_presolve() -> None:
     assert choice.value == pytest.approx(OUTPUT_TOKENS / 72)  # an L4 is rated 72 W
 
 
+def test_cbc_takes_over_where_highs_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankwright.planner.solver.find_spec", lambda name: None)
+    problem = pulp.LpProblem("fallback", pulp.LpMaximize)
+    x = problem.add_variable("x", 0, 7, cat=pulp.LpInteger)
+    problem += 3 * x
+    problem += 2 * x <= 11
+    ending = solve(problem)
+    assert ending is not None
+    assert (ending.solver, ending.status, ending.value, ending.bound) == ("CBC", "optimal", 15, 15)
+
+
 def test_an_infeasible_program_has_no_ending() -> None:
     problem = pulp.LpProblem("none", pulp.LpMaximize)
     x = problem.add_variable("x", cat=pulp.LpBinary)
