@@ -37,7 +37,7 @@ def bandwidth(cluster: "Cluster", group: Iterable[GpuId]) -> float:
         ValueError: The group is empty, names a GPU that is not there, or no link joins it.
     """
     members = _by_node(cluster, group)
-    rates = []
+    rates: list[float] = []
     for index, gpus in members.items():
         node = cluster.node(index)
         rates.append(_bandwidth_in_node(node, gpus))
@@ -209,7 +209,7 @@ def _latency_in_node(node: "Node", gpus: Sequence[int]) -> float:
 def _best_tree(node: "Node", gpus: set[int], links: Sequence["Link"]) -> list["Link"]:
     """Return the spanning tree of fastest links (Kruskal); its slowest is the bottleneck."""
     parent = {gpu: gpu for gpu in gpus}
-    tree = []
+    tree: list[Link] = []
     for link in sorted(links, key=lambda link: (-link.bytes_per_s, link.latency_s)):
         a, b = _root(parent, link.a), _root(parent, link.b)
         if a != b:

@@ -52,7 +52,8 @@ _CUBE_MESH = {
 @dataclass(slots=True)
 class _NodeText:
     nodes: int
-    parts: list[tuple[int, str]] = field(default_factory=list)  # (count, device key)
+    # (count, device key)
+    parts: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
 
     @property
     def num_gpus(self) -> int:
@@ -88,7 +89,7 @@ def format_shorthand(cluster: Cluster) -> str:
     >>> format_shorthand(parse_cluster("4xA100-SXM"))
     '4xa100-sxm-80gb'
     """
-    words = []
+    words: list[str] = []
     for node in cluster.nodes:
         runs: list[tuple[int, str]] = []
         for gpu in node.gpus:
@@ -204,7 +205,7 @@ def _gpu(index: int, device: Device) -> Gpu:
 
 def device_links(gpus: tuple[Gpu, ...]) -> tuple[Link, ...]:
     """Return the links that machines with these GPUs usually have, one for every pair."""
-    links = []
+    links: list[Link] = []
     for a, b in combinations(gpus, 2):
         kind = _link_kind(a, b, len(gpus))
         links.append(

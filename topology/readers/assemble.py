@@ -71,7 +71,7 @@ def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:
 
 def make_links(gpus: Sequence[Gpu], kinds: Mapping[tuple[int, int], str]) -> tuple[Link, ...]:
     """Return a link for every pair of GPUs; `kinds` is keyed by GPU indices, smaller first."""
-    links = []
+    links: list[Link] = []
     for a, b in combinations(sorted(gpus, key=lambda gpu: gpu.index), 2):
         kind = kinds.get((a.index, b.index), "SYS")
         links.append(

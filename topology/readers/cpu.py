@@ -133,8 +133,8 @@ def measure_memory_bytes_per_s(threads: int, free_bytes: int = 2**40) -> float:
 
 def _cpu_info(root: Path) -> tuple[str, set[str], float]:
     text = _read(root / "proc/cpuinfo")
-    fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.M))
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    fields: dict[str, str] = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.M))
+    flags: set[str] = set((fields.get("flags") or fields.get("Features") or "").split())
     mhz = re.fullmatch(r"\d+(\.\d+)?", fields.get("cpu MHz", ""))
     khz = _words(root / "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
     if khz and khz[0].isdigit():
@@ -148,7 +148,7 @@ def _cpu_info(root: Path) -> tuple[str, set[str], float]:
 
 def _cgroups(root: Path, controller: str) -> list[Path]:
     """Return this process's cgroup folder and its parents, for v2 and v1, that may hold limits."""
-    folders = []
+    folders: list[Path] = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")

@@ -196,7 +196,7 @@ def _nic_matrix(
 ) -> tuple[tuple[str | None, ...], ...]:
     """Tokens from ports to GPUs: the columns of the GPU rows, mended from the ports' own rows."""
     own = {row.name: row.cells for row in nic_rows}
-    result = []
+    result: list[tuple[str | None, ...]] = []
     for position, nic in enumerate(nics):
         cells: list[str | None] = []
         for gpu, row in enumerate(gpu_rows):

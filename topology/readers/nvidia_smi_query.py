@@ -38,7 +38,7 @@ def parse_query(text: str, fields: tuple[str, ...] = ()) -> tuple[FoundGpu, ...]
     failure = find_failure(text)
     if failure is not None:
         raise failure
-    rows = []
+    rows: list[dict[str, str]] = []
     names = [field.split(" ")[0] for field in fields]
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split(",")]
@@ -68,7 +68,7 @@ def parse_list(text: str) -> tuple[FoundGpu, ...]:
     Raises:
         ValueError: The text lists no GPU, or one that the device table lacks.
     """
-    found = []
+    found: list[FoundGpu] = []
     for index, name, uuid in _LISTED.findall(text):
         memory = DEVICES[device_key(name)].memory_bytes
         found.append(

@@ -85,14 +85,14 @@ def _read(nvml: Any, sysfs: Path) -> FoundMachine:
     )
     nvlinks = [_read_nvlinks(nvml, handle, buses) for handle in handles]
     kinds: dict[tuple[int, int], str] = {}
-    staged = []
+    staged: list[tuple[int, int]] = []
     for a, b in combinations(range(count), 2):
         links = _nvlinks_between(nvml, handles, buses, nvlinks, a, b)
         kinds[a, b] = f"NV{links}" if links else _pcie_kind(nvml, handles[a], handles[b])
         readable = _p2p_status(nvml, handles[a], handles[b], _P2P_READ)
         if not links and readable not in (None, nvml.NVML_P2P_STATUS_OK):
             staged.append((a, b))
-    notes = []
+    notes: list[str] = []
     if staged:
         notes.append(
             f"no peer-to-peer access between {len(staged)} of {len(kinds)} pairs of GPUs (first "
