@@ -46,7 +46,7 @@ def candidates(draw: st.DrawFn) -> Candidate:
         for _ in kinds
     )
     shape = Shape(draw(st.sampled_from([1, 2, 4])), pp, 1, tuple(kinds))
-    memory = draw(st.sampled_from([50, 100, 101, 200]))
+    memory = draw(st.sampled_from([50, 100, 100, 101]))
     return Candidate(shape, pool, batch, 512, (1,) * pp, serving, memory, 100)
 
 
@@ -55,7 +55,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     return Workload(
         input_tokens=10,
         output_tokens=OUTPUT_TOKENS,
-        concurrency=draw(st.sampled_from([None, None, 1, 3, 8])),
+        concurrency=draw(st.sampled_from([None, 1, 3, 8])),
         ttft_limit_s=draw(st.sampled_from([None, 0.2])),
         tpot_limit_s=draw(st.sampled_from([None, 0.02])),
         objective=draw(st.sampled_from(["throughput", "latency", "cost", "energy"])),
@@ -109,11 +109,11 @@ def brute_force(columns: list[Candidate], workload: Workload, pinned: int | None
     return min(values) if workload.objective == "latency" else max(values)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=150)
 @given(
-    st.lists(candidates(), min_size=1, max_size=6),
+    st.lists(candidates(), min_size=1, max_size=4),
     workloads(),
-    st.sampled_from([None, None, 1, 2]),
+    st.sampled_from([None, None, None, 1, 2]),
 )
 def test_the_program_equals_brute_force(
     columns: list[Candidate], workload: Workload, pinned: int | None
