@@ -22,8 +22,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rankwright.planner.make_plan import Pins, make_plan
-from result import copy_bytes_per_s, write_result
 
 from rankwright.cost_model.memory import (
     embedding_weight_bytes,
@@ -37,8 +35,10 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.messages import Hello, Sampling, Stop, Submit, Tokens, decode, encode
 from rankwright.executor.runner import Runner
 from rankwright.executor.weights import DummySource
+from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.topology.probe import probe
+from result import copy_bytes_per_s, write_result
 
 # (batch, prompt tokens, output tokens)
 SCENARIOS = ((1, 512, 128), (8, 512, 96), (32, 512, 64), (128, 512, 64))
@@ -186,6 +186,7 @@ def main() -> None:
     runner = Runner(
         plan, mesh, DummySource(dtype, device), dtype=dtype, use_graphs=not arguments.no_graphs
     )
+    runner.warm_up(plan.limits)
     torch.cuda.synchronize()
     load_s = time.perf_counter() - before_load
     peaks = mesh.gather_integers(torch.cuda.max_memory_allocated())

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from result import copy_bytes_per_s, write_result
 
 from rankwright.kernels.decode_attention import decode_attention, decode_config
 from rankwright.kernels.prefill_attention import prefill_attention, prefill_config
@@ -27,6 +26,7 @@ from rankwright.kernels.rms_norm import rms_norm
 from rankwright.kernels.rotary import rope_table, rotary_and_cache
 from rankwright.kernels.sampling import sample
 from rankwright.kernels.swiglu import swiglu
+from result import copy_bytes_per_s, write_result
 
 # Llama-3.1-8B: hidden, FFN, query and key/value heads, head dim, vocabulary (its config.json).
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256

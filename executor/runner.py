@@ -18,11 +18,14 @@ from rankwright.executor.kv_cache import allocate
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.models import tensor_names
 from rankwright.executor.models.decoder import DecoderStage
-from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.step_batch import StepBatch, made_up_batch
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rotary import rope_table
 from rankwright.kernels.sampling import sample
-from rankwright.planner.plan import Plan
+from rankwright.planner.plan import Limits, Plan
+
+# Chunk lengths that differ in how a prefill kernel is cut (16, 32, 64 and 128 rows a program).
+WARM_UP_CHUNKS = (2, 17, 33, 65, 512)
 
 
 class Runner:
@@ -96,6 +99,28 @@ class Runner:
                 cos_sin_PD=self._cos_sin_PD,
                 on_size=lambda size: progress(f"graph of batch {size} captured"),
             )
+
+    def warm_up(self, limits: Limits) -> None:
+        """Run made-up batches, so that no request waits for a kernel to compile.
+
+        Mixed batches of several chunk lengths, as prefill kernels are cut by them, drawn with and
+        without a top-k. They write to the first blocks of the cache, which hold nothing yet. All ranks of a
+        replica must call this together.
+        """
+        most = min(limits.max_batched_tokens, limits.max_model_len - 1)
+        kinds: tuple[tuple[int, bool, int], ...] = (
+            (0, False, 0),
+            (1, True, 0),
+            (min(LARGEST, limits.max_num_seqs - 1), True, 5),
+        )
+        batches = [
+            made_up_batch(chunk, decodes=decodes, sampled=sampled, top_k=top_k)
+            for chunk in sorted({min(length, most) for length in WARM_UP_CHUNKS})
+            for decodes, sampled, top_k in kinds
+            if decodes + chunk <= limits.max_batched_tokens and decodes < limits.max_num_seqs
+        ]
+        for batch in batches:
+            self.execute(batch)
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch) -> list[int] | None:

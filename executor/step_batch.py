@@ -116,3 +116,31 @@ _ARRAYS: tuple[tuple[str, str, type[np.generic]], ...] = (
     ("temperature_R", "R", np.float32),
     ("top_p_R", "R", np.float32),
 )
+
+
+def made_up_batch(chunk: int, *, decodes: int, sampled: bool, top_k: int = 0) -> StepBatch:
+    """Return a batch of one prompt chunk and some decodes, all of them in block 0.
+
+    Args:
+        chunk: Tokens of the chunk.
+        decodes: Sequences that decode a token.
+        sampled: Whether the tokens are drawn, at random.
+        top_k: Of what draws them.
+    """
+    lens = np.array([1] * decodes + [chunk], dtype=np.int64)
+    rows = np.cumsum(lens) - 1 if sampled else np.array([], dtype=np.int64)
+    return StepBatch(
+        step=0,
+        num_decodes=decodes,
+        query_lens_S=lens,
+        context_lens_S=lens,
+        token_ids_T=np.zeros(decodes + chunk, dtype=np.int64),
+        # Whatever the size of a block, `chunk` of them hold the chunk; those past it are not read.
+        block_tables_SN=np.zeros((decodes + 1, chunk), dtype=np.int32),
+        sample_rows_R=rows,
+        temperature_R=np.ones(len(rows), dtype=np.float32),
+        top_p_R=np.ones(len(rows), dtype=np.float32),
+        top_k_R=np.full(len(rows), top_k, dtype=np.int64),
+        seeds_R=np.arange(len(rows)),
+        sample_positions_R=np.arange(len(rows)),
+    )

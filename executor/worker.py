@@ -89,6 +89,9 @@ def run(
         print(f"{time.monotonic() - started:7.2f} s  {text}", flush=True)
 
     runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
+    if device.type == "cuda":
+        runner.warm_up(plan.limits)
+        progress("kernels compiled")
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peaks = tuple(mesh.gather_integers(peak))
     progress("ready")

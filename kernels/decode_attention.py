@@ -60,18 +60,20 @@ def decode_attention_reference(
 
 
 @jit()
-def _share(context, window, split, TILE, NUM_SPLITS, MIN_TILES):
+def _share(context, window, split, num_splits, TILE, MIN_TILES):
     """Return first and last + 1 tile of a split, and how many splits have any."""
     first_tile = tl.maximum(context - window, 0) // TILE
     num_tiles = (context + TILE - 1) // TILE - first_tile
-    tiles_per_split = tl.maximum((num_tiles + NUM_SPLITS - 1) // NUM_SPLITS, MIN_TILES)
+    tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, MIN_TILES)
     start = first_tile + split * tiles_per_split
     stop = tl.minimum(start + tiles_per_split, first_tile + num_tiles)
     active = (num_tiles + tiles_per_split - 1) // tiles_per_split
     return start, stop, active
 
 
-@jit(do_not_specialize=("window", "table_stride"))
+# The number of splits changes with the batch: compiled in, every new batch size would wait for the
+# compiler.
+@jit(do_not_specialize=("window", "num_splits", "table_stride"))
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -83,6 +85,7 @@ def _decode_kernel(
     lse_ptr,
     scale_log2,
     window,
+    num_splits,
     q_stride_b,
     q_stride_h,
     k_block_stride,
@@ -99,7 +102,7 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     MIN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -107,8 +110,8 @@ def _decode_kernel(
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     context = tl.load(context_ptr + batch)
-    start, stop, _ = _share(context, window, split, TILE, NUM_SPLITS, MIN_TILES)
-    if NUM_SPLITS > 1:  # noqa: SIM102  (known when compiled; the other when run)
+    start, stop, _ = _share(context, window, split, num_splits, TILE, MIN_TILES)
+    if IS_SPLIT:  # noqa: SIM102  (known when compiled; the other when run)
         if start >= stop:
             return  # the merge reads active splits only
 
@@ -160,45 +163,45 @@ def _decode_kernel(
 
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     row = batch * NUM_HEADS + head
-    if NUM_SPLITS == 1:
-        out_at = out_ptr + row[:, None] * HEAD_DIM + d[None, :]
-        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-    else:
-        part = row * NUM_SPLITS + split
+    if IS_SPLIT:
+        part = row * num_splits + split
         tl.store(partial_ptr + part[:, None] * HEAD_DIM + d[None, :], out, mask=q_mask)
         tl.store(lse_ptr + part, highest + tl.log2(total), mask=g < GROUP)
+    else:
+        out_at = out_ptr + row[:, None] * HEAD_DIM + d[None, :]
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@jit(do_not_specialize=("window",))
+@jit(do_not_specialize=("window", "num_splits"))
 def _merge_kernel(
     partial_ptr,
     lse_ptr,
     context_ptr,
     out_ptr,
     window,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
     """Write the mean of a row's splits, weighted with their log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     context = tl.load(context_ptr + row // NUM_HEADS)
-    _, _, active = _share(context, window, 0, TILE, NUM_SPLITS, MIN_TILES)
+    _, _, active = _share(context, window, 0, num_splits, TILE, MIN_TILES)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row * NUM_SPLITS + s, mask=s < active, other=-float("inf"))
+    lse = tl.load(lse_ptr + row * num_splits + s, mask=s < active, other=-float("inf"))
     # An empty context has no maximum; 0 in its place keeps inf - inf out.
     highest = tl.where(active > 0, tl.max(lse, axis=0), 0.0)
     total = tl.sum(tl.exp2(lse - highest), axis=0)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for first in range(0, active, CHUNK):
         c = first + tl.arange(0, CHUNK)
-        at = row * NUM_SPLITS + c
+        at = row * num_splits + c
         chunk_lse = tl.load(lse_ptr + at, mask=c < active, other=-float("inf"))
         part = tl.load(
             partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
@@ -236,6 +239,10 @@ _SHAPES: dict[tuple[int, int], DecodeConfig] = {
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 # The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
 _MAX_SPLITS = 128
+# Lanes of the merge, a warp at least: three widths to compile, whatever the batch. It adds up
+# `_MERGE_CHUNK` splits at a time, 8 KB of them at dimension 128.
+_MERGE_LANES = 32
+_MERGE_CHUNK = 16
 
 
 @lru_cache
@@ -356,7 +363,7 @@ def decode_attention(
     # Without a window every token lies in it: int32 positions never reach the limit.
     window = 2**31 - 1 if window is None else window
     block_d = max(16, next_power_of_two(head_dim))
-    cut = {"TILE": config.tile, "NUM_SPLITS": num_splits, "MIN_TILES": config.min_tiles}
+    cut = {"TILE": config.tile, "MIN_TILES": config.min_tiles}
     _decode_kernel[(num_kv_heads, num_splits, batch)](
         q_BHD,
         k_cache,
@@ -368,6 +375,7 @@ def decode_attention(
         lse,
         scale * math.log2(math.e),
         window,
+        num_splits,
         *q_BHD.stride()[:2],
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
@@ -378,6 +386,7 @@ def decode_attention(
         BLOCK_M=max(16, next_power_of_two(num_heads // num_kv_heads)),
         BLOCK_D=block_d,
         BLOCK_TOKENS=block_tokens,
+        IS_SPLIT=num_splits > 1,
         PRECISION=DOT_PRECISION[q_BHD.dtype],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -390,11 +399,12 @@ def decode_attention(
             context_lens_B,
             out_BHD,
             window,
+            num_splits,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
-            BLOCK_S=next_power_of_two(num_splits),
-            CHUNK=min(16, next_power_of_two(num_splits)),
+            BLOCK_S=max(_MERGE_LANES, next_power_of_two(num_splits)),
+            CHUNK=_MERGE_CHUNK,
             num_warps=4,
             **cut,
         )

@@ -123,6 +123,7 @@ def serve(
     others run. `abort` is withdrawn after its third token.
     """
     plan, mesh, runner = make(rank, plan_json, folder, device, dtype)
+    runner.warm_up(plan.limits)
     if not mesh.is_leader:
         Follower(mesh, runner).run()
         return None

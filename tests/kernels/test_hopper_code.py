@@ -59,17 +59,17 @@ found["sample"] = resources(
     sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK,
     MULTIPLY_1=sampling._MULTIPLY_1, MULTIPLY_2=sampling._MULTIPLY_2,
     WEYL=sampling._WEYL, BELOW_ONE=sampling._BELOW_ONE)
-cut = dict(TILE=64, NUM_SPLITS=16, MIN_TILES=1)
+cut = dict(TILE=64, MIN_TILES=1)
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
 found["merge"] = resources(
-    decode_attention._merge_kernel, 4, 1, [], ["window"], BLOCK_S=16, CHUNK=16, **cut, **dims)
+    decode_attention._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16, **cut, **dims)
 import torch
 shape = decode_attention.decode_config(1, 8, 128, 128, 64, torch.bfloat16, 132)
 paged = dict(GROUP=4, BLOCK_TOKENS=64, PRECISION="tf32", **dims)
-loose = ["window", "table_stride"]
+loose = ["window", "table_stride", "num_splits"]
 found["decode"] = resources(
     decode_attention._decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
-    BLOCK_M=16, **cut | {"TILE": shape.tile}, **paged)
+    BLOCK_M=16, IS_SPLIT=True, **cut | {"TILE": shape.tile}, **paged)
 shape = prefill_attention.prefill_config(4096, 128, 64, torch.bfloat16)
 found["prefill"] = resources(
     prefill_attention._prefill_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
