@@ -104,8 +104,8 @@ class Runner:
         """Run made-up batches, so that no request waits for a kernel to compile.
 
         Mixed batches of several chunk lengths, as prefill kernels are cut by them, drawn with and
-        without a top-k. They write to the first blocks of the cache, which hold nothing yet. All ranks of a
-        replica must call this together.
+        without a top-k. They write to the first block of the cache, which holds nothing yet. All
+        ranks of a replica must call this together.
         """
         most = min(limits.max_batched_tokens, limits.max_model_len - 1)
         kinds: tuple[tuple[int, bool, int], ...] = (

@@ -62,7 +62,8 @@ found["sample"] = resources(
 cut = dict(TILE=64, MIN_TILES=1)
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
 found["merge"] = resources(
-    decode_attention._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16, **cut, **dims)
+    decode_attention._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16,
+    **cut, **dims)
 import torch
 shape = decode_attention.decode_config(1, 8, 128, 128, 64, torch.bfloat16, 132)
 paged = dict(GROUP=4, BLOCK_TOKENS=64, PRECISION="tf32", **dims)
