@@ -65,7 +65,7 @@ _VLLM = Efficiency(
     source="measured on H200 and H100, vLLM 0.26.0, torch 2.11",
 )
 
-# TensorRT-LLM runs norm and all-reduce in one kernel and overlaps its scheduler with the step before.
+# TensorRT-LLM runs norm and all-reduce in one kernel and overlaps its scheduler with the last step.
 # With these constants 137 rows of its throughput tables (v0.20 and v1.0, Llama-3.1-8B and 70B FP8
 # on H100 and H200, TP1 to TP8) are predicted with a mean error of 8 %, a median ratio of 1.00.
 _TRTLLM = replace(

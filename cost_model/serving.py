@@ -16,11 +16,11 @@ A round then lasts
     R = F * R(decoding, with prompt tokens) + (1 - F) * R(decoding alone),   F = 1 - (1 - f)**m
 
 for `m` micro-batches in flight: in a pipeline one long step holds up the whole round. From this,
-`TPOT = R`, `requests/s = m * r / R`, and `TTFT = n` rounds with prompt tokens after a wait.
+`TPOT = R`, `requests/s = m * r / R`, and TTFT is a wait and then the `n` steps of the prompt.
 """
 
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, log, sqrt
 
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.step import Pipeline
@@ -125,6 +125,14 @@ class Serving:
     batch_size: int
     flow: Flow
 
+    def ttft_at_s(self, percentile: float) -> float:
+        """Return the TTFT that `percentile` % of requests stay below.
+
+        Waits are taken to be exponential, as those of a queue in heavy traffic are: the one that
+        p % stay below is `ln(1 / (1 - p))` times the mean. Up to the median the mean is kept.
+        """
+        return self.ttft_s + self.wait_s * max(0.0, -log(1 - percentile / 100) - 1)
+
     def request_s(self, output_tokens: int) -> float:
         """Return the seconds of one request from arrival to last token."""
         return self.ttft_s + (output_tokens - 1) * self.tpot_s
@@ -161,7 +169,7 @@ def serve_closed(
     round_s = share_of_rounds * mixed_s
     if share_of_rounds < 1:
         round_s += (1 - share_of_rounds) * pipeline.round_s(flow.plain, micro_batches)
-    prompt_s = flow.prompt_steps * mixed_s
+    prompt_s = pipeline.prompt_s(flow.mixed, flow.prompt_steps)
     burst_s = _burst_prompts(batch_size) * prompt_s / max(1.0, flow.mixed.prompts)
     if flow.waiting > _ROUNDING:
         wait_s = max(burst_s, flow.waiting / flow.requests * round_s)  # Little's law
@@ -211,8 +219,7 @@ def serve_open(
         else:
             low = middle + 1
     flow = found.flow
-    mixed_s = pipeline.round_s(flow.mixed, micro_batches_of(len(pipeline.stages), high))
-    prompt_s = flow.prompt_steps * mixed_s
+    prompt_s = pipeline.prompt_s(flow.mixed, flow.prompt_steps)
     # One prefill at a time in each micro-batch; prompts spread over them.
     servers = micro_batches_of(len(pipeline.stages), batch_size)
     busy = min(requests_per_s / servers * prompt_s, flow.mixed_share, _NEARLY_FULL)

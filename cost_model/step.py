@@ -221,6 +221,16 @@ class Pipeline:
         sends = sum(self.send_s(stage, tokens) for stage in range(len(self.stages) - 1))
         return max(sum(busy) + sends, micro_batches * max(busy))
 
+    def prompt_s(self, tokens: StepTokens, steps: int) -> float:
+        """Return the seconds in which one prompt passes all stages in `steps` chunks.
+
+        Chunks follow each other into the pipeline: only the last one is sampled, so that the next
+        need not wait for the one before to come out. With one stage these are `steps` rounds.
+        """
+        busy = [self.stage_s(stage, tokens) for stage in range(len(self.stages))]
+        sends = sum(self.send_s(stage, tokens) for stage in range(len(self.stages) - 1))
+        return sum(busy) + sends + (steps - 1) * max(busy)
+
     def slowest_stage(self, tokens: StepTokens) -> int:
         """Return the stage that is busy longest."""
         busy = [self.stage_s(stage, tokens) for stage in range(len(self.stages))]

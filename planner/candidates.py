@@ -31,7 +31,7 @@ from rankwright.topology.cluster import Cluster
 
 Constraint = Literal["memory", "ttft", "tpot", "rate"]
 
-MAX_BATCH = 1024  # sequences of a replica; vLLM 0.26 allows 1,024 on these GPUs by default
+MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
 MAX_BATCH_CPU = 32  # a few cores are busy long before
 CHUNK_LEVELS = (512, 1024, 2048, 4096, 8192)
 BLOCK_TOKENS = {"cuda": 64, "cpu": 16}
@@ -65,6 +65,7 @@ class Candidate:
         budget_bytes: What may be used of the GPU of that rank.
         replicas: Fixed number of replicas, where the figures depend on it; else None.
         broken: Constraints that it breaks.
+        percentile: Of TTFT, at which its limit holds.
     """
 
     shape: Shape
@@ -77,11 +78,12 @@ class Candidate:
     budget_bytes: int
     replicas: int | None = None
     broken: tuple[Constraint, ...] = ()
+    percentile: float = 50
 
     @property
     def ttft_s(self) -> float:
-        """Time to first token on the slowest placement."""
-        return max(state.ttft_s for state in self.serving)
+        """Time to first token on the slowest placement, at the percentile of the limits."""
+        return max(state.ttft_at_s(self.percentile) for state in self.serving)
 
     @property
     def tpot_s(self) -> float:
@@ -210,7 +212,7 @@ class Evaluator:
             if any(state is None for state in states):
                 broken.append("rate")
             limits = self.workload
-            ttft_s = max(state.ttft_s for state in serving)
+            ttft_s = max(state.ttft_at_s(limits.percentile) for state in serving)
             tpot_s = max(state.tpot_s for state in serving)
             if limits.ttft_limit_s is not None and ttft_s > limits.ttft_limit_s:
                 broken.append("ttft")
@@ -227,6 +229,7 @@ class Evaluator:
                 cut.budget_bytes,
                 count,
                 tuple(broken),
+                limits.percentile,
             )
 
     def _replica_levels(self, pool: Pool) -> Sequence[int | None]:

@@ -32,8 +32,9 @@ def _headline(plan: Plan) -> str:
     lines = [
         f"{plan.model.name} on {plan.cluster.describe()}: {split.label()}, "
         f"{plan.num_gpus} of {plan.cluster.num_gpus} GPUs",
-        f"  {replicas} of {split.gpus_per_replica} GPUs; each rank holds 1/{split.tp} of "
-        f"{_stages(split.stage_layers)}",
+        f"  {replicas} of {split.gpus_per_replica} "
+        f"{'GPU' if split.gpus_per_replica == 1 else 'GPUs'}; each rank holds "
+        f"{f'1/{split.tp} of ' if split.tp > 1 else ''}{_stages(split.stage_layers)}",
         f"  up to {limits.max_num_seqs} requests at once in a replica, "
         f"{limits.max_batched_tokens} tokens a step, requests of up to "
         f"{limits.max_model_len} tokens; "

@@ -24,6 +24,9 @@ class FixedPace:
     def round_s(self, tokens: StepTokens, micro_batches: int = 1) -> float:
         return 0.010 + 0.001 * tokens.prefill / 100
 
+    def prompt_s(self, tokens: StepTokens, steps: int) -> float:
+        return steps * self.round_s(tokens)
+
 
 def pace(num_stages: int = 1) -> Pipeline:
     return cast(Pipeline, FixedPace(num_stages))
@@ -94,6 +97,15 @@ def test_arrivals_that_outrun_the_replica_have_no_steady_state() -> None:
     assert slower.batch_size < 8
     faster = serve_open(pace(), load, requests_per_s=1.1 * most, batch_size=8, chunk_tokens=2048)
     assert faster is None
+
+
+def test_a_percentile_stretches_the_wait_and_not_the_prompt() -> None:
+    load = Workload(input_tokens=1000, output_tokens=100)
+    state = serve_closed(pace(), load, batch_size=16, chunk_tokens=2048)
+    prompt_s = state.ttft_s - state.wait_s
+    assert state.ttft_at_s(50) == state.ttft_s
+    # One request in a hundred waits ln(100) = 4.6 times as long as the mean.
+    assert state.ttft_at_s(99) == pytest.approx(prompt_s + 4.605 * state.wait_s, rel=1e-3)
 
 
 def test_waiting_grows_with_the_rate() -> None:

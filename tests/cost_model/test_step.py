@@ -72,6 +72,15 @@ def test_a_round_is_the_sum_of_the_stages_or_the_slowest_for_all_micro_batches()
     assert pipeline.slowest_stage(tokens) == 1
 
 
+def test_chunks_of_a_prompt_follow_each_other_through_the_stages() -> None:
+    pipeline = pipeline_of("meta-llama/Llama-3.1-8B", "2xh100-sxm", 1, (16, 16))
+    step = StepTokens(prefill=1024, prefill_context=2048)
+    once = pipeline.prompt_s(step, 1)
+    slowest = pipeline.stage_s(pipeline.slowest_stage(step), step)
+    assert once == pytest.approx(pipeline.round_s(step, 1))
+    assert pipeline.prompt_s(step, 5) == pytest.approx(once + 4 * slowest)
+
+
 def test_parts_add_up_to_the_stage() -> None:
     for layers in ((32,), (16, 16)):
         pipeline = pipeline_of("meta-llama/Llama-3.1-8B", "4xh100-sxm", 2, layers)

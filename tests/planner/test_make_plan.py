@@ -47,7 +47,9 @@ def check(plan: Plan, budget_bytes: float | None = None) -> None:
     tokens = plan.workload.input_tokens + plan.workload.output_tokens
     assert plan.kv_cache.num_blocks * plan.kv_cache.block_tokens >= tokens
     assert plan.limits.max_model_len >= tokens
-    assert plan.limits.max_batched_tokens >= plan.limits.max_num_seqs
+    # A pipeline decodes a share of its sequences in each step.
+    in_step = -(-plan.limits.max_num_seqs // plan.split.micro_batches)
+    assert plan.limits.max_batched_tokens > in_step
     assert plan.certificate.gap <= 1e-6
     limits = plan.workload
     if limits.tpot_limit_s is not None:
