@@ -281,6 +281,8 @@ def fullest_rank(
     """Return the memory of the rank that holds most."""
     if kv_tokens is None:
         kv_tokens = split.max_batch_size * (workload.input_tokens + workload.output_tokens)
+        if split.attention == "dp":
+            kv_tokens = -(-kv_tokens // split.tp)  # each rank caches its own share of the requests
     gpu = groups[0].stages[0].gpu
     ranks = [
         rank_memory(
