@@ -1,4 +1,4 @@
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given
@@ -94,7 +94,7 @@ def test_no_gpu_is_in_two_pipelines(nodes: int, gpus: int, tp: int, pp: int, spr
         assert len(set(places)) == len(places) == expected * pp * tp
         for slots in pipelines:
             on = [kind.places(slot)[0][0] for slot in slots]
-            crossed = sum(a != b for a, b in zip(on, on[1:], strict=False))
+            crossed = sum(a != b for a, b in pairwise(on))
             assert crossed <= (crossings(kind, pp) if spread else 0)
 
 
