@@ -1,17 +1,19 @@
 """`Mesh`: the process groups of one rank, and the collectives that the layers call.
 
 Every layer is written once, against a mesh: a group of one makes a collective a no-op, so one rank
-runs the same code as many. Activations travel over NCCL on GPUs and gloo on CPUs; control messages
-(step batches, sampled tokens) always over gloo, from host memory.
+runs the same code as many. Activations travel over NCCL on GPUs and gloo on CPUs; step batches
+through shared memory where a replica is on one machine, else, as sampled tokens, over gloo.
 """
 
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.shared_channel import SharedChannel, is_supported
 from rankwright.planner.plan import Plan, RankPlan
 
 # gloo raises as soon as a peer's socket closes; the timeout only bounds a peer that hangs. Idle
@@ -22,6 +24,9 @@ CONTROL_BYTES = 16384
 # Control broadcasts on their way at most: a pipeline has as many steps in flight as stages, each of
 # one or two broadcasts.
 MAX_TELLING = 64
+# How long a rank beside a GPU looks for the next batch without sleeping: longer than a step, so
+# that it never sleeps while its replica is busy.
+SPIN_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ class Mesh:
             for other in plan.ranks
             if (other.replica, other.stage) == (self.place.replica, self.place.stage)
         )
+        self._channel: SharedChannel | None = None
         self._previous = Group((rank,), None)
         self._next = Group((rank,), None)
         per_replica = split.tp * split.pp
@@ -84,6 +90,10 @@ class Mesh:
                         self._previous = pair
                     elif rank == receiver - split.tp:
                         self._next = pair
+        if self.control.size > 1:
+            self._open_channel(
+                one_machine=len({plan.ranks[r].node for r in self.control.ranks}) == 1
+            )
 
     @property
     def is_leader(self) -> bool:
@@ -146,6 +156,34 @@ class Mesh:
         """
         if self.control.size == 1:
             return
+        if self._channel is not None:
+            self._channel.write(data)
+        else:
+            self._tell_over_gloo(data)
+
+    def hear(self) -> bytes:
+        """Return what the leader of this replica says next."""
+        return self._hear_over_gloo() if self._channel is None else self._channel.read()
+
+    def _open_channel(self, *, one_machine: bool) -> None:
+        """Share memory with the ranks of this replica, if all of them can."""
+        able = self.gather_integers(int(one_machine and is_supported()))
+        if not all(able):
+            return
+        num_readers = self.control.size - 1
+        spin_s = SPIN_S if self.device.type == "cuda" else 0.0
+        if self.is_leader:
+            self._channel, path = SharedChannel.create(num_readers, spin_s=spin_s)
+            self._tell_over_gloo(str(path).encode())
+            self.gather_integers(0)  # everybody has mapped it
+            path.unlink()
+        else:
+            reader = self.control.ranks.index(self.place.rank) - 1
+            path = Path(self._hear_over_gloo().decode())
+            self._channel = SharedChannel(path, num_readers, reader, spin_s=spin_s)
+            self.gather_integers(0)
+
+    def _tell_over_gloo(self, data: bytes) -> None:
         room = CONTROL_BYTES - 8
         head = bytearray(CONTROL_BYTES)
         head[:8] = len(data).to_bytes(8, "little")
@@ -154,8 +192,7 @@ class Mesh:
         if len(data) > room:
             self._start_broadcast(bytearray(data[room:]))
 
-    def hear(self) -> bytes:
-        """Return what the leader of this replica says next."""
+    def _hear_over_gloo(self) -> bytes:
         source, group = self.control.ranks[0], self.control.process_group
         # `frombuffer` shares memory, so a broadcast fills the bytes in place.
         head = bytearray(CONTROL_BYTES)
