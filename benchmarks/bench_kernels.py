@@ -152,7 +152,7 @@ def prefill_case(
         q = random(starts[-1], HEADS, HEAD_DIM)
         return lambda how: prefill_attention(
             q, k, v, tables, starts, contexts, HEAD_DIM**-0.5,
-            backend=backend if how == "timed" else how, **options,
+            backend=_backend(backend if how == "timed" else how), **options,
         )  # fmt: skip
 
     pairs = sum(n * c - n * (n - 1) / 2 for n, c in zip(lengths, contexts, strict=True))
@@ -361,7 +361,7 @@ SWEEPS = {"decode": sweep_decode, "prefill": sweep_prefill}
 
 def main() -> int:
     """Return the exit status: 1 where a kernel failed its check, 4 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="rows whose operation contains this")
     parser.add_argument("--sweep", choices=SWEEPS, help="try configurations instead")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")

@@ -184,7 +184,7 @@ def _cut_node(node: Node, tp: int) -> list[tuple[tuple[int, ...], ...]]:
     """Return the slots of one machine, those that are alike together."""
     by_index = {gpu.index: gpu for gpu in node.gpus}
     alike: dict[object, list[tuple[int, ...]]] = {}
-    left: dict[object, list[int]] = {}
+    left: dict[tuple[object, int], list[int]] = {}
     for number, island in enumerate(islands_of_node(node)):
         by_kind: dict[object, list[int]] = {}
         for index in island:
@@ -196,7 +196,7 @@ def _cut_node(node: Node, tp: int) -> list[tuple[tuple[int, ...], ...]]:
                 alike.setdefault((key, "island", len(island)), []).append(slot)
             left.setdefault((key, number), []).extend(members[whole:])
     joined: dict[object, list[int]] = {}
-    for (key, _), members in left.items():  # type: ignore[misc]
+    for (key, _), members in left.items():
         joined.setdefault(key, []).extend(members)
     rest: list[int] = []
     for key, members in joined.items():

@@ -150,7 +150,8 @@ def choose_replicas(cluster: Cluster, split: Split) -> tuple[Replicas, ...]:
         ValueError: The cluster has no room for them.
     """
     kinds = find_slots(cluster, split.tp)
-    left, groups = split.dp, []
+    left = split.dp
+    groups: list[Replicas] = []
     for kind in kinds:
         count = min(left, kind.count // split.pp)
         if count:

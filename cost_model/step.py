@@ -261,7 +261,8 @@ def make_pipeline(
     boundaries: tuple[Group, ...] = (),
 ) -> Pipeline:
     """Return the pipeline whose stages have `stage_layers` layers each, in the model's order."""
-    start, kinds = 0, []
+    start = 0
+    kinds: list[tuple[tuple[int, int], ...]] = []
     for count in stage_layers:
         kinds.append(tuple(Counter(layers.of_layer[start : start + count]).items()))
         start += count
@@ -273,7 +274,7 @@ def _merge(weighted: Sequence[tuple[float, Part]]) -> tuple[Part, ...]:
     by_name: dict[str, list[tuple[float, Part]]] = {}
     for weight, part in weighted:
         by_name.setdefault(part.name, []).append((weight, part))
-    merged = []
+    merged: list[Part] = []
     for name, members in by_name.items():
         bounds: dict[Bound, float] = {}
         for weight, part in members:

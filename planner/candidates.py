@@ -324,7 +324,8 @@ class _Cut:
 
 def _fullest(costs: list[StageCosts], layers: tuple[int, ...]) -> tuple[int, int]:
     """Return the bytes and the budget of the rank that is closest to its budget."""
-    start, ranks = 0, []
+    start = 0
+    ranks: list[tuple[int, int]] = []
     for stage, count in zip(costs, layers, strict=True):
         size = sum(stage.layer_bytes[start : start + count]) + stage.extra_bytes
         ranks.append((round(size), round(stage.budget_bytes)))

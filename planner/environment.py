@@ -63,7 +63,7 @@ def _fabric_settings(cluster: Cluster, used: list[int]) -> list[EnvironmentVaria
         }
         for index in used
     ]
-    common = set.intersection(*names)
+    common = names[0].intersection(*names[1:])
     others = {
         nic.name for index in used for nic in cluster.node(index).nics if nic.name not in common
     }

@@ -70,7 +70,7 @@ def _replica_places(groups: Sequence[Replicas]) -> Iterator[list[tuple[Place, ..
 
 def _mixed_places(kinds: tuple[SlotKind, ...]) -> list[tuple[Place, ...]]:
     used: dict[int, int] = {}
-    places = []
+    places: list[tuple[Place, ...]] = []
     for kind in kinds:
         slot = used.get(id(kind), 0)
         used[id(kind)] = slot + 1

@@ -153,7 +153,7 @@ def _client(
         if isinstance(message, Tokens):
             assert message.error is None, message.error
             out.setdefault(message.request_id, []).extend(message.token_ids)
-            if message.request_id == abort and len(out[abort]) == 3:
+            if abort is not None and message.request_id == abort and len(out[abort]) == 3:
                 connection.send_bytes(encode(Abort(request_id=abort)))
             if message.finish_reason is not None:
                 unfinished.discard(message.request_id)

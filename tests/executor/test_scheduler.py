@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwright.executor.messages import Sampling, Tokens
+from rankwright.executor.messages import FinishReason, Sampling, Tokens
 from rankwright.executor.scheduler import Scheduler, Sequence
 from rankwright.executor.step_batch import StepBatch
 
@@ -141,7 +141,8 @@ def test_a_long_prompt_is_cut_into_chunks_that_leave_room_for_decodes() -> None:
 
 
 def test_eos_ends_a_sequence_unless_ignored() -> None:
-    for ignore, reason in ((False, "stop"), (True, None)):
+    cases: tuple[tuple[bool, FinishReason], ...] = ((False, "stop"), (True, None))
+    for ignore, reason in cases:
         scheduler = make()
         scheduler.add("a", [1], Sampling(max_tokens=5, ignore_eos=ignore))
         scheduled = scheduler.schedule()
