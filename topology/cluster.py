@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from rankwright.topology import graph as links
+from rankwright.topology.measurements import Measurements
 from rankwright.topology.value import Value
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class Nic(Value):
     bytes_per_s: float = Field(gt=0)
     rdma: bool
     numa_node: int | None = None
+    link_layer: Literal["infiniband", "ethernet"] | None = Field(
+        default=None, description="of an RDMA port: Ethernet means RoCE"
+    )
 
 
 class Node(Value):
@@ -110,6 +114,7 @@ class Cluster(Value):
     fabric: Fabric | None = None
     source: str = Field(default="", description="'probe', a file, or the shorthand it came from")
     notes: tuple[str, ...] = Field(default=(), description="what the reader should know")
+    measurements: Measurements | None = Field(default=None, description="of `probe --measure`")
 
     @model_validator(mode="after")
     def _has_gpus_and_a_fabric(self) -> "Cluster":

@@ -89,6 +89,12 @@ FAILURES: tuple[Failure, ...] = (
         "nvidia-smi is not installed here",
         "install the NVIDIA driver, or run where it is",
     ),
+    Failure(
+        "tool_hung",
+        r"nvidia-smi.{0,20}(timed out|hangs)",
+        "nvidia-smi hangs",
+        "see Xid errors in `dmesg`, reset the GPU that hangs, or reboot",
+    ),
 )
 
 _SURVIVING_GPU = re.compile(r"^\s*(\d+\s*,\s*\S|GPU \d+: \S)", re.MULTILINE)

@@ -27,7 +27,9 @@ __all__ = ["ProbeError", "describe_topology_text", "probe", "probe_from_text"]
 # GPU was asked for. All other failures mean a GPU that is there and does not work: never hidden.
 _NO_GPU = {"nvml_library_not_found", "nvml_binding_missing", "no_devices", "tool_not_found"}
 
-_SMI_TIMEOUT_S = 60  # eight GPUs without persistence mode take 20 to 30 s to wake
+# A hung driver keeps nvidia-smi for ever; one that works answers within 3 s. Eight GPUs without
+# persistence mode take 20 to 30 s to wake, but NVML, which is asked first, has then woken them.
+_SMI_TIMEOUT_S = 10.0
 
 
 def probe(*, require_gpu: bool = False) -> Cluster:
@@ -189,7 +191,9 @@ def _run(*arguments: str) -> str:
         )
     except FileNotFoundError:
         raise failure_of("tool_not_found", "nvidia-smi") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise failure_of("tool_hung", f"no answer within {_SMI_TIMEOUT_S:g} s") from None
+    except OSError as error:
         raise failure_of("driver_not_loaded", f"nvidia-smi: {error}") from None
     text = done.stdout + done.stderr
     failure = find_failure(text)

@@ -83,6 +83,28 @@ def parse_cluster(text: str) -> Cluster:
     return Cluster(nodes=nodes, fabric=fabric, source=text.strip(), notes=notes)
 
 
+def parse_fabric(text: str, num_gpus: int = 1) -> Fabric:
+    """Return the network that the last word of a shorthand means.
+
+    Args:
+        text: Such as `ib400`, `roce200x4` or `eth25`.
+        num_gpus: Of a node, which has a port for each unless the text says otherwise.
+
+    Raises:
+        ValueError: The text does not parse.
+    """
+    word = text.strip().lower().removeprefix("+")
+    match = _FABRIC.match(word)
+    if match is None:
+        raise ValueError(
+            f"cannot read the fabric {text!r}; expected ib, roce or eth, Gb/s of a port and xPORTS "
+            "of a node, such as ib400, roce200x4 or eth25"
+        )
+    fabric = _read_fabric(match, num_gpus, text)
+    assert fabric is not None
+    return fabric
+
+
 def format_shorthand(cluster: Cluster) -> str:
     """Return the shorthand of a cluster: devices, counts and fabric, without links or free memory.
 
