@@ -36,11 +36,11 @@ def bandwidth(cluster: "Cluster", group: Iterable[GpuId]) -> float:
     Raises:
         ValueError: The group is empty, names a GPU that is not there, or no link joins it.
     """
-    members = _by_node(cluster, group)
+    members = by_node(cluster, group)
     rates: list[float] = []
     for index, gpus in members.items():
         node = cluster.node(index)
-        rates.append(_bandwidth_in_node(node, gpus))
+        rates.append(bandwidth_in_node(node, gpus))
         if len(members) > 1:
             rates.append(sum(port_share_bytes_per_s(cluster, node, gpu) for gpu in gpus))
     return min(rates)
@@ -54,8 +54,8 @@ def latency(cluster: "Cluster", group: Iterable[GpuId]) -> float:
     Raises:
         ValueError: As `bandwidth`.
     """
-    members = _by_node(cluster, group)
-    hops = [_latency_in_node(cluster.node(index), gpus) for index, gpus in members.items()]
+    members = by_node(cluster, group)
+    hops = [latency_in_node(cluster.node(index), gpus) for index, gpus in members.items()]
     if len(members) > 1:
         assert cluster.fabric is not None
         hops.append(cluster.fabric.latency_s)
@@ -148,7 +148,12 @@ def graph(cluster: "Cluster") -> "networkx.Graph[GpuId]":
     return result
 
 
-def _by_node(cluster: "Cluster", group: Iterable[GpuId]) -> dict[int, list[int]]:
+def by_node(cluster: "Cluster", group: Iterable[GpuId]) -> dict[int, list[int]]:
+    """Return the GPUs of `group` on each node, without repeats.
+
+    Raises:
+        ValueError: The group is empty or names a GPU that is not there.
+    """
     members: dict[int, list[int]] = {}
     for index, gpu in dict.fromkeys(group):
         if not 0 <= index < cluster.num_nodes:
@@ -172,7 +177,8 @@ def _gpu(node: "Node", index: int) -> "Gpu":
     )
 
 
-def _bandwidth_in_node(node: "Node", gpus: Sequence[int]) -> float:
+def bandwidth_in_node(node: "Node", gpus: Sequence[int]) -> float:
+    """Return what `bandwidth` does for GPUs of one machine."""
     if len(gpus) == 1:
         return math.inf
     chosen = set(gpus)
@@ -198,7 +204,8 @@ def _egress(gpu: "Gpu", direct: Sequence["Link"]) -> float:
     return min(sum(rates), max(port, *rates))
 
 
-def _latency_in_node(node: "Node", gpus: Sequence[int]) -> float:
+def latency_in_node(node: "Node", gpus: Sequence[int]) -> float:
+    """Return what `latency` does for GPUs of one machine."""
     if len(gpus) == 1:
         return 0.0
     chosen = set(gpus)
