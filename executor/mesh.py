@@ -243,13 +243,19 @@ class Mesh:
 
 
 def _gloo_group(ranks: tuple[int, ...]) -> Group:
-    if len(ranks) == 1:
-        return Group(ranks, None)
-    return Group(ranks, dist.new_group(list(ranks), timeout=CONTROL_TIMEOUT, backend="gloo"))
+    return _group(ranks, backend="gloo", timeout=CONTROL_TIMEOUT)
 
 
 def _device_group(ranks: tuple[int, ...]) -> Group:
     """A group over the default backend: NCCL on GPUs, gloo on CPUs."""
+    return _group(ranks)
+
+
+def _group(
+    ranks: tuple[int, ...], *, backend: str | None = None, timeout: timedelta | None = None
+) -> Group:
     if len(ranks) == 1:
         return Group(ranks, None)
-    return Group(ranks, dist.new_group(list(ranks)))
+    made = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+    # Who is not in it gets a placeholder.
+    return Group(ranks, made if isinstance(made, dist.ProcessGroup) else None)

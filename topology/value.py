@@ -16,4 +16,6 @@ class Value(BaseModel):
     Point(x=1)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Validators are built at first use: a plan needs half of them, and building all of them took a
+    # third of the time of `rankwright plan` (1.35 s; 0.9 s so).
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
