@@ -10,8 +10,10 @@ from rankwright.cli.cluster_page import print_cluster, print_matrix
 from rankwright.cli.output import print_json, status
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
-from rankwright.topology.probe import describe_topology_text, probe, probe_from_text
+from rankwright.topology.gather import Method, gather
+from rankwright.topology.probe import describe_topology_text, probe_from_text
 from rankwright.topology.read_cluster import write_cluster
+from rankwright.topology.readers.kubernetes import is_kubernetes, parse_kubernetes
 from rankwright.topology.readers.nvidia_smi import parse_topo_m
 
 
@@ -19,7 +21,24 @@ def run(
     from_file: Annotated[
         Path | None,
         typer.Option(
-            help="Read saved output of `nvidia-smi topo -m` (and `-L`) instead of this machine."
+            help="Read saved output of `nvidia-smi topo -m` (and `-L`), or of "
+            "`kubectl get nodes -o json`, instead of this machine."
+        ),
+    ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            "--gather",
+            help="Read all machines of a Slurm job, of a torchrun, or those that kubectl lists; "
+            "none: this one alone.",
+        ),
+    ] = "auto",
+    fabric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FABRIC",
+            help="What joins the machines, such as ib400, roce200x4 or eth25.  "
+            "[default: what their ports say]",
         ),
     ] = None,
     require_gpu: Annotated[
@@ -30,19 +49,19 @@ def run(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Read this machine: GPUs, links, network ports.
+    """Read this machine, or all of a job: GPUs, links, network ports.
 
     Without a GPU, its cores are CPU ranks.
     """
     if from_file is None:
-        cluster = probe(require_gpu=require_gpu)
-        if as_json:
-            print_json(cluster)
-        else:
-            print_cluster(cluster)
-        _write(cluster, output)
+        cluster = gather(method, require_gpu=require_gpu, fabric=fabric)
+        if cluster is not None:  # else another process of the run has it
+            _show(cluster, output, as_json)
         return
     text = from_file.read_text(encoding="utf-8", errors="replace")
+    if is_kubernetes(text):
+        _show(parse_kubernetes(text, fabric=fabric), output, as_json)
+        return
     read = describe_topology_text(text)
     if "error" in read:
         error = cast("dict[str, str]", read["error"])
@@ -54,6 +73,14 @@ def run(
         print_matrix(matrix.gpu_names, matrix.matrix, matrix.nics, matrix.nic_matrix)
     if output is not None:
         _write(probe_from_text(text), output)
+
+
+def _show(cluster: Cluster, output: Path | None, as_json: bool) -> None:
+    if as_json:
+        print_json(cluster)
+    else:
+        print_cluster(cluster)
+    _write(cluster, output)
 
 
 def _write(cluster: Cluster, output: Path | None) -> None:
