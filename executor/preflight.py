@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rankwright.executor.backends.local import WORKER
 from rankwright.executor.checkpoint import find_checkpoint, find_model_folder
+from rankwright.executor.models.supported import check_supported
 from rankwright.executor.session import DeviceKind, LoadFormat, RunOptions, node_order
 from rankwright.executor.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from rankwright.planner.plan import Plan
@@ -100,8 +101,10 @@ def find_model(plan: Plan, options: RunOptions) -> tuple[RunOptions, Tokenizer]:
     Random weights need no folder; without one a token stands for a byte.
 
     Raises:
-        ValueError: Weights or tokenizer are missing or malformed.
+        ValueError: The executor cannot run the model, or weights or tokenizer are missing or
+            malformed.
     """
+    check_supported(plan)
     name, given = plan.model.name, options.model_path
     if options.load_format == "auto":
         folder = find_checkpoint(name, given)
