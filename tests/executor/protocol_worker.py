@@ -23,10 +23,10 @@ from pathlib import Path
 from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
 
 CRASH_TOKEN, ERROR_TOKEN = 666, 667
-RUN_DIR = Path(os.environ["RANKWRIGHT_RUN_DIR"])
 
 
 def main() -> int:
+    run_dir = Path(os.environ["RANKWRIGHT_RUN_DIR"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("RANKWRIGHT_IGNORE_TERM") == "1":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -42,10 +42,10 @@ def main() -> int:
     print(f"rank {rank} runs as {os.getpid()}", flush=True)
     if os.environ.get("TEST_FAIL_RANK") == str(rank):
         text = "traceback line\nRuntimeError: out of memory: 3 GB wanted"
-        (RUN_DIR / f"rank-{rank}.error").write_text(text)
+        (run_dir / f"rank-{rank}.error").write_text(text)
         return 1
     time.sleep(float(os.environ.get("TEST_START_S", "0")))
-    stopped = RUN_DIR / f"stopped-{replica}"
+    stopped = run_dir / f"stopped-{replica}"
     if not leads:
         while not stopped.exists():
             time.sleep(0.02)
