@@ -155,13 +155,16 @@ def by_node(cluster: "Cluster", group: Iterable[GpuId]) -> dict[int, list[int]]:
         ValueError: The group is empty or names a GPU that is not there.
     """
     members: dict[int, list[int]] = {}
+    nodes: dict[int, Node] = {}  # finding one takes a walk over all nodes
     for index, gpu in dict.fromkeys(group):
-        if not 0 <= index < cluster.num_nodes:
-            raise ValueError(
-                f"GPU ({index}, {gpu}) is not there: the cluster has nodes 0 to "
-                f"{cluster.num_nodes - 1}"
-            )
-        _gpu(cluster.node(index), gpu)
+        if index not in nodes:
+            if not 0 <= index < cluster.num_nodes:
+                raise ValueError(
+                    f"GPU ({index}, {gpu}) is not there: the cluster has nodes 0 to "
+                    f"{cluster.num_nodes - 1}"
+                )
+            nodes[index] = cluster.node(index)
+        _gpu(nodes[index], gpu)
         members.setdefault(index, []).append(gpu)
     if not members:
         raise ValueError("a group needs at least one GPU")
