@@ -59,6 +59,8 @@ def _name_and_config(source: str | Path | Mapping[str, object]) -> tuple[str, di
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError):  # too long for a path, or the home of no user
         is_folder = is_file = False
+    if is_file and path.name == "config.json":
+        path, is_folder = path.parent, True
     if is_folder:
         if not (path / "config.json").is_file():
             raise ValueError(
@@ -69,9 +71,10 @@ def _name_and_config(source: str | Path | Mapping[str, object]) -> tuple[str, di
             end = _read_json(path / "generation_config.json").get("eos_token_id")
             if end is not None:
                 values["eos_token_id"] = end
-        return str(source), values
+        # Absolute, because a plan carries the name to where it is run.
+        return str(path.resolve()), values
     if is_file:
-        return str(source), _read_json(path)
+        return str(path.resolve()), _read_json(path)
     return known_config(str(source))
 
 

@@ -59,7 +59,7 @@ def test_a_chat_model_ends_at_each_of_its_end_tokens() -> None:
 def test_a_folder_a_file_and_a_dict_read_alike(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     specs = [read_model(source) for source in (tmp_path, str(tmp_path / "config.json"), LLAMA)]
-    assert specs[0].name == str(tmp_path)
+    assert specs[0].name == specs[1].name == str(tmp_path)
     assert len({spec.model_copy(update={"name": ""}).model_dump_json() for spec in specs}) == 1
     assert read_config(tmp_path) == LLAMA
 
@@ -341,3 +341,14 @@ def test_a_broken_file_says_so(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=reason):
         read_model(tmp_path)
+
+
+def test_a_relative_folder_is_named_by_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan carries the name, and is run from elsewhere."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.chdir(tmp_path)
+    assert read_model("model").name == str(tmp_path / "model")
+    assert read_model(Path("model/config.json")).name == str(tmp_path / "model")
