@@ -12,6 +12,7 @@ from rankwright.cost_model.collectives import Group, Place, find_group
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 from rankwright.topology.graph import islands_of_node
+from rankwright.topology.groups import cut_node
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,22 +191,26 @@ def _cut_node(node: Node, tp: int) -> list[tuple[tuple[int, ...], ...]]:
         for index in island:
             by_kind.setdefault(_gpu_key(by_index[index]), []).append(index)
         for key, members in by_kind.items():
-            whole = len(members) // tp * tp
-            for start in range(0, whole, tp):
-                slot = tuple(members[start : start + tp])
-                alike.setdefault((key, "island", len(island)), []).append(slot)
-            left.setdefault((key, number), []).extend(members[whole:])
+            slots = cut_node(node, tp, members)
+            if slots:
+                alike.setdefault((key, "island", len(island)), []).extend(slots)
+            taken = {index for slot in slots for index in slot}
+            left.setdefault((key, number), []).extend(
+                index for index in members if index not in taken
+            )
     joined: dict[object, list[int]] = {}
     for (key, _), members in left.items():
         joined.setdefault(key, []).extend(members)
     rest: list[int] = []
     for key, members in joined.items():
-        whole = len(members) // tp * tp
-        for start in range(0, whole, tp):
-            alike.setdefault((key, "joined"), []).append(tuple(members[start : start + tp]))
-        rest.extend(members[whole:])
-    for start in range(0, len(rest) // tp * tp, tp):
-        alike.setdefault("mixed", []).append(tuple(rest[start : start + tp]))
+        slots = cut_node(node, tp, members)
+        if slots:
+            alike.setdefault((key, "joined"), []).extend(slots)
+        taken = {index for slot in slots for index in slot}
+        rest.extend(index for index in members if index not in taken)
+    slots = cut_node(node, tp, rest)
+    if slots:
+        alike.setdefault("mixed", []).extend(slots)
     return [tuple(slots) for slots in alike.values()]
 
 
