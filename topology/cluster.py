@@ -65,6 +65,9 @@ class Nic(Value):
     link_layer: Literal["infiniband", "ethernet"] | None = Field(
         default=None, description="of an RDMA port: Ethernet means RoCE"
     )
+    nearest_gpus: tuple[int, ...] = Field(
+        default=(), description="indices of the GPUs that share the most of its PCI path"
+    )
 
 
 class Node(Value):

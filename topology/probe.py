@@ -1,25 +1,27 @@
-"""Reads the machine that we run on, or a capture of its tools' output, as a `Cluster`.
+"""Reads the machine that we run on as a `Cluster`; captures of one are in `captures.py`.
 
 NVML first, the text of nvidia-smi where NVML fails, CPU ranks where there is no GPU.
 """
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+from rankwright.topology.captures import describe_topology_text, probe_from_text, with_numa
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.errors import ProbeError, failure_of, find_failure
-from rankwright.topology.readers.assemble import FoundGpu, make_gpu, make_links
+from rankwright.topology.readers.assemble import FoundGpu, FoundMachine, make_cluster
 from rankwright.topology.readers.cpu import read_cpu, usable_cores, usable_memory_bytes
+from rankwright.topology.readers.infiniband import read_nics
 from rankwright.topology.readers.nvidia_smi import TopoMatrix, parse_topo_m
 from rankwright.topology.readers.nvidia_smi_query import (
     BASIC_FIELDS,
     QUERY_FIELDS,
     driver_of,
-    parse_list,
     parse_query,
 )
-from rankwright.topology.readers.nvml import FoundMachine, read_nvml
+from rankwright.topology.readers.nvml import read_nvml
 
 __all__ = ["ProbeError", "describe_topology_text", "probe", "probe_from_text"]
 
@@ -50,7 +52,14 @@ def probe(*, require_gpu: bool = False) -> Cluster:
         if require_gpu or (error.kind not in _NO_GPU and not _driver_absent(error)):
             raise
         return _cpu_cluster()
-    cluster = _cluster(machine, "probe")
+    nics, notes = read_nics(gpu_buses={gpu.index: gpu.bus_id for gpu in machine.gpus if gpu.bus_id})
+    cluster = make_cluster(
+        replace(machine, nics=nics, notes=(*machine.notes, *notes)),
+        "probe",
+        name=os.uname().nodename,
+        num_cpus=usable_cores(),
+        host_memory_bytes=usable_memory_bytes()[0],
+    )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return cluster
@@ -63,72 +72,11 @@ def probe(*, require_gpu: bool = False) -> Cluster:
     return _cpu_cluster()
 
 
-def probe_from_text(text: str) -> Cluster:
-    """Return the machine that a capture of nvidia-smi describes.
-
-    The capture needs the table of `topo -m`, which does not say what the GPUs are, and before or
-    after it the output of `nvidia-smi -L` or of `--query-gpu=index,name,... --format=csv`.
-
-    Raises:
-        ProbeError: The capture holds an error of nvidia-smi, or contradicts itself.
-        ValueError: One of the two is missing.
-    """
-    matrix = parse_topo_m(text)
-    try:
-        found = parse_list(text)
-    except ValueError as no_list:
-        if "no GPU list" not in str(no_list):
-            raise
-        try:
-            found = parse_query(text)
-        except ValueError:
-            raise ValueError(
-                f"the text shows how {len(matrix.gpu_names)} GPUs are linked but not what they "
-                "are; add the output of `nvidia-smi -L` to it"
-            ) from None
-    if len(found) != len(matrix.gpu_names):
-        raise ProbeError(
-            "inconsistent_topology",
-            f"the text lists {len(found)} GPUs and links {len(matrix.gpu_names)}; take both from "
-            "one machine at one time",
-        )
-    machine = FoundMachine(_with_numa(found, matrix), _kinds(found, matrix), None, ())
-    return _cluster(machine, "nvidia-smi text")
-
-
-def describe_topology_text(text: str) -> dict[str, object]:
-    """Return what a capture of `nvidia-smi topo -m` says, as the JSON of `probe --from-file`.
-
-    Keys: `matrix` (GPU x GPU tokens), `gpu_names`, `nics`, `nic_matrix` (a row a port, its token to
-    each GPU), `cpu_affinity`, `numa_affinity`, and besides them `nic_links` (port x port),
-    `gpu_numa_id` and `nic_legend`; or only `error` with `class` and `message`.
-    """
-    try:
-        matrix = parse_topo_m(text)
-    except ProbeError as error:
-        return {"error": {"class": error.kind, "message": str(error)}}
-    except ValueError as error:
-        return {"error": {"class": "no_topology", "message": str(error)}}
-    return {
-        "matrix": [list(row) for row in matrix.matrix],
-        "gpu_names": list(matrix.gpu_names),
-        "nics": list(matrix.nics),
-        "nic_matrix": [list(row) for row in matrix.nic_matrix],
-        "cpu_affinity": _list(matrix.cpu_affinity),
-        "numa_affinity": _list(matrix.numa_affinity),
-        "nic_links": [list(row) for row in matrix.nic_links],
-        "gpu_numa_id": _list(matrix.gpu_numa_id),
-        "nic_legend": matrix.nic_legend,
-    }
-
-
 def _cpu_cluster() -> Cluster:
     node, notes = read_cpu()
-    return Cluster(nodes=(node,), source="probe", notes=notes)
-
-
-def _list(column: tuple[str | None, ...] | None) -> list[str | None] | None:
-    return None if column is None else list(column)
+    nics, left_out = read_nics()
+    node = node.model_copy(update={"nics": nics})
+    return Cluster(nodes=(node,), source="probe", notes=(*notes, *left_out))
 
 
 def _read_gpus() -> FoundMachine:
@@ -176,7 +124,7 @@ def _read_nvidia_smi() -> FoundMachine:
             f"nvidia-smi lists {len(found)} GPUs and links {len(matrix.gpu_names)}; run "
             "`rankwright doctor`",
         )
-    return FoundMachine(_with_numa(found, matrix), _kinds(found, matrix), driver, ())
+    return FoundMachine(with_numa(found, matrix.numa_affinity), _kinds(found, matrix), driver, ())
 
 
 def _run(*arguments: str) -> str:
@@ -209,53 +157,6 @@ def _kinds(found: tuple[FoundGpu, ...], matrix: TopoMatrix) -> dict[tuple[int, i
         for j, token in enumerate(row)
         if i < j
     }
-
-
-def _with_numa(found: tuple[FoundGpu, ...], matrix: TopoMatrix) -> tuple[FoundGpu, ...]:
-    nodes = matrix.numa_affinity or (None,) * len(found)
-    return tuple(
-        FoundGpu(
-            index=gpu.index,
-            name=gpu.name,
-            total_memory_bytes=gpu.total_memory_bytes,
-            free_memory_bytes=gpu.free_memory_bytes,
-            uuid=gpu.uuid,
-            compute_capability=gpu.compute_capability,
-            pcie_generation=gpu.pcie_generation,
-            pcie_width=gpu.pcie_width,
-            numa_node=int(node) if node is not None and node.isdigit() else None,
-            mig=gpu.mig,
-        )
-        for gpu, node in zip(found, nodes, strict=True)
-    )
-
-
-def _cluster(machine: FoundMachine, source: str) -> Cluster:
-    gpus: list[Gpu] = []
-    notes = list(machine.notes)
-    for found in machine.gpus:
-        try:
-            gpu, note = make_gpu(found)
-        except ValueError as error:  # a display card beside the accelerators, say
-            notes.append(f"GPU {found.index} is left out: {error}")
-            continue
-        gpus.append(gpu)
-        if note is not None:
-            notes.append(note)
-        if gpu.mig:
-            notes.append(f"GPU {gpu.index} is in MIG mode: only slices of it can be used")
-    if not gpus:
-        raise ProbeError("unsupported_gpu", "; ".join(notes))
-    here = source == "probe"
-    node = Node(
-        name=os.uname().nodename if here else "captured",
-        gpus=tuple(gpus),
-        links=make_links(gpus, machine.kinds),
-        num_cpus=usable_cores() if here else 1,
-        host_memory_bytes=usable_memory_bytes()[0] if here else 0,
-        driver=machine.driver,
-    )
-    return Cluster(nodes=(node,), source=source, notes=tuple(notes))
 
 
 def _visible(node: Node, visible: str) -> Node | None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from rankwright.topology.architectures import ARCHITECTURES, derived_flops_per_s
-from rankwright.topology.cluster import Gpu, Link
+from rankwright.topology.cluster import Cluster, Gpu, Link, Nic, Node
 from rankwright.topology.devices import device_key
+from rankwright.topology.errors import ProbeError
 from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
 
 
@@ -20,6 +21,7 @@ class FoundGpu:
     total_memory_bytes: int
     free_memory_bytes: int
     uuid: str | None = None
+    bus_id: str | None = None
     compute_capability: tuple[int, int] | None = None
     pcie_generation: int | None = None
     pcie_width: int | None = None
@@ -30,6 +32,57 @@ class FoundGpu:
     sm_clock_hz: float | None = None
     memory_clock_hz: float | None = None
     memory_bus_bits: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundMachine:
+    """GPUs in order, the link kind of each pair (indices, smaller first), driver and ports."""
+
+    gpus: tuple[FoundGpu, ...]
+    kinds: dict[tuple[int, int], str]
+    driver: str | None
+    notes: tuple[str, ...]
+    nics: tuple[Nic, ...] = ()
+
+
+def make_cluster(
+    machine: FoundMachine,
+    source: str,
+    *,
+    name: str = "captured",
+    num_cpus: int = 1,
+    host_memory_bytes: int = 0,
+) -> Cluster:
+    """Return the machine as a cluster of one node, with notes on what was left out or derived.
+
+    Raises:
+        ProbeError: No GPU of the machine is supported; `kind` is `unsupported_gpu`.
+    """
+    gpus: list[Gpu] = []
+    notes = list(machine.notes)
+    for found in machine.gpus:
+        try:
+            gpu, note = make_gpu(found)
+        except ValueError as error:  # a display card beside the accelerators, say
+            notes.append(f"GPU {found.index} is left out: {error}")
+            continue
+        gpus.append(gpu)
+        if note is not None:
+            notes.append(note)
+        if gpu.mig:
+            notes.append(f"GPU {gpu.index} is in MIG mode: only slices of it can be used")
+    if not gpus:
+        raise ProbeError("unsupported_gpu", "; ".join(notes))
+    node = Node(
+        name=name,
+        gpus=tuple(gpus),
+        links=make_links(gpus, machine.kinds),
+        nics=machine.nics,
+        num_cpus=num_cpus,
+        host_memory_bytes=host_memory_bytes,
+        driver=machine.driver,
+    )
+    return Cluster(nodes=(node,), source=source, notes=tuple(notes))
 
 
 def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:

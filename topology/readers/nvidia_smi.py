@@ -10,11 +10,10 @@ import re
 from dataclasses import dataclass
 
 from rankwright.topology.errors import ProbeError, find_failure
+from rankwright.topology.readers.text import clean
 
-# Terminal escapes, also where a copy turned the escape character into U+FFFD or dropped it.
-_ANSI = re.compile("(?:\x1b|\ufffd|\\^\\[)\\[[0-9;?]*[A-Za-z]|\x1b[()][A-Za-z0-9]")
-_BARE_ANSI = re.compile(r"\[\d{0,2}m(?=\s*(GPU|NIC|CPU|NUMA|mlx)|\s)")
 _TOKEN = re.compile(r"\s*(X(?![A-Za-z0-9])|NV\d{1,2}|PIX|PXB|PHB|NODE|SYS|SOC)")
+_LINK_ROW = re.compile(r"\s*(GPU|NIC)\d+\s.*(NV\d|PIX|PXB|PHB|NODE|SYS|SOC)")
 _DEVICE = re.compile(r"GPU\d+|NIC\d+|(?:(?!GPU\d|NIC\d)[\w.:-])+")
 _HEADER = re.compile(r"^\s*GPU\d+(?=\s|GPU|NIC|$|[a-z])")
 _AFFINITY_COLUMNS = re.compile(
@@ -66,7 +65,7 @@ def parse_topo_m(text: str) -> TopoMatrix:
             that contradicts itself.
         ValueError: There is no table in the text.
     """
-    lines = _clean(text).splitlines()
+    lines = clean(text).splitlines()
     start = next((i for i, line in enumerate(lines) if _is_header(line)), None)
     if start is None:
         failure = find_failure(text)
@@ -101,9 +100,14 @@ def parse_topo_m(text: str) -> TopoMatrix:
     )
 
 
-def _clean(text: str) -> str:
-    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
-    return _BARE_ANSI.sub("", _ANSI.sub("", text))
+def has_links(text: str) -> bool:
+    """Return whether the text has a row of link tokens, be its header there or not."""
+    return any(_LINK_ROW.match(line) for line in clean(text).splitlines())
+
+
+def is_topo_m(text: str) -> bool:
+    """Return whether the text has a header such as `topo -m` prints (`-p2p` has one like it)."""
+    return any(_is_header(line) for line in clean(text).splitlines())
 
 
 def _is_header(line: str) -> bool:

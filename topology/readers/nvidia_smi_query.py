@@ -1,11 +1,13 @@
 """Reads lists of GPUs that nvidia-smi prints: `--query-gpu` as CSV, and `-L`."""
 
 import re
+from dataclasses import replace
 
 from rankwright.topology.device_table import MIB
-from rankwright.topology.devices import DEVICES, device_key
 from rankwright.topology.errors import find_failure
 from rankwright.topology.readers.assemble import FoundGpu
+from rankwright.topology.readers.listing import ListedGpu, found_gpu
+from rankwright.topology.readers.text import numbered_lines, refusal
 
 QUERY_FIELDS = (
     "index",
@@ -21,7 +23,16 @@ QUERY_FIELDS = (
 )
 BASIC_FIELDS = ("index", "name", "uuid", "memory.total", "memory.free", "driver_version")
 
-_LISTED = re.compile(r"^\s*GPU (\d+): (.+?)(?: \(UUID: (GPU-[0-9a-fA-F-]+)\))?\s*$", re.MULTILINE)
+_LISTED = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+)\))?\s*$")
+_MIG_LISTED = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[\w/-]+)\)\s*$")
+_FIELD = re.compile(r"[a-z]\w*(?:\.\w+)*(?: \[\w?[^\]]*\])?$")
+_NAMES = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id"}
+_IDENTITY = {"index", "name", "uuid", "pci.bus_id"}
+
+
+def is_query(text: str) -> bool:
+    """Return whether the text has the header of `--query-gpu=... --format=csv`."""
+    return any(_header(line) for _, line in numbered_lines(text))
 
 
 def parse_query(text: str, fields: tuple[str, ...] = ()) -> tuple[FoundGpu, ...]:
@@ -32,26 +43,48 @@ def parse_query(text: str, fields: tuple[str, ...] = ()) -> tuple[FoundGpu, ...]
         fields: The fields asked for, in order, when there is no header.
 
     Raises:
-        ProbeError: The text holds an error of nvidia-smi.
+        ProbeError: The text holds an error of nvidia-smi, or a row that does not fit the header.
+        ValueError: There is no such table in the text, or a GPU without name.
+    """
+    return tuple(found_gpu(gpu) for gpu in list_query(text, fields))
+
+
+def list_query(text: str, fields: tuple[str, ...] = ()) -> tuple[ListedGpu, ...]:
+    """Return the rows of such a CSV, whatever was asked for, in order of index.
+
+    Raises:
+        ProbeError: The text holds an error of nvidia-smi, or a row that does not fit the header.
         ValueError: There is no such table in the text.
     """
-    failure = find_failure(text)
+    # A cell in brackets, such as [Insufficient Permissions], is of one field and no failure.
+    failure = find_failure(re.sub(r"\[[^\]\n]*\]", "", text))
     if failure is not None:
         raise failure
-    rows: list[dict[str, str]] = []
-    names = [field.split(" ")[0] for field in fields]
-    for line in text.splitlines():
+    names = [_NAMES.get(field, field) for field in (field.split(" ")[0] for field in fields)]
+    rows: list[ListedGpu] = []
+    for number, line in numbered_lines(text):
+        header = _header(line)
+        if header:
+            if rows:
+                break
+            names = header
+            continue
+        if "," not in line:
+            if rows:
+                break
+            continue
         cells = [cell.strip() for cell in line.split(",")]
-        if "name" in cells and ("index" in cells or len(cells) > 2):
-            names = [cell.split(" ")[0] for cell in cells]
-        elif names and len(cells) == len(names):
-            rows.append(dict(zip(names, cells, strict=True)))
-    found = tuple(_found(row, position) for position, row in enumerate(rows))
-    if not found:
+        if names and len(cells) == len(names):
+            rows.append(_listed(number, line, dict(zip(names, cells, strict=True)), len(rows)))
+        elif names and (rows or cells[0].isdigit()):
+            raise refusal(number, line, f"{len(cells)} cells under {len(names)} fields")
+    if not rows:
         raise ValueError(
             "no GPU list in the text; expected `nvidia-smi --query-gpu=index,name,... --format=csv`"
         )
-    return tuple(sorted(found, key=lambda gpu: gpu.index))
+    if len({gpu.index for gpu in rows}) != len(rows):
+        raise refusal(1, "index", "two rows have the same index")
+    return tuple(sorted(rows, key=lambda gpu: gpu.index or 0))
 
 
 def driver_of(text: str, fields: tuple[str, ...]) -> str | None:
@@ -66,43 +99,71 @@ def parse_list(text: str) -> tuple[FoundGpu, ...]:
     """Return the GPUs that `nvidia-smi -L` listed; memory is the device table's.
 
     Raises:
+        ProbeError: A line is cut.
         ValueError: The text lists no GPU, or one that the device table lacks.
     """
-    found: list[FoundGpu] = []
-    for index, name, uuid in _LISTED.findall(text):
-        memory = DEVICES[device_key(name)].memory_bytes
-        found.append(
-            FoundGpu(
-                index=int(index),
-                name=name,
-                total_memory_bytes=memory,
-                free_memory_bytes=memory,
-                uuid=uuid or None,
-            )
-        )
-    if not found:
+    return tuple(found_gpu(gpu) for gpu in list_names(text))
+
+
+def list_names(text: str) -> tuple[ListedGpu, ...]:
+    """Return the GPUs that `nvidia-smi -L` listed, with their MIG devices, in the order printed.
+
+    Raises:
+        ProbeError: A line is cut.
+        ValueError: The text lists no GPU.
+    """
+    gpus: list[ListedGpu] = []
+    for number, line in numbered_lines(text):
+        gpu = _LISTED.match(line)
+        if gpu is not None:
+            if "(UUID" in gpu[2]:
+                raise refusal(number, line, "the UUID is cut")
+            gpus.append(ListedGpu(int(gpu[1]), gpu[2], gpu[3]))
+            continue
+        mig = _MIG_LISTED.match(line)
+        if mig is not None:
+            if not gpus:
+                raise refusal(number, line, "a MIG device of no GPU")
+            devices = (*gpus[-1].mig_devices, f"{mig[1]} {mig[3]}")
+            gpus[-1] = replace(gpus[-1], mig=True, mig_devices=devices)
+    if not gpus:
         raise ValueError("no GPU list in the text; expected the output of `nvidia-smi -L`")
-    return tuple(found)
+    return tuple(gpus)
 
 
-def _found(row: dict[str, str], position: int) -> FoundGpu:
-    name = row["name"]
+def _header(line: str) -> list[str]:
+    """Return the field names if a line is a header of at least two, one of them an identity."""
+    cells = [cell.strip() for cell in line.split(",")]
+    if len(cells) < 2 or not all(_FIELD.match(cell) for cell in cells):
+        return []
+    names = [_NAMES.get(name, name) for name in (cell.split(" ")[0] for cell in cells)]
+    return names if _IDENTITY & set(names) else []
+
+
+def _listed(number: int, line: str, row: dict[str, str], position: int) -> ListedGpu:
+    index: int | None = position
+    if "index" in row:
+        index = _integer(row["index"])
+        if index is None or row["index"] != str(index):
+            raise refusal(number, line, f"{row['index']!r} is no index")
     total = _integer(row.get("memory.total"))
-    total_bytes = DEVICES[device_key(name)].memory_bytes if total is None else total * MIB
     free = _integer(row.get("memory.free"))
     capability = re.fullmatch(r"(\d+)\.(\d+)", row.get("compute_cap", ""))
-    uuid = row.get("uuid", "")
-    index = _integer(row.get("index"))
-    return FoundGpu(
-        index=position if index is None else index,
-        name=name,
-        total_memory_bytes=max(total_bytes, 1),
-        free_memory_bytes=total_bytes if free is None else free * MIB,
-        uuid=uuid if uuid.startswith("GPU-") else None,
+    power = re.match(r"(\d{1,5}(?:\.\d+)?)(?: W)?$", row.get("power.limit", ""))
+    return ListedGpu(
+        index=index,
+        name=row.get("name") or None,
+        uuid=row.get("uuid"),
+        bus_id=row.get("pci.bus_id"),
+        memory_total_bytes=None if total is None else total * MIB,
+        memory_free_bytes=None if free is None else free * MIB,
         compute_capability=(int(capability[1]), int(capability[2])) if capability else None,
         pcie_generation=_integer(row.get("pcie.link.gen.max")) or None,
         pcie_width=_integer(row.get("pcie.link.width.max")) or None,
-        mig=row.get("mig.mode.current", "").lower() == "enabled",
+        mig=_switch(row.get("mig.mode.current")),
+        ecc=_switch(row.get("ecc.mode.current")),
+        power_limit_w=float(power[1]) if power else None,
+        driver=row.get("driver_version"),
     )
 
 
@@ -110,3 +171,7 @@ def _integer(cell: str | None) -> int | None:
     """Return the number in front of a cell, None for `[N/A]` and the like."""
     match = re.match(r"\d{1,15}(?!\d)", cell or "")
     return int(match.group()) if match else None
+
+
+def _switch(cell: str | None) -> bool | None:
+    return {"enabled": True, "disabled": False}.get((cell or "").lower())

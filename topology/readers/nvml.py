@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwright.topology.errors import ProbeError, failure_of
-from rankwright.topology.readers.assemble import FoundGpu
+from rankwright.topology.readers.assemble import FoundGpu, FoundMachine
 
 # Names of NVML errors at start, and the failure that each is.
 _INIT_FAILURES = {
@@ -26,16 +26,6 @@ _P2P_READ = 0  # nvmlGpuP2PCapsIndex_t; the binding's NVML_P2P_CAPS_INDEX_READ i
 
 # nvmlGpuTopologyLevel_t: the closest common ancestor of two devices on PCIe.
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
-
-
-@dataclass(frozen=True, slots=True)
-class FoundMachine:
-    """GPUs in PCI order, the link kind of each pair (indices, smaller first), and the driver."""
-
-    gpus: tuple[FoundGpu, ...]
-    kinds: dict[tuple[int, int], str]
-    driver: str | None
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +105,7 @@ def _read_gpu(nvml: Any, index: int, handle: Any, bus: str, sysfs: Path) -> Foun
         total_memory_bytes=memory.total,
         free_memory_bytes=memory.free,
         uuid=_text(uuid) if uuid else None,
+        bus_id=bus,
         compute_capability=(capability[0], capability[1]) if capability else None,
         # The most that device and slot can do together: an idle link runs at a lower generation.
         pcie_generation=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle) or None,

@@ -6,8 +6,8 @@ from typing import Annotated, cast
 import typer
 
 from rankwright.cli import options
-from rankwright.cli.cluster_page import print_cluster, print_matrix
-from rankwright.cli.measured_page import print_measurements
+from rankwright.cli.capture_page import print_capture
+from rankwright.cli.cluster_page import print_cluster
 from rankwright.cli.output import print_json, status
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
@@ -15,15 +15,15 @@ from rankwright.topology.gather import Method, gather
 from rankwright.topology.probe import describe_topology_text, probe_from_text
 from rankwright.topology.read_cluster import write_cluster
 from rankwright.topology.readers.kubernetes import is_kubernetes, parse_kubernetes
-from rankwright.topology.readers.nvidia_smi import parse_topo_m
 
 
 def run(
     from_file: Annotated[
         Path | None,
         typer.Option(
-            help="Read saved output of `nvidia-smi topo -m` (and `-L`), or of "
-            "`kubectl get nodes -o json`, instead of this machine."
+            help="Read saved output of `nvidia-smi topo -m` (and `-L`), of `rocm-smi --showtopo`, "
+            "`ibstat` and their like, NCCL's topology XML, or `kubectl get nodes -o json`, instead "
+            "of this machine."
         ),
     ] = None,
     method: Annotated[
@@ -42,14 +42,6 @@ def run(
             "[default: what their ports say]",
         ),
     ] = None,
-    timed: Annotated[
-        bool,
-        typer.Option(
-            "--measure",
-            help="Time links, memory and matrix products (below a minute); the plan then uses "
-            "what was measured.",
-        ),
-    ] = False,
     require_gpu: Annotated[
         bool, typer.Option("--require-gpu", help="Fail where there is no GPU.")
     ] = False,
@@ -64,12 +56,9 @@ def run(
     """
     if from_file is None:
         cluster = gather(method, require_gpu=require_gpu, fabric=fabric)
-        if cluster is None:  # another process of the run has it
-            return
-        _show(_measured(cluster) if timed else cluster, output, as_json)
+        if cluster is not None:  # else another process of the run has it
+            _show(cluster, output, as_json)
         return
-    if timed:
-        raise ValueError("--measure times this machine, and --from-file reads another; give one")
     text = from_file.read_text(encoding="utf-8", errors="replace")
     if is_kubernetes(text):
         _show(parse_kubernetes(text, fabric=fabric), output, as_json)
@@ -81,8 +70,7 @@ def run(
     if as_json:
         print_json(read)
     else:
-        matrix = parse_topo_m(text)
-        print_matrix(matrix.gpu_names, matrix.matrix, matrix.nics, matrix.nic_matrix)
+        print_capture(read)
     if output is not None:
         _write(probe_from_text(text), output)
 
@@ -92,14 +80,7 @@ def _show(cluster: Cluster, output: Path | None, as_json: bool) -> None:
         print_json(cluster)
     else:
         print_cluster(cluster)
-        print_measurements(cluster)
     _write(cluster, output)
-
-
-def _measured(cluster: Cluster) -> Cluster:
-    from rankwright.executor.measure import measure  # only here: plans are made without it
-
-    return measure(cluster, progress=status)
 
 
 def _write(cluster: Cluster, output: Path | None) -> None:
