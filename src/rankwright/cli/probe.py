@@ -8,6 +8,7 @@ import typer
 from rankwright.cli import options
 from rankwright.cli.capture_page import print_capture
 from rankwright.cli.cluster_page import print_cluster
+from rankwright.cli.measured_page import print_measurements
 from rankwright.cli.output import print_json, status
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
@@ -42,6 +43,14 @@ def run(
             "[default: what their ports say]",
         ),
     ] = None,
+    timed: Annotated[
+        bool,
+        typer.Option(
+            "--measure",
+            help="Time links, memory and matrix products (below a minute); the plan then uses "
+            "what was measured.",
+        ),
+    ] = False,
     require_gpu: Annotated[
         bool, typer.Option("--require-gpu", help="Fail where there is no GPU.")
     ] = False,
@@ -56,9 +65,12 @@ def run(
     """
     if from_file is None:
         cluster = gather(method, require_gpu=require_gpu, fabric=fabric)
-        if cluster is not None:  # else another process of the run has it
-            _show(cluster, output, as_json)
+        if cluster is None:  # another process of the run has it
+            return
+        _show(_measured(cluster) if timed else cluster, output, as_json)
         return
+    if timed:
+        raise ValueError("--measure times this machine, and --from-file reads another; give one")
     text = from_file.read_text(encoding="utf-8", errors="replace")
     if is_kubernetes(text):
         _show(parse_kubernetes(text, fabric=fabric), output, as_json)
@@ -80,7 +92,14 @@ def _show(cluster: Cluster, output: Path | None, as_json: bool) -> None:
         print_json(cluster)
     else:
         print_cluster(cluster)
+        print_measurements(cluster)
     _write(cluster, output)
+
+
+def _measured(cluster: Cluster) -> Cluster:
+    from rankwright.executor.measure import measure  # only here: plans are made without it
+
+    return measure(cluster, progress=status)
 
 
 def _write(cluster: Cluster, output: Path | None) -> None:
