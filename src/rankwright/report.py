@@ -9,6 +9,7 @@ import jinja2
 
 from rankwright.cli.output import gigabytes, seconds
 from rankwright.cli.plan_page import num_devices
+from rankwright.cluster_svg import cluster_svg
 from rankwright.cost_model.prediction import Estimate
 from rankwright.planner.explain import explain
 from rankwright.planner.plan import Plan, RankPlan
@@ -96,6 +97,7 @@ def render_report(plan: Plan) -> str:
         plan=plan,
         devices=num_devices(plan),
         picture=draw(plan),
+        machines=cluster_svg(plan.cluster, paper=False),
         facts=(
             ("time to first token", *_interval(prediction.ttft_s, seconds)),
             ("time per output token", *_interval(prediction.tpot_s, seconds)),

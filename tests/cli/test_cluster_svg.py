@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.topology import machines
 
+from rankwright.cli import main
+from rankwright.cli.cluster_page import print_cluster
 from rankwright.cluster_svg import MAX_GPUS, cluster_svg, write_svg
+from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.workload import Workload
 from rankwright.link_classes import LINK_CLASSES, OTHER, LinkClass, link_class
+from rankwright.planner.make_plan import make_plan
+from rankwright.report import render_report
 from rankwright.topology.cluster import Cluster, Fabric, Gpu, Link, Nic, Node
 from rankwright.topology.shorthand import parse_cluster
 
@@ -104,7 +110,9 @@ def test_bars_and_frames_of_one_row_do_not_overlap() -> None:
 def test_cards_that_meet_stand_side_by_side() -> None:
     switches = {0: 0, 1: 1, 2: 0, 3: 1}
     node = machines.make_node(
-        "l40s", dict.fromkeys(switches), lambda a, b: "PIX" if switches[a] == switches[b] else "PHB"
+        "l40s",
+        dict.fromkeys(switches, 0),
+        lambda a, b: "PIX" if switches[a] == switches[b] else "PHB",
     )
     words = [word for word in words_of(cluster_svg(alone(node))) if word.startswith("GPU ")]
     assert words == ["GPU 0", "GPU 2", "GPU 1", "GPU 3"]
@@ -207,3 +215,36 @@ def test_any_machine_can_be_drawn(data: st.DataObject, size: int, num_nics: int)
     assert sorted(word for word in words if re.fullmatch(r"n\d", word)) == [
         f"n{at}" for at in range(num_nics)
     ]
+
+
+def test_probe_draws_the_machine_it_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "cluster.svg"
+    assert main(["probe", "--svg", str(path)]) == 0
+    assert f"wrote {path}" in capsys.readouterr().err
+    assert words_of(path.read_text(encoding="utf-8"))
+
+
+def test_the_report_shows_the_machines() -> None:
+    plan = make_plan(
+        read_model("HuggingFaceTB/SmolLM2-135M-Instruct"),
+        parse_cluster("1x4xrtx4090+1x2xl4+ib100"),
+        Workload(input_tokens=10, output_tokens=10),
+    )
+    page = render_report(plan)
+    assert cluster_svg(plan.cluster, paper=False) in page
+    assert "PHB: 32 GB/s" in page
+
+
+def test_the_terminal_tree_names_domains_ports_and_islands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_cluster(ALL["dgx-1"])
+    out = capsys.readouterr().out
+    for words in ("NUMA 1", "mlx5_2: 12.5 GB/s, RDMA", "island of GPUs 0-7: NV1 NV2, 25 GB/s to"):
+        assert words in out
+    print_cluster(ALL["a6000"])
+    assert "island of GPUs 0,3: NV4, 56.2 GB/s a pair" in capsys.readouterr().out
+    print_cluster(parse_cluster("2xrtx4090"))
+    assert "island" not in capsys.readouterr().out

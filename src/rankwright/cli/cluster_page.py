@@ -1,6 +1,5 @@
 """A `Cluster` as a tree, and its links as a matrix coloured by what they are worth."""
 
-import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,17 +9,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from rankwright.cli.output import bandwidth, console, gigabytes, ranges, table
+from rankwright.link_classes import LINK_CLASSES, link_class
 from rankwright.topology.cluster import Cluster, Gpu, Node
-
-# Which tokens, their colour and what they mean, best links first. The PCIe ones are explained at
-# the foot of `nvidia-smi topo -m`.
-_CLASSES = (
-    (r"NV\d+|XGMI", "bold green", "NVLink or xGMI"),
-    (r"SHM", "green", "memory of this machine"),
-    (r"PIX|PXB", "cyan", "PCIe switches only"),
-    (r"PHB|NODE", "yellow", "through a CPU"),
-    (r"SYS|SOC", "red", "between CPU sockets"),
-)
+from rankwright.topology.graph import islands_of_node
+from rankwright.topology.link_kinds import joins_island
 
 
 def print_cluster(cluster: Cluster, out: Console | None = None) -> None:
@@ -57,7 +49,9 @@ def print_matrix(
     out = out or console()
     made = table("", *gpus)
     for name, row in (*zip(gpus, matrix, strict=True), *zip(nics, nic_matrix, strict=True)):
-        made.add_row(name, *(Text(token or "?", style=_colour(token or "?")) for token in row))
+        made.add_row(
+            name, *(Text(token or "?", style=link_class(token or "?").style) for token in row)
+        )
     out.print(made)
     _print_legend(out, {token for row in (*matrix, *nic_matrix) for token in row if token})
 
@@ -77,7 +71,32 @@ def _add_node(tree: Tree, node: Node) -> None:
         for nic in node.nics:
             if nic.numa_node == domain or (domain == domains[-1] and nic.numa_node not in domains):
                 rdma = "RDMA" if nic.rdma else "no RDMA"
-                inside.add(f"{nic.name}: {bandwidth(nic.bytes_per_s)}, {rdma}")
+                inside.add(f"{escape(nic.name)}: {bandwidth(nic.bytes_per_s)}, {rdma}")
+    for line in _island_lines(node):
+        branch.add(line)
+
+
+def _island_lines(node: Node) -> list[str]:
+    """Describe the sets of GPUs that fast links join; none where all are on their own."""
+    lines: list[str] = []
+    for members in islands_of_node(node):
+        inside = [
+            link
+            for link in node.links
+            if link.a in members and link.b in members and joins_island(link.kind)
+        ]
+        if not inside:
+            continue
+        kinds = sorted({link.kind for link in inside}, key=lambda kind: (len(kind), kind))
+        kinds.sort(key=lambda kind: LINK_CLASSES.index(link_class(kind)))
+        words = " ".join(f"[{link_class(kind).style}]{kind}[/]" for kind in kinds)
+        rates = {link.bytes_per_s for link in inside}
+        rate = bandwidth(min(rates))
+        if len(rates) > 1:
+            rate += f" to {bandwidth(max(rates))}"
+        of = "ranks" if node.gpus[0].device == "cpu" else "GPUs"
+        lines.append(f"island of {of} {ranges(list(members))}: {words}, {rate} a pair")
+    return lines
 
 
 def _gpu_lines(gpus: list[Gpu]) -> list[str]:
@@ -104,20 +123,15 @@ def _links(node: Node) -> Table:
     made = table(node.name, *(str(index) for index in indices))
     for a in indices:
         row = ["X" if a == b else tokens.get((a, b), "-") for b in indices]
-        made.add_row(str(a), *(Text(token, style=_colour(token)) for token in row))
+        made.add_row(str(a), *(Text(token, style=link_class(token).style) for token in row))
     return made
 
 
 def _print_legend(out: Console, tokens: set[str]) -> None:
     parts: list[str] = []
-    for pattern, style, meaning in _CLASSES:
-        seen = sorted(token for token in tokens if re.fullmatch(pattern, token))
+    for one in LINK_CLASSES:
+        seen = sorted(token for token in tokens if link_class(token) is one)
         if seen:
-            parts.append(f"[{style}]{' '.join(seen)}[/] {meaning}")
+            parts.append(f"[{one.style}]{' '.join(seen)}[/] {one.meaning}")
     if parts:
         out.print("  ".join(parts))
-
-
-def _colour(token: str) -> str:
-    found = (style for pattern, style, _ in _CLASSES if re.fullmatch(pattern, token))
-    return next(found, "dim")

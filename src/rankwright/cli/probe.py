@@ -10,6 +10,7 @@ from rankwright.cli.capture_page import print_capture
 from rankwright.cli.cluster_page import print_cluster
 from rankwright.cli.measured_page import print_measurements
 from rankwright.cli.output import print_json, status
+from rankwright.cluster_svg import write_svg
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.gather import Method, gather
@@ -57,6 +58,9 @@ def run(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the cluster here, YAML or JSON.")
     ] = None,
+    svg: Annotated[
+        Path | None, typer.Option("--svg", help="Draw the cluster here, as SVG.")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Read this machine, or all of a job: GPUs, links, network ports.
@@ -67,13 +71,13 @@ def run(
         cluster = gather(method, require_gpu=require_gpu, fabric=fabric)
         if cluster is None:  # another process of the run has it
             return
-        _show(_measured(cluster) if timed else cluster, output, as_json)
+        _show(_measured(cluster) if timed else cluster, output, svg, as_json)
         return
     if timed:
         raise ValueError("--measure times this machine, and --from-file reads another; give one")
     text = from_file.read_text(encoding="utf-8", errors="replace")
     if is_kubernetes(text):
-        _show(parse_kubernetes(text, fabric=fabric), output, as_json)
+        _show(parse_kubernetes(text, fabric=fabric), output, svg, as_json)
         return
     read = describe_topology_text(text)
     if "error" in read:
@@ -83,17 +87,17 @@ def run(
         print_json(read)
     else:
         print_capture(read)
-    if output is not None:
-        _write(probe_from_text(text), output)
+    if output is not None or svg is not None:
+        _write(probe_from_text(text), output, svg)
 
 
-def _show(cluster: Cluster, output: Path | None, as_json: bool) -> None:
+def _show(cluster: Cluster, output: Path | None, svg: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(cluster)
     else:
         print_cluster(cluster)
         print_measurements(cluster)
-    _write(cluster, output)
+    _write(cluster, output, svg)
 
 
 def _measured(cluster: Cluster) -> Cluster:
@@ -102,7 +106,10 @@ def _measured(cluster: Cluster) -> Cluster:
     return measure(cluster, progress=status)
 
 
-def _write(cluster: Cluster, output: Path | None) -> None:
+def _write(cluster: Cluster, output: Path | None, svg: Path | None) -> None:
     if output is not None:
         write_cluster(cluster, output)
         status(f"wrote {output}")
+    if svg is not None:
+        write_svg(cluster, svg)
+        status(f"wrote {svg}")
