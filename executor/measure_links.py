@@ -373,8 +373,8 @@ def _product(dtype: str, m: int, n: int, k: int, device: torch.device) -> Callab
         a = torch.randn(m, k, device=device).to(torch.float8_e4m3fn)
         b = torch.randn(n, k, device=device).to(torch.float8_e4m3fn).t()
         one = torch.ones((), device=device)
-        scaled_mm, out = torch.ops.aten._scaled_mm, torch.bfloat16
-        return lambda: scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=out)
+        scaled_mm, result = torch.ops.aten._scaled_mm, torch.bfloat16
+        return lambda: scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=result)
     kind = getattr(torch, dtype)
     left = torch.randn(m, k, device=device, dtype=kind)
     right = torch.randn(n, k, device=device, dtype=kind).t()  # as weights lie

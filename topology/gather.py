@@ -37,6 +37,13 @@ _KUBECTL_TIMEOUT_S = 30.0
 # else on one stream, so that srun can label its lines.
 _SLURM_TASK = 'printf "%s\\n" "$SLURMD_NODENAME"; exec "$@"'
 
+# What the job asked for its own tasks; a probe is one task a node and wants all of it.
+_JOB_ONLY = {
+    *("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+    *("SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK", "SLURM_GPUS_PER_TASK", "SLURM_DISTRIBUTION"),
+    *("SLURM_CPU_BIND", "SLURM_GPU_BIND", "SLURM_EXACT"),
+}
+
 
 def gather(
     method: Method = "auto",
@@ -119,9 +126,7 @@ def _over_slurm(
         *("probe", "--json", "--gather", "none"),
         *(["--require-gpu"] if require_gpu else []),
     ]
-    # The job may have given its batch script fewer CPUs or tasks than a node has.
-    inherited = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION")
-    ours = {name: value for name, value in environment.items() if name not in inherited}
+    ours = {name: value for name, value in environment.items() if name not in _JOB_ONLY}
     try:
         done = subprocess.run(
             command,
