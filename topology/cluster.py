@@ -103,6 +103,13 @@ class Fabric(Value):
     bytes_per_s: float = Field(gt=0, description="of one port, each way")
     ports_per_node: int = Field(ge=1)
     latency_s: float = Field(gt=0)
+    separate_rails: bool = Field(
+        default=False,
+        description="ports of one position have switches of their own, and a slow way to others",
+    )
+    sharp: bool = Field(
+        default=False, description="its switches sum for the GPUs, and NCCL's plugin is installed"
+    )
 
 
 class Cluster(Value):
