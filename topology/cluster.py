@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from rankwright.topology import graph as links
+from rankwright.topology.groups import best_groups
 from rankwright.topology.measurements import Measurements
+from rankwright.topology.rings import Ring, best_ring
 from rankwright.topology.value import Value
 
 if TYPE_CHECKING:
@@ -180,6 +182,14 @@ class Cluster(Value):
     def latency(self, group: Iterable[links.GpuId]) -> float:
         """Seconds one hop of a small message takes on the slowest link of a set; 0 for one GPU."""
         return links.latency(self, group)
+
+    def best_ring(self, group: Iterable[links.GpuId]) -> Ring:
+        """Ring through a set of `(node, gpu)` with the fastest slowest hop; see `rings.py`."""
+        return best_ring(self, group)
+
+    def best_groups(self, size: int) -> tuple[tuple[links.GpuId, ...], ...]:
+        """Groups of `size` GPUs that avoid slow links; see `groups.py`."""
+        return best_groups(self, size)
 
     def facts(self) -> dict[str, object]:
         """What must be alike for a plan to fit: devices, memory size, links and fabric.

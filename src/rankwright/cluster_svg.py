@@ -12,7 +12,7 @@ from html import escape
 from itertools import combinations
 from pathlib import Path
 
-from rankwright.cli.output import bandwidth, gigabytes
+from rankwright.cli.output import bandwidth, gigabytes, ranges
 from rankwright.link_classes import LINK_CLASSES, OTHER, link_class
 from rankwright.svg_canvas import BAR, CHARACTER, Canvas, styles
 from rankwright.topology.cluster import Cluster, Gpu, Link, Nic, Node
@@ -333,6 +333,8 @@ def _draw_gpu(canvas: Canvas, gpu: Gpu, centre: float, top: float) -> None:
 def _draw_port(canvas: Canvas, nic: Nic, x: float, y: float) -> None:
     rdma = "RDMA" if nic.rdma else "no RDMA"
     words = f"{nic.name}: {bandwidth(nic.bytes_per_s)}, {rdma}"
+    if nic.nearest_gpus:
+        words += f", nearest GPUs {ranges(sorted(nic.nearest_gpus))}"
     canvas.box(x, y, _GPU_WIDTH, _PORT_HEIGHT, "rw-bar rw-network", words)
     canvas.text(x + _GPU_WIDTH / 2, y + 14, nic.name[:17], anchor="middle")
     canvas.text(x + _GPU_WIDTH / 2, y + 27, f"{bandwidth(nic.bytes_per_s)}", "dim", 10, "middle")

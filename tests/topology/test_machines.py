@@ -133,6 +133,8 @@ def test_sixteen_nodes_of_eight_with_eight_rails() -> None:
 
 def test_groups_over_nodes_take_whole_neighbours() -> None:
     cluster = machines.h100_rails()
+    assert cluster.best_groups(64) == best_groups(cluster, 64)
+    assert cluster.best_ring([(0, 0), (1, 0)]) == best_ring(cluster, [(0, 0), (1, 0)])
     groups = best_groups(cluster, 16)
     assert len(groups) == 8
     assert groups[1] == tuple((node, gpu) for node in (2, 3) for gpu in range(8))

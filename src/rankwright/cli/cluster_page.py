@@ -70,8 +70,11 @@ def _add_node(tree: Tree, node: Node) -> None:
             inside.add(line)
         for nic in node.nics:
             if nic.numa_node == domain or (domain == domains[-1] and nic.numa_node not in domains):
+                near = (
+                    f", nearest GPUs {ranges(sorted(nic.nearest_gpus))}" if nic.nearest_gpus else ""
+                )
                 rdma = "RDMA" if nic.rdma else "no RDMA"
-                inside.add(f"{escape(nic.name)}: {bandwidth(nic.bytes_per_s)}, {rdma}")
+                inside.add(f"{escape(nic.name)}: {bandwidth(nic.bytes_per_s)}, {rdma}{near}")
     for line in _island_lines(node):
         branch.add(line)
 
