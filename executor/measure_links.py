@@ -116,6 +116,7 @@ def measure_rank(rank: int, gpus: tuple[int, ...], device: torch.device) -> Meas
     for group in bench.groups():
         say(f"collectives over {len(group)}")
         collectives += bench.collectives(group)
+    notes = bench.all_of(bench.notes)
     say("done")
     return Measurements(
         backend=dist.get_backend(),
@@ -125,7 +126,7 @@ def measure_rank(rank: int, gpus: tuple[int, ...], device: torch.device) -> Meas
         collectives=tuple(collectives),
         memory=tuple(memory),
         gemms=tuple(gemms),
-        notes=tuple(dict.fromkeys(bench.notes)),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
