@@ -19,6 +19,7 @@ from rankwright.topology.readers.nccl_xml import is_nccl_xml, nics_of_xml, parse
 from rankwright.topology.readers.nvidia_smi import has_links, is_topo_m, parse_topo_m
 from rankwright.topology.readers.nvidia_smi_log import is_smi_log, parse_smi_log
 from rankwright.topology.readers.nvidia_smi_query import (
+    is_list,
     is_query,
     list_names,
     list_query,
@@ -287,8 +288,7 @@ def _pci_tree(text: str) -> _Page:
 
 def _smi_log(text: str) -> _Page:
     log = parse_smi_log(text)
-    complete = log.attached == len(log.gpus)
-    return {**_listing(log.gpus), "attached_gpus": log.attached, "complete": complete}
+    return {**_listing(log.gpus), "attached_gpus": log.attached}
 
 
 def _of_list(read: Callable[[str], tuple[ListedGpu, ...]]) -> Callable[[str], _Page]:
@@ -302,7 +302,12 @@ def _of_list(read: Callable[[str], tuple[ListedGpu, ...]]) -> Callable[[str], _P
 
 
 def _listing(gpus: Sequence[ListedGpu]) -> _Page:
-    return {"n_gpus": len(gpus), "gpus": [_gpu_page(gpu) for gpu in gpus]}
+    return {
+        "n_gpus": len(gpus),
+        "gpus": [_gpu_page(gpu) for gpu in gpus],
+        # Without all indices, a part of the machine was asked for (-i), or lines were lost.
+        "complete": [gpu.index for gpu in gpus] == list(range(len(gpus))),
+    }
 
 
 def _gpu_page(gpu: ListedGpu) -> _Page:
@@ -332,7 +337,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("smi_table", is_smi_table, _of_list(parse_smi_table)),
     Kind("query_gpu_csv", is_query, _of_list(list_query)),
     Kind("nvlink_status", is_nvlink_status, _nvlink_status),
-    Kind("smi_L", lambda text: "GPU 0: " in text or "GPU 1: " in text, _of_list(list_names)),
+    Kind("smi_L", is_list, _of_list(list_names)),
     Kind("ibstat", lambda text: rdma_tool(text) == "ibstat", _rdma),
     Kind("ibstatus", lambda text: rdma_tool(text) == "ibstatus", _rdma),
     Kind("ibv_devinfo", lambda text: rdma_tool(text) == "ibv_devinfo", _rdma),

@@ -173,3 +173,11 @@ def test_rows_agree_with_the_units_and_clock_of_their_architecture(device: Devic
     assert low < ratio < 1.03
     assert ("bfloat16" in device.flops_per_s) == ("bfloat16" in derived)
     assert ("float8" in device.flops_per_s) == ("float8" in derived)
+
+
+def test_the_table_has_the_accelerators_that_people_have() -> None:
+    gpus = [device for device in DEVICES.values() if device.vendor != "cpu"]
+    assert len(gpus) >= 36
+    assert all(device.source for device in gpus)
+    assert device_key("AMD Instinct MI210", 68702699520) == "mi210"
+    assert device_key("AMD Radeon RX 7900 XTX", 25753026560) == "rx7900xtx"

@@ -25,8 +25,8 @@ _FIELDS = {
 }
 _PATTERNS = {
     "state": r"(?:\d: )?(?:PORT_)?([A-Za-z_]+)(?: \(\d\))?",
-    "rate": r"(\d{1,4}(?:\.\d+)?)(?: Gb/sec.*)?",
-    "link_layer": r"(InfiniBand|Ethernet|Unspecified|Unknown)",
+    "rate": r"(\d{1,4}(?:\.\d+)?)(?: Gb/sec.*| \(\w+\))?",
+    "link_layer": r"(InfiniBand|IB|Ethernet|Unspecified|Unknown)",
     "width": r"(\d{1,2})X(?: \(\d+\))?",
     "speed": r"(\d{1,3}(?:\.\d+)?) Gbps(?: \(\d+\))?",
     "num_ports": r"(\d{1,3})",
@@ -139,6 +139,7 @@ def nics_of(ports: tuple[RdmaPort, ...]) -> tuple[tuple[Nic, ...], tuple[str, ..
             notes.append(f"network port {name} is {why.lower()} and left out")
             continue
         layer = (port.link_layer or "").lower()
+        layer = "infiniband" if layer == "ib" else layer  # in old versions of ibstat
         nics.append(
             Nic(
                 name=name,

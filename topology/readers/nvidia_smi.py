@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from rankwright.topology.errors import ProbeError, find_failure
-from rankwright.topology.readers.text import clean
+from rankwright.topology.readers.text import clean, numbered_lines
 
 _TOKEN = re.compile(r"\s*(X(?![A-Za-z0-9])|NV\d{1,2}|PIX|PXB|PHB|NODE|SYS|SOC)")
 _LINK_ROW = re.compile(r"\s*(GPU|NIC)\d+\s.*(NV\d|PIX|PXB|PHB|NODE|SYS|SOC)")
@@ -52,6 +52,7 @@ class TopoMatrix:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    line: int
     name: str
     cells: tuple[str, ...]
     rest: str
@@ -65,7 +66,7 @@ def parse_topo_m(text: str) -> TopoMatrix:
             that contradicts itself.
         ValueError: There is no table in the text.
     """
-    lines = clean(text).splitlines()
+    lines = [line for _, line in numbered_lines(text)]
     start = next((i for i, line in enumerate(lines) if _is_header(line)), None)
     if start is None:
         failure = find_failure(text)
@@ -78,12 +79,12 @@ def parse_topo_m(text: str) -> TopoMatrix:
     devices, columns = _read_header(lines[start])
     gpus = [name for name in devices if name.startswith("GPU")]
     nics = [name for name in devices if not name.startswith("GPU")]
-    rows = _read_rows(lines[start + 1 :], nics, len(devices))
+    rows = _read_rows(lines, start + 1, nics, len(devices))
     gpu_rows = [row for row in rows if row.name.startswith("GPU")]
     nic_rows = [row for row in rows if not row.name.startswith("GPU")]
     _check(gpus, gpu_rows)
     matrix = tuple(row.cells[: len(gpus)] for row in gpu_rows)
-    _check_matrix(matrix, gpus)
+    _check_matrix(matrix, gpus, [row.line for row in gpu_rows])
     nics = nics or [row.name for row in nic_rows]
     affinity = [_read_affinity(row.rest, columns) for row in gpu_rows]
     legend = dict(_LEGEND.findall("\n".join(lines[start + 1 :])))
@@ -128,11 +129,11 @@ def _read_header(line: str) -> tuple[list[str], list[str]]:
     return devices, columns
 
 
-def _read_rows(lines: list[str], nics: list[str], num_devices: int) -> list[_Row]:
+def _read_rows(lines: list[str], start: int, nics: list[str], num_devices: int) -> list[_Row]:
     rows: list[_Row] = []
     seen: set[str] = set()
     known = set(nics)
-    for line in lines:
+    for number, line in enumerate(lines[start:], start=start + 1):
         word = line.split(maxsplit=1)
         name = word[0] if word else ""
         if not (re.fullmatch(r"GPU\d+|NIC\d+", name) or name in known):
@@ -145,7 +146,7 @@ def _read_rows(lines: list[str], nics: list[str], num_devices: int) -> list[_Row
         if not cells:
             continue
         seen.add(name)
-        rows.append(_Row(name, cells, rest))
+        rows.append(_Row(number, name, cells, rest))
     return rows
 
 
@@ -173,25 +174,25 @@ def _check(gpus: list[str], rows: list[_Row]) -> None:
         if len(row.cells) < len(gpus):
             raise ProbeError(
                 "inconsistent_topology",
-                f"row {row.name} has {len(row.cells)} links for {len(gpus)} GPUs; copy the whole "
-                "output of `nvidia-smi topo -m`",
+                f"line {row.line}: row {row.name} has {len(row.cells)} links for {len(gpus)} GPUs; "
+                "copy the whole output of `nvidia-smi topo -m`",
             )
 
 
-def _check_matrix(matrix: tuple[tuple[str, ...], ...], gpus: list[str]) -> None:
+def _check_matrix(matrix: tuple[tuple[str, ...], ...], gpus: list[str], lines: list[int]) -> None:
     for i, row in enumerate(matrix):
         for j, token in enumerate(row):
             if (token == "X") != (i == j):
                 raise ProbeError(
                     "inconsistent_topology",
-                    f"{gpus[i]} to {gpus[j]} reads {token!r}: X belongs on the diagonal and only "
-                    "there; copy the output of `nvidia-smi topo -m` again",
+                    f"line {lines[i]}: {gpus[i]} to {gpus[j]} reads {token!r}: X belongs "
+                    "on the diagonal and only there; copy the output of `nvidia-smi topo -m` again",
                 )
             if token != matrix[j][i]:
                 raise ProbeError(
                     "inconsistent_topology",
-                    f"{gpus[i]} to {gpus[j]} reads {token!r} one way and {matrix[j][i]!r} the "
-                    "other; copy the output of `nvidia-smi topo -m` again",
+                    f"line {lines[i]}: {gpus[i]} to {gpus[j]} reads {token!r} one way and "
+                    f"{matrix[j][i]!r} the other; copy the output of `nvidia-smi topo -m` again",
                 )
 
 

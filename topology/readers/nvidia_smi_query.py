@@ -35,6 +35,11 @@ def is_query(text: str) -> bool:
     return any(_header(line) for _, line in numbered_lines(text))
 
 
+def is_list(text: str) -> bool:
+    """Return whether the text has a line of `nvidia-smi -L`."""
+    return any(_LISTED.match(line) for _, line in numbered_lines(text))
+
+
 def parse_query(text: str, fields: tuple[str, ...] = ()) -> tuple[FoundGpu, ...]:
     """Return the GPUs in the CSV that `nvidia-smi --query-gpu=... --format=csv` printed.
 

@@ -66,8 +66,9 @@ def _first_line(
 ) -> ListedGpu:
     gpu = _GPU.match(cells[0])
     bus = _BUS.match(cells[1]) if len(cells) == 3 else None
-    if gpu is None or bus is None or int(gpu[1]) != len(gpus):
-        raise refusal(number, line, f"expected GPU {len(gpus)}, its name and its bus id")
+    last = gpus[-1].index if gpus else None
+    if gpu is None or bus is None or (last is not None and int(gpu[1]) <= last):
+        raise refusal(number, line, "expected the next GPU, its name and its bus id")
     ecc = cells[2].strip()
     return ListedGpu(
         index=int(gpu[1]),
@@ -80,6 +81,8 @@ def _first_line(
 
 
 def _with_memory(number: int, line: str, cells: list[str], gpu: ListedGpu) -> ListedGpu:
+    if len(cells) == 3 and cells[1].strip() in ("Not Supported", "N/A"):  # shared with the host
+        return gpu
     memory = _MEMORY.match(cells[1]) if len(cells) == 3 else None
     if memory is None or int(memory[1]) > int(memory[2]):
         raise refusal(number, line, "expected the memory of a GPU, as `211MiB / 8192MiB`")

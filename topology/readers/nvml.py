@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwright.topology.errors import ProbeError, failure_of
 from rankwright.topology.readers.assemble import FoundGpu, FoundMachine
+from rankwright.topology.readers.nvml_health import health_notes
 
 # Names of NVML errors at start, and the failure that each is.
 _INIT_FAILURES = {
@@ -88,6 +89,8 @@ def _read(nvml: Any, sysfs: Path) -> FoundMachine:
             f"no peer-to-peer access between {len(staged)} of {len(kinds)} pairs of GPUs (first "
             f"{staged[0]}): their traffic is staged in host memory"
         )
+    for index, handle in enumerate(handles):
+        notes += health_notes(nvml, _ask, index, handle)
     driver = _ask(nvml, nvml.nvmlSystemGetDriverVersion)
     return FoundMachine(gpus, kinds, _text(driver) if driver else None, tuple(notes))
 
