@@ -189,8 +189,8 @@ class _Bench:
     def stream_seconds(self, call: Callable[[], object]) -> float:
         """Return the seconds of one `call` on the stream, without a graph.
 
-        A graph gives copies within a device to a copy engine: 2.75 TB/s on an H200, where the same
-        copy on a stream runs at 4.1.
+        For copies within a device: captured in a graph they read 2.75 TB/s on an H200, where copies
+        on a stream (`benchmarks/result.py`) read 4.1 on the same machine.
         """
         call()
         if self.device.type == "cpu":
