@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwright.topology.cluster import Cluster
 from rankwright.topology.read_cluster import read_cluster, write_cluster
 from rankwright.topology.shorthand import parse_cluster
 
@@ -89,3 +91,17 @@ def test_any_yaml_is_a_cluster_or_a_value_error(
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"fuzz\.yaml"):
         read_cluster(str(path))
+
+
+def test_yaml_of_many_machines_is_in_braces_and_still_yaml(tmp_path: Path) -> None:
+    base = parse_cluster("2x2xl4+eth100")
+    node = base.nodes[0].model_copy(update={"count": 1})
+    nodes = tuple(node.model_copy(update={"name": f"n{at}"}) for at in range(100))
+    cluster = base.model_copy(update={"nodes": nodes})
+    path = tmp_path / "many.yaml"
+    write_cluster(cluster, path)
+    assert read_cluster(str(path)) == cluster
+    assert Cluster.model_validate(yaml.safe_load(path.read_text())) == cluster
+    # Braces of YAML that JSON does not know are read too.
+    path.write_text("{nodes: " + path.read_text().split('"nodes": ', 1)[1])
+    assert read_cluster(str(path)).nodes == nodes
