@@ -11,7 +11,7 @@ from rankwright.topology.device_table import MIB
 from rankwright.topology.devices import DEVICES
 from rankwright.topology.errors import ProbeError, find_failure
 from rankwright.topology.pci_ids import PCI_IDS
-from rankwright.topology.readers.assemble import FoundGpu, FoundMachine, make_cluster
+from rankwright.topology.readers.assemble import FoundGpu, FoundMachine, make_cluster, with_numa
 from rankwright.topology.readers.infiniband_text import nics_of, parse_rdma, rdma_tool
 from rankwright.topology.readers.listing import ListedGpu, found_gpu
 from rankwright.topology.readers.lspci import is_pci_tree, parse_pci_tree
@@ -109,16 +109,6 @@ def probe_from_text(text: str) -> Cluster:
         nics, notes = nics_of(parse_rdma(text).ports)
         machine = replace(machine, nics=nics, notes=notes)
     return make_cluster(machine, "nvidia-smi text")
-
-
-def with_numa(
-    found: Sequence[FoundGpu], nodes: Sequence[str | None] | None
-) -> tuple[FoundGpu, ...]:
-    """Return the GPUs with the NUMA nodes that a table printed for them; ranges are none."""
-    return tuple(
-        replace(gpu, numa_node=int(node) if node is not None and node.isdecimal() else None)
-        for gpu, node in zip(found, nodes or (None,) * len(found), strict=True)
-    )
 
 
 def _gpus_beside(text: str, count: int) -> tuple[FoundGpu, ...]:

@@ -8,10 +8,9 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from rankwright.topology.captures import describe_topology_text, probe_from_text, with_numa
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.errors import ProbeError, failure_of, find_failure
-from rankwright.topology.readers.assemble import FoundGpu, FoundMachine, make_cluster
+from rankwright.topology.readers.assemble import FoundGpu, FoundMachine, make_cluster, with_numa
 from rankwright.topology.readers.cpu import read_cpu, usable_cores, usable_memory_bytes
 from rankwright.topology.readers.infiniband import read_nics
 from rankwright.topology.readers.nvidia_smi import TopoMatrix, parse_topo_m
@@ -23,7 +22,7 @@ from rankwright.topology.readers.nvidia_smi_query import (
 )
 from rankwright.topology.readers.nvml import read_nvml
 
-__all__ = ["ProbeError", "describe_topology_text", "probe", "probe_from_text"]
+__all__ = ["ProbeError", "probe"]
 
 # A machine with such a failure has no NVIDIA GPU as far as we can tell, which is no error unless a
 # GPU was asked for. All other failures mean a GPU that is there and does not work: never hidden.

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwright.topology.captures import describe_topology_text, probe_from_text
 from rankwright.topology.errors import FAILURES, ProbeError, find_failure
-from rankwright.topology.probe import describe_topology_text, probe_from_text
 from rankwright.topology.readers.nvidia_smi import parse_topo_m
 from rankwright.topology.readers.nvidia_smi_query import parse_list, parse_query
 

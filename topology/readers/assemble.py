@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from rankwright.topology.architectures import ARCHITECTURES, derived_flops_per_s
@@ -83,6 +83,16 @@ def make_cluster(
         driver=machine.driver,
     )
     return Cluster(nodes=(node,), source=source, notes=tuple(notes))
+
+
+def with_numa(
+    found: Sequence[FoundGpu], nodes: Sequence[str | None] | None
+) -> tuple[FoundGpu, ...]:
+    """Return the GPUs with the NUMA nodes that a table printed for them; ranges are none."""
+    return tuple(
+        replace(gpu, numa_node=int(node) if node is not None and node.isdecimal() else None)
+        for gpu, node in zip(found, nodes or (None,) * len(found), strict=True)
+    )
 
 
 def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:

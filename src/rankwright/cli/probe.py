@@ -11,10 +11,10 @@ from rankwright.cli.cluster_page import print_cluster
 from rankwright.cli.measured_page import print_measurements
 from rankwright.cli.output import print_json, status
 from rankwright.cluster_svg import write_svg
+from rankwright.topology.captures import describe_topology_text, probe_from_text
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.gather import Method, gather
-from rankwright.topology.probe import describe_topology_text, probe_from_text
 from rankwright.topology.read_cluster import write_cluster
 from rankwright.topology.readers.kubernetes import is_kubernetes, parse_kubernetes
 
