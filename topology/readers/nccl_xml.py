@@ -154,7 +154,7 @@ def _walk(
     if len(path) > 64:
         raise _refuse("elements are nested more than 64 deep")
     number = len(kinds)
-    kinds[number] = element.tag if isinstance(element.tag, str) else ""
+    kinds[number] = str(element.tag)
     here = (*path, number)
     yield _Place(here, element, parents)
     for child in element:

@@ -65,7 +65,7 @@ def parse_rocm_topology(text: str) -> RocmTopology:
             numa[entry[2]][int(entry[1])] = entry[3]
     if not tables:
         raise ValueError("no tables in the text; expected the output of `rocm-smi --showtopo`")
-    names = next(iter(headers.values()), [])
+    names = next(iter(headers.values()), list[str]())
     for what, rows in tables.items():
         if not rows or headers[what] != names:
             raise refusal(rows[0].line if rows else 1, what, "a table is cut or of another size")
