@@ -1,8 +1,8 @@
 """Messages from one process to others of the same machine, through memory that they share.
 
-A step batch is small and every rank waits for it before each step, so what counts is latency: gloo
-over TCP takes three trips between threads that sleep. Here the writer copies the message into a
-ring of slots and counts it; readers look at the counter, and take it when it moves.
+A step batch is small and every rank waits for it before each step, so what counts is latency. The
+writer copies the message into a ring of slots and counts it; readers look at the counter, and take
+it when it moves: no socket, and no thread to wake.
 
 The memory is a file that is unlinked as soon as everybody has mapped it, so nothing is left behind
 however a process ends. Stores are seen in order on x86-64 only, which `is_supported` asks for.

@@ -1,5 +1,7 @@
 """The replica with the least to do takes the next request."""
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,9 +28,9 @@ def test_no_replica_is_an_error() -> None:
 
 @settings(deadline=None)  # a loaded machine is no error
 @given(loads, st.randoms())
-def test_no_replica_has_less_to_do_than_the_chosen_one(loads: list[Load], random: object) -> None:
+def test_no_replica_has_less_to_do_than_the_chosen_one(loads: list[Load], random: Random) -> None:
     shuffled = list(loads)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     chosen = choose_replica(loads)
     assert choose_replica(shuffled) == chosen
     assert loads[chosen].outstanding_tokens == min(load.outstanding_tokens for load in loads)
