@@ -48,7 +48,9 @@ class Mesh:
     Attributes:
         place: This rank's row of the plan.
         device: Where its tensors live.
-        tp: Ranks that share each layer of this stage.
+        tp: Ranks that share each layer of this stage, for the same part of the context.
+        cp: Ranks of this stage with the same weights, each with its part of the context.
+        ep: Ranks of `tp` that share the experts out: those with the same part of each expert.
         control: All ranks of the replica, over gloo; the leader is the first.
         results: The same ranks over another gloo group, for sampled tokens.
     """
@@ -62,43 +64,69 @@ class Mesh:
         self.place: RankPlan = plan.ranks[rank]
         self.device = device
         self.num_stages = split.pp
+        self.split = split
         self._telling: deque[tuple[dist.Work, bytearray]] = deque()
         self.vocab_ranges = tuple(
             other.vocab
             for other in plan.ranks
-            if (other.replica, other.stage) == (self.place.replica, self.place.stage)
+            if (other.replica, other.stage, other.cp_rank)
+            == (self.place.replica, self.place.stage, self.place.cp_rank)
         )
         self._channel: SharedChannel | None = None
         self._previous = Group((rank,), None)
         self._next = Group((rank,), None)
-        per_replica = split.tp * split.pp
+        self.cp = self.ep = Group((rank,), None)
+        per_replica = split.gpus_per_replica
         for first in range(0, len(plan.ranks), per_replica):
             replica = tuple(range(first, first + per_replica))
             control, results = _gloo_group(replica), _gloo_group(replica)
             if rank in replica:
                 self.control, self.results = control, results
             for stage in range(split.pp):
-                ranks = replica[stage * split.tp : (stage + 1) * split.tp]
-                group = _device_group(ranks)
-                if rank in ranks:
-                    self.tp = group
-                if stage == 0:
-                    continue
-                for receiver in ranks:
-                    pair = _device_group((receiver - split.tp, receiver))
-                    if rank == receiver:
-                        self._previous = pair
-                    elif rank == receiver - split.tp:
-                        self._next = pair
+                self._make_stage_groups(replica, stage)
         if self.control.size > 1:
             self._open_channel(
                 one_machine=len({plan.ranks[r].node for r in self.control.ranks}) == 1
             )
 
+    def _make_stage_groups(self, replica: tuple[int, ...], stage: int) -> None:
+        """Make the groups inside one stage, and the pairs with the stage before."""
+        rank, split = self.place.rank, self.split
+        size = split.tp * split.cp
+        ranks = replica[stage * size : (stage + 1) * size]
+        for cp_rank in range(split.cp):
+            members = ranks[cp_rank * split.tp : (cp_rank + 1) * split.tp]
+            tp = _device_group(members)
+            if rank in members:
+                self.tp = tp
+            if split.ep == split.tp:
+                self.ep = tp if rank in members else self.ep
+                continue
+            for moe_tp_rank in range(split.moe_tp if split.ep > 1 else 0):
+                sharers = members[moe_tp_rank :: split.moe_tp]
+                ep = _device_group(sharers)
+                if rank in sharers:
+                    self.ep = ep
+        for tp_rank in range(split.tp if split.cp > 1 else 0):
+            members = ranks[tp_rank :: split.tp]
+            cp = _device_group(members)
+            if rank in members:
+                self.cp = cp
+        for receiver in ranks if stage else ():
+            pair = _device_group((receiver - size, receiver))
+            if rank == receiver:
+                self._previous = pair
+            elif rank == receiver - size:
+                self._next = pair
+
     @property
     def is_leader(self) -> bool:
         """Whether this rank schedules its replica."""
-        return self.place.stage == 0 and self.place.tp_rank == 0
+        return self.place.stage == 0 and self._is_first_of_stage
+
+    @property
+    def _is_first_of_stage(self) -> bool:
+        return self.place.cp_rank == 0 and self.place.tp_rank == 0
 
     @property
     def is_first_stage(self) -> bool:
@@ -113,7 +141,7 @@ class Mesh:
     @property
     def is_sampler(self) -> bool:
         """Whether this rank draws the tokens of its replica."""
-        return self.is_last_stage and self.place.tp_rank == 0
+        return self.is_last_stage and self._is_first_of_stage
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of `tensor` over the TP group, in place."""
@@ -239,7 +267,7 @@ class Mesh:
     @property
     def sampler_rank(self) -> int:
         """World rank that draws the tokens of this replica."""
-        return self.control.ranks[(self.num_stages - 1) * self.tp.size]
+        return self.control.ranks[(self.num_stages - 1) * self.split.tp * self.split.cp]
 
 
 def _gloo_group(ranks: tuple[int, ...]) -> Group:

@@ -294,8 +294,9 @@ def describe_rank(plan: Plan, rank: RankPlan) -> str:
     node = plan.cluster.node(rank.node)
     is_cpu = all(gpu.device == "cpu" for gpu in node.gpus)
     replica = f"replica {rank.replica}, " if plan.split.dp > 1 else ""
+    context = f"cp rank {rank.cp_rank}, " if plan.split.cp > 1 else ""
     return (
-        f"rank {rank.rank} ({replica}stage {rank.stage}, tp rank {rank.tp_rank}, "
+        f"rank {rank.rank} ({replica}stage {rank.stage}, {context}tp rank {rank.tp_rank}, "
         f"{'CPU rank' if is_cpu else 'GPU'} {rank.gpu} of node {rank.node} {node.name!r})"
     )
 

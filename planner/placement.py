@@ -1,8 +1,8 @@
-"""Binds replicas, stages and TP ranks to machines and GPUs.
+"""Binds replicas, stages, CP and TP ranks to machines and GPUs.
 
-TP groups were cut out of islands by `cost_model/layout.py`, and pipelines strung inside machines
-where they fit; here each gets its numbers. Ranks count TP first, then stages, then replicas:
-`rank = (replica * pp + stage) * tp + tp_rank`.
+The `tp * cp` GPUs of a stage were cut out of islands by `cost_model/layout.py`, and pipelines
+strung inside machines where they fit; here each gets its numbers. Ranks count TP first, then CP,
+then stages, then replicas: `rank = ((replica * pp + stage) * cp + cp_rank) * tp + tp_rank`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,8 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
     ranks: list[RankPlan] = []
     for replica, slots in enumerate(_replica_places(groups)):
         for stage, places in enumerate(slots):
-            for tp_rank, (node, gpu) in enumerate(places):
+            for index, (node, gpu) in enumerate(places):
+                cp_rank, tp_rank = divmod(index, split.tp)
                 query_heads, kv_heads, ffn_columns, experts, vocab = shards[tp_rank]
                 ranks.append(
                     RankPlan(
@@ -43,6 +44,7 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
                         gpu=gpu,
                         replica=replica,
                         stage=stage,
+                        cp_rank=cp_rank,
                         tp_rank=tp_rank,
                         layers=stages[stage],
                         query_heads=query_heads,
@@ -57,7 +59,7 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
 
 
 def _replica_places(groups: Sequence[Replicas]) -> Iterator[list[tuple[Place, ...]]]:
-    """Yield, for each replica, the places of each stage's TP group."""
+    """Yield, for each replica, the places of each stage's ranks."""
     for group in groups:
         kinds = group.stages
         if len(set(map(id, kinds))) > 1:
@@ -86,7 +88,8 @@ def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, ...]:
     layer; the executor cuts a layer that differs by the same rule.
     """
     layers = [run.layer for run in model.layer_runs]
-    query_heads, kv_heads = head_ranges(layers[0].attention, split.tp, tp_rank)
+    heads_tp, heads_rank = (1, 0) if split.attention == "dp" else (split.tp, tp_rank)
+    query_heads, kv_heads = head_ranges(layers[0].attention, heads_tp, heads_rank)
     moe = next((layer.feed_forward for layer in layers if layer.feed_forward.kind == "moe"), None)
     vocab = even_range(model.vocab_size, split.tp, tp_rank)
     if moe is None:

@@ -29,6 +29,7 @@ class RankPlan(Value):
     gpu: int = Field(ge=0, description="index of the GPU on that machine")
     replica: int = Field(ge=0)
     stage: int = Field(ge=0)
+    cp_rank: int = Field(default=0, ge=0, description="which part of the context it has")
     tp_rank: int = Field(ge=0)
     layers: Range
     query_heads: Range
@@ -133,11 +134,14 @@ class Plan(Value):
 
     def _check_rank(self, rank: RankPlan) -> None:
         split = self.split
-        order = rank.replica * split.pp * split.tp + rank.stage * split.tp + rank.tp_rank
-        if split.cp == 1 and (order != rank.rank or rank.stage >= split.pp):
+        stage = rank.replica * split.pp + rank.stage
+        order = (stage * split.cp + rank.cp_rank) * split.tp + rank.tp_rank
+        inside = rank.stage < split.pp and rank.cp_rank < split.cp and rank.tp_rank < split.tp
+        if order != rank.rank or not inside:
             raise ValueError(
                 f"rank {rank.rank} is listed as replica {rank.replica}, stage {rank.stage}, "
-                f"tp_rank {rank.tp_rank}; rank must be (replica * pp + stage) * tp + tp_rank"
+                f"cp_rank {rank.cp_rank}, tp_rank {rank.tp_rank}; rank must be "
+                "((replica * pp + stage) * cp + cp_rank) * tp + tp_rank"
             )
         first = sum(split.stage_layers[: rank.stage])
         layers = (first, first + split.stage_layers[rank.stage])

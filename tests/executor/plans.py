@@ -1,11 +1,17 @@
-"""Plans for tests: any split of any small model over CPU ranks, without the planner."""
+"""Plans for tests: any split of any small model over CPU ranks, without the planner's search."""
 
+from typing import Literal
+
+from rankwright.cost_model.collectives import Group
+from rankwright.cost_model.layout import SlotKind
 from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.predict import Replicas
 from rankwright.cost_model.prediction import Estimate, Prediction
-from rankwright.cost_model.shards import even_range, head_ranges
+from rankwright.cost_model.shards import even_range
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan, RankPlan
+from rankwright.planner.placement import place_ranks
+from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
 from rankwright.topology.cluster import Cluster, Gpu, Node
 
 
@@ -15,6 +21,9 @@ def cpu_plan(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    attention: Literal["tp", "dp"] = "tp",
     stage_layers: tuple[int, ...] | None = None,
     num_blocks: int = 64,
     block_tokens: int = 16,
@@ -23,12 +32,21 @@ def cpu_plan(
     max_model_len: int = 256,
     device: str = "cpu",
 ) -> Plan:
-    """Return a plan of `dp` replicas of `pp` stages of `tp` ranks, one node."""
+    """Return a plan of `dp` replicas of `pp` stages of `cp * tp` ranks, one node."""
     if stage_layers is None:
         stage_layers = tuple(
             stop - start for start, stop in (even_range(spec.num_layers, pp, i) for i in range(pp))
         )
-    split = Split(tp=tp, pp=pp, dp=dp, stage_layers=stage_layers, max_batch_size=max_num_seqs)
+    split = Split(
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        cp=cp,
+        ep=ep,
+        attention=attention,
+        stage_layers=stage_layers,
+        max_batch_size=max_num_seqs,
+    )
     cluster = Cluster(
         nodes=(
             Node(
@@ -40,28 +58,15 @@ def cpu_plan(
             ),
         )
     )
-    ranks = []
-    attention = spec.layers[0].attention
-    for rank in range(split.num_gpus):
-        replica, rest = divmod(rank, pp * tp)
-        stage, tp_rank = divmod(rest, tp)
-        first = sum(stage_layers[:stage])
-        query_heads, kv_heads = head_ranges(attention, tp, tp_rank)
-        ranks.append(
-            RankPlan(
-                rank=rank,
-                node=0,
-                gpu=rank,
-                replica=replica,
-                stage=stage,
-                tp_rank=tp_rank,
-                layers=(first, first + stage_layers[stage]),
-                query_heads=query_heads,
-                kv_heads=kv_heads,
-                ffn_columns=even_range(spec.layers[0].feed_forward.intermediate_size, tp, tp_rank),
-                vocab=even_range(spec.vocab_size, tp, tp_rank),
-            )
-        )
+    kind = SlotKind(
+        gpus=tuple(
+            tuple(range(first, first + tp * cp)) for first in range(0, split.num_gpus, tp * cp)
+        ),
+        nodes_per_slot=1,
+        nodes=(range(1),),
+        gpu=cluster.nodes[0].gpus[0],
+        group=Group(tp * cp),
+    )
     nothing = Estimate(value=1, low=1, high=1)
     return Plan(
         num_gpus=split.num_gpus,
@@ -70,7 +75,7 @@ def cpu_plan(
         cluster=cluster,
         cluster_fingerprint=cluster.fingerprint,
         split=split,
-        ranks=tuple(ranks),
+        ranks=place_ranks(spec, split, (Replicas((kind,) * pp, dp),)),
         kv_cache=KvCachePlan(block_tokens=block_tokens, num_blocks=num_blocks),
         limits=Limits(
             max_num_seqs=max_num_seqs,

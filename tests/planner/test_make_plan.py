@@ -4,12 +4,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwright.cost_model.layout import find_slots
 from rankwright.cost_model.memory import rank_memory
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.predict import predict
+from rankwright.cost_model.predict import Replicas, predict
 from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import NoFeasiblePlanError, Pins, make_plan
+from rankwright.planner.placement import place_ranks
 from rankwright.planner.plan import Plan
 from rankwright.topology.shorthand import parse_cluster
 
@@ -371,3 +374,24 @@ def test_faster_links_never_make_a_worse_plan(factor: float, name: str) -> None:
     fast = make_plan(slow.model, cluster.model_copy(update={"nodes": nodes}), load)
     floor = slow.certificate.objective_value * (1 - 1e-6)
     assert fast.certificate.objective_value >= floor
+
+
+def test_ranks_count_tp_then_cp_then_stages() -> None:
+    cluster = parse_cluster("8xh100-sxm")
+    split = Split(tp=2, cp=2, pp=2, stage_layers=(16, 16))
+    kinds = find_slots(cluster, 4)
+    ranks = place_ranks(LLAMA_8B, split, (Replicas(kinds * 2, 1),))
+    order = [(rank.stage, rank.cp_rank, rank.tp_rank) for rank in ranks]
+    assert order == sorted(order)
+    assert len(set(order)) == 8
+    # Ranks of a CP group hold the same weights.
+    assert ranks[0].query_heads == ranks[2].query_heads != ranks[1].query_heads
+    plan = plan_of(LLAMA_8B, "8xh100-sxm")
+    wrong = tuple(rank.model_copy(update={"cp_rank": 1 - rank.cp_rank}) for rank in ranks)
+    for found, matches in ((ranks, True), (wrong, False)):
+        fields = plan.model_dump() | {"split": split, "ranks": found}
+        if matches:
+            Plan.model_validate(fields)
+        else:
+            with pytest.raises(ValueError, match=r"cp_rank 1, .* \+ cp_rank\) \* tp \+ tp_rank"):
+                Plan.model_validate(fields)
