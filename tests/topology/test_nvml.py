@@ -39,6 +39,7 @@ class Board:
     sm_mhz: int = 1980
     memory_mhz: int = 3201
     bus_bits: int = 6016
+    near: tuple[int, ...] = ()  # words of the mask of NUMA domains; none: not supported
 
 
 def install(
@@ -56,6 +57,11 @@ def install(
 
     def p2p(_a: Board, _b: Board, capability: int) -> int:
         return read_p2p if capability == 0 else nvlink_p2p
+
+    def memory_affinity(board: Board, _words: int, _scope: int) -> tuple[int, ...]:
+        if not board.near:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return board.near
 
     clocks = {pynvml.NVML_CLOCK_SM: "sm_mhz", pynvml.NVML_CLOCK_MEM: "memory_mhz"}
     answers: dict[str, Any] = {
@@ -78,6 +84,7 @@ def install(
         "nvmlDeviceGetComputeRunningProcesses": lambda board: [object()] * board.processes,
         "nvmlDeviceGetNumGpuCores": lambda board: board.cores,
         "nvmlDeviceGetMemoryBusWidth": lambda board: board.bus_bits,
+        "nvmlDeviceGetMemoryAffinity": memory_affinity,
         "nvmlDeviceGetNvLinkState": lambda board, link: links_of(board, link)[0],
         "nvmlDeviceGetNvLinkRemotePciInfo": lambda board, link: SimpleNamespace(
             busId=links_of(board, link)[1]
@@ -167,6 +174,14 @@ def test_the_numa_node_comes_from_sysfs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert read_nvml(tmp_path).gpus[0].numa_node == 1
     (folder / "numa_node").write_text("-1\n")
     assert read_nvml(tmp_path).gpus[0].numa_node is None
+
+
+@pytest.mark.parametrize(("near", "node"), [((4, 0), 2), ((0, 1), 64), ((3, 0), None), ((), None)])
+def test_without_sysfs_the_only_near_numa_node_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, near: tuple[int, ...], node: int | None
+) -> None:
+    install(monkeypatch, [Board(near=near)])
+    assert read_nvml(tmp_path).gpus[0].numa_node == node
 
 
 def test_a_gpu_without_a_row_gets_derived_rates(monkeypatch: pytest.MonkeyPatch) -> None:

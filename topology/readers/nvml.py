@@ -25,6 +25,8 @@ _INIT_FAILURES = {
 
 _P2P_READ = 0  # nvmlGpuP2PCapsIndex_t; the binding's NVML_P2P_CAPS_INDEX_READ is a tuple by slip
 
+_AFFINITY_WORDS = 4  # of 64 bits: 256 NUMA domains
+
 # nvmlGpuTopologyLevel_t: the closest common ancestor of two devices on PCIe.
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
@@ -113,7 +115,7 @@ def _read_gpu(nvml: Any, index: int, handle: Any, bus: str, sysfs: Path) -> Foun
         # The most that device and slot can do together: an idle link runs at a lower generation.
         pcie_generation=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle) or None,
         pcie_width=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle) or None,
-        numa_node=_numa_node(bus, sysfs),
+        numa_node=_numa_node(nvml, handle, bus, sysfs),
         num_processes=len(_ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()),
         mig=bool(mig and mig[0]),
         cuda_cores=_ask(nvml, nvml.nvmlDeviceGetNumGpuCores, handle),
@@ -172,14 +174,22 @@ def _p2p_status(nvml: Any, a: Any, b: Any, capability: int) -> int | None:
     return None if status is None else int(status)
 
 
-def _numa_node(bus: str, sysfs: Path) -> int | None:
+def _numa_node(nvml: Any, handle: Any, bus: str, sysfs: Path) -> int | None:
+    """Return the domain of sysfs, or where a container hides that, the only one near the GPU."""
     domain, _, rest = bus.lower().partition(":")
     path = sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}" / "numa_node"
     try:
         node = int(path.read_text())
     except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None
+        node = -1
+    if node >= 0:
+        return node
+    scope = nvml.NVML_AFFINITY_SCOPE_NODE
+    words = _ask(nvml, nvml.nvmlDeviceGetMemoryAffinity, handle, _AFFINITY_WORDS, scope) or ()
+    near = [
+        at * 64 + bit for at, word in enumerate(words) for bit in range(64) if int(word) >> bit & 1
+    ]
+    return near[0] if len(near) == 1 else None
 
 
 def _ask(nvml: Any, function: Callable[..., Any], *args: object) -> Any:
