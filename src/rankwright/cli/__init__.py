@@ -22,6 +22,7 @@ COMMANDS = (
     "launch",
     "generate",
     "bench",
+    "calibrate",
     "doctor",
 )
 

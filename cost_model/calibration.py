@@ -1,0 +1,137 @@
+"""`Calibration`: what was timed on one machine, and where its file lies.
+
+Facts as they came from the clock, made by `executor/calibrate.py`. What they say about an engine's
+efficiency is `fit.py`. A file of this kind is the user's own, so that every fault in one is
+reported by its field.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from rankwright.cost_model.dtypes import Dtype
+from rankwright.topology.cluster import Cluster
+from rankwright.topology.measurements import CollectiveTime
+from rankwright.topology.value import Value
+
+TimedKind = Literal["gemm", "attention prefill", "attention decode", "elementwise", "launch"]
+
+
+class OpTime(Value):
+    """One kernel of the engine at one shape, replayed in a CUDA graph.
+
+    The shape is `(m, n, k)` of a product; `(sequences, new tokens, context, query heads, KV heads,
+    head size)` of attention; `(rows, columns)` of what passes over values; `()` of a launch.
+    """
+
+    kind: TimedKind
+    name: str = Field(description="kernel, such as 'rms_norm'")
+    dtype: Dtype
+    shape: tuple[int, ...]
+    flops: float = Field(ge=0)
+    bytes: float = Field(ge=0, description="read and written, each value once")
+    seconds: float = Field(gt=0)
+
+
+class StepTime(Value):
+    """One step of the whole engine, as `benchmarks/bench_engine.py` or `rankwright bench` saw it.
+
+    Decode steps have `prompt_tokens` 0 and a batch; the prefill of one prompt has batch 0.
+    """
+
+    model: str
+    tp: int = Field(ge=1)
+    pp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    batch: int = Field(ge=0, description="sequences that get a token")
+    context_tokens: float = Field(ge=0, description="mean tokens each of them attends to")
+    prompt_tokens: int = Field(default=0, ge=0)
+    seconds: float = Field(gt=0)
+
+
+class Calibration(Value):
+    """All that was timed on the GPUs of one kind."""
+
+    schema_version: Literal[1] = 1
+    device: str = Field(description="key in topology/devices.py, such as 'h100-sxm'")
+    name: str = Field(description="name as the driver prints it")
+    software: str = Field(default="", description="versions, such as 'torch 2.11.0, CUDA 12.8'")
+    measured_at: str = Field(default="", description="UTC, ISO 8601")
+    seconds: float = Field(default=0.0, ge=0, description="that it took")
+    ops: tuple[OpTime, ...] = Field(min_length=1)
+    steps: tuple[StepTime, ...] = ()
+    collectives: tuple[CollectiveTime, ...] = ()
+    notes: tuple[str, ...] = Field(default=(), description="what could not be timed, and why")
+
+
+def calibration_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of calibrations: `rankwright/calibration` under the XDG data home.
+
+    >>> calibration_folder({"XDG_DATA_HOME": "/data"}).as_posix()
+    '/data/rankwright/calibration'
+    """
+    home = environment.get("XDG_DATA_HOME", "")
+    # The specification ignores what is no absolute path.
+    base = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "share"
+    return base / "rankwright" / "calibration"
+
+
+def default_path(device: str, environment: Mapping[str, str] = os.environ) -> Path:
+    """Return where the calibration of `device` lies when nobody names another place."""
+    return calibration_folder(environment) / f"{device}.json"
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Return the calibration in `path`.
+
+    Raises:
+        ValueError: It is not there, no JSON, or a field of it is wrong; the message names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"calibration {path}: {error.strerror or error}; make one with: rankwright calibrate"
+        ) from None
+    try:
+        return Calibration.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(
+            f"calibration {path}: {field}: {first['msg']}; make it anew with: rankwright calibrate "
+            f"-o {path}"
+        ) from None
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write `path`, complete or not at all.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def find_calibration(
+    cluster: Cluster, environment: Mapping[str, str] = os.environ
+) -> Calibration | None:
+    """Return this user's calibration of the GPUs of `cluster`; None where there is none.
+
+    Only where all GPUs are of one kind: a file describes one.
+    """
+    devices = {gpu.device for node in cluster.nodes for gpu in node.gpus}
+    if len(devices) != 1:
+        return None
+    path = default_path(devices.pop(), environment)
+    return read_calibration(path) if path.is_file() else None
