@@ -1,4 +1,4 @@
-"""Reads every machine that we were given: those of a Slurm job, or of a torchrun.
+"""Reads every machine that we were given: those of a Slurm job, of a torchrun, or of Ray.
 
 Each machine probes itself; what they found is brought together and joined (`join.py`).
 """
@@ -13,18 +13,18 @@ import sys
 from collections.abc import Mapping
 from typing import Literal, get_args
 
-from pydantic import ValidationError
-
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
+from rankwright.topology.gather_ray import is_ray, over_ray
 from rankwright.topology.join import join
 from rankwright.topology.probe import probe
+from rankwright.topology.probe_message import parse_message
 from rankwright.topology.readers.ethernet import read_ethernet
 from rankwright.topology.readers.kubernetes import parse_kubernetes
 from rankwright.topology.rendezvous import collect, send
 from rankwright.topology.shorthand import parse_fabric
 
-Method = Literal["auto", "slurm", "torchrun", "kubernetes", "none"]
+Method = Literal["auto", "slurm", "torchrun", "ray", "kubernetes", "none"]
 
 METHODS: tuple[str, ...] = get_args(Method)
 
@@ -50,16 +50,20 @@ def gather(
     *,
     require_gpu: bool = False,
     fabric: str | None = None,
+    ray_address: str | None = None,
     timeout_s: float = GATHER_TIMEOUT_S,
 ) -> Cluster | None:
     """Return all machines of the job that we run in as one cluster.
 
     Args:
         method: 'slurm': from within an allocation, by srun; 'torchrun': every process of it calls
-            this, and machine 0 gets the answer; 'kubernetes': from the labels of its nodes, by
-            kubectl; 'none': this machine alone; 'auto': what the environment says.
+            this, and machine 0 gets the answer; 'ray': a task on each node; 'kubernetes': from
+            the labels of its nodes, by kubectl; 'none': this machine alone; 'auto': what the
+            environment says.
         require_gpu: Refuse machines without a GPU.
         fabric: The network between them, as shorthand has it; None: what their ports say.
+        ray_address: Of a Ray cluster; None: RAY_ADDRESS, else the one on this machine. Naming one
+            makes 'auto' mean 'ray'.
         timeout_s: Until all must have answered.
 
     Returns:
@@ -73,17 +77,29 @@ def gather(
         raise ValueError(f"unknown way to gather {method!r}; choose {', '.join(METHODS)}")
     if fabric is not None:
         parse_fabric(fabric)  # before anything is waited for
-    chosen = find_method(os.environ) if method == "auto" else method
+    chosen = method
+    if method == "auto":
+        chosen = "ray" if ray_address is not None else find_method(os.environ)
+    if ray_address is not None and chosen != "ray":
+        raise ValueError(f"--ray-address is for --gather ray, and this is --gather {chosen}")
     if chosen == "slurm":
         return _over_slurm(os.environ, require_gpu, fabric, timeout_s)
     if chosen == "torchrun":
         return _over_torchrun(os.environ, require_gpu, fabric, timeout_s)
+    if chosen == "ray":
+        return over_ray(
+            os.environ,
+            address=ray_address,
+            require_gpu=require_gpu,
+            fabric=fabric,
+            timeout_s=timeout_s,
+        )
     if chosen == "kubernetes":
         return parse_kubernetes(_kubectl(), fabric=fabric)
     return _here(require_gpu, fabric)
 
 
-def find_method(environment: Mapping[str, str]) -> Literal["slurm", "torchrun", "none"]:
+def find_method(environment: Mapping[str, str]) -> Literal["slurm", "torchrun", "ray", "none"]:
     """Return how the machines of this job can be gathered; 'none' where there is but one.
 
     >>> find_method({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a"})
@@ -92,6 +108,8 @@ def find_method(environment: Mapping[str, str]) -> Literal["slurm", "torchrun", 
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= environment.keys():
         # Even on one machine, so that its other processes do not print the same again.
         return "torchrun" if _integer(environment, "WORLD_SIZE", 1) > 1 else "none"
+    if is_ray(environment):  # before Slurm, which Ray may run on
+        return "ray"
     inside_step = _integer(environment, "SLURM_STEP_NUM_TASKS", 1) > 1
     several = _integer(environment, "SLURM_JOB_NUM_NODES", 1) > 1
     if several and not inside_step and shutil.which("srun") is not None:
@@ -171,7 +189,7 @@ def read_labelled(text: str, count: int, said: str = "") -> list[Cluster]:
     clusters: list[Cluster] = []
     for task in range(count):
         name, *rest = lines.get(task, [""])
-        clusters.append(_parse("\n".join(rest), name or f"node {task} of {count}", said))
+        clusters.append(parse_message("\n".join(rest), name or f"node {task} of {count}", said))
     return clusters
 
 
@@ -227,7 +245,7 @@ def _over_torchrun(
             "between them, or choose another --master-port",
         ) from None
     found = [
-        _parse(text.decode(errors="replace"), f"machine {index} of {count}")
+        parse_message(text.decode(errors="replace"), f"machine {index} of {count}")
         for index, text in enumerate(messages)
     ]
     return join(found, fabric=fabric, source="probe over torchrun")
@@ -242,27 +260,6 @@ def _key(environment: Mapping[str, str]) -> bytes:
         environment["MASTER_PORT"],
     ]
     return hashlib.sha256("\n".join(["rankwright probe", *words]).encode()).digest()
-
-
-def _parse(text: str, where: str, said: str = "") -> Cluster:
-    """Return the cluster of one machine, under the name `where` if it is Slurm's for it."""
-    try:
-        if text.lstrip().startswith('{"error"'):
-            error: dict[str, str] = json.loads(text)["error"]
-            raise ProbeError(error["class"], f"{where}: {error['message']}")
-        cluster = Cluster.model_validate_json(text)
-    except (ValueError, KeyError, TypeError) as problem:
-        detail = " ".join((said or text).split())[-300:] or "it said nothing"
-        if isinstance(problem, ValidationError):
-            detail = f"it sent {problem.errors()[0]['msg']!r}; is another version installed there?"
-        raise ProbeError(
-            "gather_failed",
-            f"{where} was not read: {detail}; run `rankwright probe` there to see why",
-        ) from None
-    if " " in where:
-        return cluster
-    node = cluster.nodes[0].model_copy(update={"name": where})
-    return cluster.model_copy(update={"nodes": (node, *cluster.nodes[1:])})
 
 
 def _kubectl() -> str:

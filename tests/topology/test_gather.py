@@ -144,6 +144,8 @@ def test_a_machine_that_never_answers_is_a_probe_failure(
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "SLURM_JOB_NUM_NODES": "2"},
             "torchrun",
         ),
+        ({"RAY_ADDRESS": "10.0.0.1:6379", "SLURM_JOB_NUM_NODES": "2"}, "ray"),
+        ({"RAY_ADDRESS": "http://10.0.0.1:8265"}, "none"),
     ],
 )
 def test_the_way_follows_from_the_environment(environment: dict[str, str], method: str) -> None:
@@ -155,7 +157,8 @@ def test_the_way_follows_from_the_environment(environment: dict[str, str], metho
     [
         (["--gather", "slurm"], "no Slurm job"),
         (["--gather", "torchrun"], "no process of torchrun"),
-        (["--gather", "ray"], "'ray'"),
+        (["--gather", "mpi"], "'mpi'"),
+        (["--gather", "none", "--ray-address", "127.0.0.1:1"], "--ray-address is for"),
         (["--fabric", "fast"], "cannot read the fabric 'fast'"),
     ],
 )

@@ -32,10 +32,17 @@ def run(
         Method,
         typer.Option(
             "--gather",
-            help="Read all machines of a Slurm job, of a torchrun, or those that kubectl lists; "
-            "none: this one alone.",
+            help="Read all machines of a Slurm job, of a torchrun, of a Ray cluster, or those that "
+            "kubectl lists; none: this one alone.",
         ),
     ] = "auto",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Of the Ray cluster to read.  [default: RAY_ADDRESS, else the one that runs here]",
+        ),
+    ] = None,
     fabric: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +75,7 @@ def run(
     Without a GPU, its cores are CPU ranks.
     """
     if from_file is None:
-        cluster = gather(method, require_gpu=require_gpu, fabric=fabric)
+        cluster = gather(method, require_gpu=require_gpu, fabric=fabric, ray_address=ray_address)
         if cluster is None:  # another process of the run has it
             return
         _show(_measured(cluster) if timed else cluster, output, svg, as_json)
