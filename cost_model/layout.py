@@ -5,10 +5,10 @@ stay inside a machine where they can. Machines that are alike are counted, not l
 cost as much as one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rankwright.cost_model.collectives import Group, Place, find_group
+from rankwright.cost_model.collectives import Group, Place, all_gather_s, find_group
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 from rankwright.topology.graph import islands_of_node
@@ -17,7 +17,7 @@ from rankwright.topology.groups import cut_node
 
 @dataclass(frozen=True, slots=True)
 class SlotKind:
-    """TP groups ("slots") that are alike.
+    """Groups of the `tp * cp` GPUs of a stage ("slots") that are alike.
 
     Args:
         gpus: GPU indices of each slot of a machine, or of one machine of a slot that spans several.
@@ -66,7 +66,7 @@ class SlotKind:
 
 
 def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
-    """Return the TP groups of `tp` ranks that the cluster has room for, fastest kind first.
+    """Return the groups of `tp` ranks that the cluster has room for, fastest kind first.
 
     A machine is cut island by island; GPUs left over in several islands are joined, those of one
     kind first. A group larger than a machine takes whole machines: `tp` is a multiple of one.
@@ -81,6 +81,29 @@ def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
             whole = (tuple(gpu.index for gpu in node.gpus),)
             found.append(_slot_kind(cluster, node, whole, tp // size, runs))
     return tuple(sorted(found, key=_speed, reverse=True))
+
+
+def stage_groups(cluster: Cluster, kind: SlotKind, cp: int) -> tuple[Group, Group | None]:
+    """Return the slowest TP group and the slowest context group of a slot of `kind`.
+
+    Ranks of a slot count TP first, so that a TP group is `tp` neighbours.
+    """
+    if cp == 1:
+        return kind.group, None
+    tp = kind.group.size // cp
+    tensor: list[tuple[Place, ...]] = []
+    context: list[tuple[Place, ...]] = []
+    for slot in range(len(kind.gpus)):
+        places = kind.places(slot)
+        tensor += [places[first : first + tp] for first in range(0, len(places), tp)]
+        context += [places[first::tp] for first in range(tp)]
+    return _slowest_of(cluster, tensor), _slowest_of(cluster, context)
+
+
+def _slowest_of(cluster: Cluster, groups: Sequence[tuple[Place, ...]]) -> Group:
+    """Return the links of the group that takes longest to gather 1 MB."""
+    found = [find_group(cluster, places) for places in groups]
+    return max(found, key=lambda group: all_gather_s(1e6, group))
 
 
 def replicas_in_nodes(kind: SlotKind, pp: int) -> int:

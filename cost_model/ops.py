@@ -186,6 +186,7 @@ class LayerModel:
         *,
         tp: int,
         ep: int = 1,
+        cp: int = 1,
         attention: AttentionSplit = "tp",
         fused_norms: bool = False,
     ) -> None:
@@ -196,14 +197,16 @@ class LayerModel:
             layer: One of its layers.
             tp: Ranks of the stage.
             ep: Groups that share the experts out.
+            cp: Ranks that each have a part of every context.
             attention: `dp` when each rank attends for its own share of the sequences.
             fused_norms: Whether norms cost no kernel of their own.
         """
+        self._cp = cp
         self._spec = spec
         self._layer = layer
         self._ep = ep
         self._width = BITS[spec.dtype] / 8
-        self._share = 1 / tp if attention == "dp" else 1.0
+        self._attention_ranks = tp if attention == "dp" else 1
         query, kv = head_ranges(layer.attention, 1 if attention == "dp" else tp, 0)
         self._queries, self._kv_heads = range_size(query), range_size(kv)
         tensors = tuple(layer_tensors(layer, spec.hidden_size, tp=tp, ep=ep, attention=attention))
@@ -231,8 +234,12 @@ class LayerModel:
         self._launches = 2 + (0 if fused_norms else 2) + (1 if heads.qk_norm else 0)
 
     def ops(self, tokens: StepTokens) -> tuple[Op, ...]:
-        """Return the ops of one layer for `tokens`, which are counted before any split."""
-        rows = tokens.total * self._share
+        """Return the ops of one layer for `tokens`, which are counted before any split by heads.
+
+        Tokens of a prompt are already this rank's part of it under context parallelism.
+        """
+        decode, prefill = self._attended(tokens)
+        rows = decode + prefill
         ops = [
             self._qkv.op(rows, self._width),
             *self._attention_ops(tokens),
@@ -259,6 +266,18 @@ class LayerModel:
         ops.append(Op("norms", name, 0, values * self._width, self._launches, self._spec.dtype))
         return tuple(ops)
 
+    def _attended(self, tokens: StepTokens) -> tuple[float, float]:
+        """Return the sequences and the prompt tokens that the fullest rank attends for.
+
+        Under attention DP a sequence is on one rank, so that fewer sequences than ranks, or fewer
+        prompts in a step, leave some idle.
+        """
+        ranks = self._attention_ranks
+        if ranks == 1:
+            return tokens.decode, tokens.prefill
+        decode = max(tokens.decode / ranks, min(1.0, tokens.decode))
+        return decode, tokens.prefill / min(ranks, max(1.0, tokens.prompts))
+
     def _attention_ops(self, tokens: StepTokens) -> list[Op]:
         spec, heads = self._spec, self._layer.attention
         kv_width = BITS[spec.kv_dtype] / 8
@@ -276,14 +295,15 @@ class LayerModel:
             decode_flops = expanded_flops
             token_bytes = self._kv_heads * head_values * kv_width
         ops: list[Op] = []
+        decode, prompt = self._attended(tokens)
         window = heads.sliding_window or float("inf")
-        if tokens.decode:
-            pairs = tokens.decode * self._share * min(tokens.decode_context, window)
+        if decode:
+            # Under context parallelism every rank attends to its part of each context.
+            pairs = decode * min(tokens.decode_context, window) / self._cp
             name: OpKind = "attention decode"
             # Split over the context, then merged.
             ops.append(Op(name, name, pairs * decode_flops, pairs * token_bytes, 2, spec.dtype))
-        if tokens.prefill:
-            prompt = tokens.prefill * self._share
+        if prompt:
             context = min(tokens.prefill_context, window)
             moved = prompt * self._queries * head_values * self._width
             read = (2 * context + prompt) * token_bytes

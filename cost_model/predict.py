@@ -14,13 +14,14 @@ from rankwright.cost_model.layout import (
     boundary_groups,
     find_slots,
     replicas_in_nodes,
+    stage_groups,
 )
+from rankwright.cost_model.legality import cut_is_legal
 from rankwright.cost_model.memory import AttentionSplit, rank_memory
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import find_rates
 from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Prediction
 from rankwright.cost_model.serving import Serving, serve_closed, serve_open
-from rankwright.cost_model.shards import tp_is_legal
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel, make_pipeline
 from rankwright.cost_model.workload import Workload
@@ -56,16 +57,23 @@ class StageModels:
         self.cluster = cluster
         self.engine = engine
         self.layers = LayerKinds(spec)
-        self._models: dict[tuple[int, int, str], tuple[SlotKind, StageModel]] = {}
+        self._models: dict[tuple[int, int, str, int], tuple[SlotKind, StageModel]] = {}
         self._boundaries: dict[tuple[int, ...], tuple[Group, ...]] = {}
 
-    def stage(self, kind: SlotKind, ep: int, attention: AttentionSplit) -> StageModel:
-        """Return the model of a stage on a slot of `kind`."""
-        key = (id(kind), ep, attention)
+    def stage(self, kind: SlotKind, ep: int, attention: AttentionSplit, cp: int = 1) -> StageModel:
+        """Return the model of a stage on a slot of `kind`, which has `tp * cp` GPUs."""
+        key = (id(kind), ep, attention, cp)
         if key not in self._models:
             rates = find_rates(kind.gpu, self.engine)
+            group, context = stage_groups(self.cluster, kind, cp)
             model = StageModel(
-                self.spec, self.layers, rates, kind.group, ep=ep, attention=attention
+                self.spec,
+                self.layers,
+                rates,
+                group,
+                ep=ep,
+                attention=attention,
+                context=context,
             )
             self._models[key] = kind, model  # keeping the kind keeps its id from being used again
         return self._models[key][1]
@@ -76,10 +84,11 @@ class StageModels:
         stage_layers: tuple[int, ...],
         ep: int,
         attention: AttentionSplit = "tp",
+        cp: int = 1,
     ) -> Pipeline:
         """Return the pipeline of one of `replicas`."""
         kinds = replicas.stages
-        stages = tuple(self.stage(kind, ep, attention) for kind in kinds)
+        stages = tuple(self.stage(kind, ep, attention, cp) for kind in kinds)
         key = (replicas.spread, *map(id, kinds))
         groups = self._boundaries.get(key)
         if groups is None:
@@ -104,43 +113,35 @@ def predict(
         ValueError: The split is not legal for the model or does not fit the cluster, or the engine
             is unknown.
     """
-    check_split(model, split)
+    check_split(model, split, engine)
     groups = choose_replicas(cluster, split)
     models = StageModels(model, cluster, engine)
     return predict_replicas(models, workload, split, groups)
 
 
-def check_split(model: ModelSpec, split: Split) -> None:
-    """Raise ValueError where `split` cannot cut `model`."""
-    if split.cp > 1:
-        raise ValueError(f"cp={split.cp}: context parallelism is not modelled yet; use cp=1")
+def check_split(model: ModelSpec, split: Split, engine: str = "rankwright") -> None:
+    """Raise ValueError where `engine` cannot cut `model` by `split`."""
     if split.pp > model.num_layers or sum(split.stage_layers) != model.num_layers:
         raise ValueError(
             f"stage_layers {split.stage_layers} sum to {sum(split.stage_layers)}, "
             f"{model.name} has {model.num_layers} layers"
         )
-    reason = tp_is_legal(model, split.tp) if split.attention == "tp" else None
-    if reason is not None:
-        raise ValueError(f"{model.name}: {reason}")
-    reason = ep_is_legal(model, split.tp, split.ep)
+    reason = cut_is_legal(
+        model,
+        tp=split.tp,
+        ep=split.ep,
+        cp=split.cp,
+        attention=split.attention,
+        engine=engine,
+    )
     if reason is not None:
         raise ValueError(f"{model.name}: {reason}")
 
 
-def ep_is_legal(model: ModelSpec, tp: int, ep: int) -> str | None:
-    """Return why experts cannot be shared out over `ep` groups, or None where they can."""
-    if tp % ep:
-        return f"ep={ep} does not divide tp={tp}: moe_tp * ep must equal tp"
-    experts = [
-        run.layer.feed_forward.num_experts
-        for run in model.layer_runs
-        if run.layer.feed_forward.kind == "moe"
-    ]
-    if ep > 1 and not experts:
-        return f"ep={ep}: the model has no experts"
-    if experts and ep > min(experts):
-        return f"ep={ep} leaves ranks without any of the {min(experts)} experts"
-    return None
+def cached_tokens(sequences: int, tokens: int, split: Split) -> int:
+    """Return the tokens that a rank caches of `sequences` of `tokens` each."""
+    per_rank = -(-sequences // split.tp) if split.attention == "dp" else sequences
+    return per_rank * -(-tokens // split.cp)
 
 
 def choose_replicas(cluster: Cluster, split: Split) -> tuple[Replicas, ...]:
@@ -149,7 +150,7 @@ def choose_replicas(cluster: Cluster, split: Split) -> tuple[Replicas, ...]:
     Raises:
         ValueError: The cluster has no room for them.
     """
-    kinds = find_slots(cluster, split.tp)
+    kinds = find_slots(cluster, split.tp * split.cp)
     left = split.dp
     groups: list[Replicas] = []
     for kind in kinds:
@@ -164,7 +165,7 @@ def choose_replicas(cluster: Cluster, split: Split) -> tuple[Replicas, ...]:
         return (Replicas(tuple(stages), 1, True),)
     if left:
         raise ValueError(
-            f"{split.label()} takes {split.num_gpus} GPUs in groups of tp={split.tp}; "
+            f"{split.label()} takes {split.num_gpus} GPUs in groups of {split.tp * split.cp}; "
             f"{cluster.describe()} has room for {total} such groups, {split.dp * split.pp} needed"
         )
     return tuple(groups)
@@ -193,7 +194,7 @@ def predict_replicas(
         batch = min(batch, -(-workload.concurrency // split.dp))
     served: list[tuple[Serving, Pipeline, Replicas]] = []
     for group in groups:
-        pipeline = models.pipeline(group, split.stage_layers, split.ep, split.attention)
+        pipeline = models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp)
         state = serve(pipeline, workload, split.dp, batch, split.chunk_tokens)
         if state is None:
             full = serve_closed(
@@ -281,9 +282,8 @@ def fullest_rank(
 ) -> tuple[MemoryPart, ...]:
     """Return the memory of the rank that holds most."""
     if kv_tokens is None:
-        kv_tokens = split.max_batch_size * (workload.input_tokens + workload.output_tokens)
-        if split.attention == "dp":
-            kv_tokens = -(-kv_tokens // split.tp)  # each rank caches its own share of the requests
+        tokens = workload.input_tokens + workload.output_tokens
+        kv_tokens = cached_tokens(split.max_batch_size, tokens, split)
     gpu = groups[0].stages[0].gpu
     ranks = [
         rank_memory(

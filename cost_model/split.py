@@ -46,6 +46,14 @@ class Split(Value):
         return self.tp // self.ep
 
     @property
+    def cache_parts(self) -> int:
+        """Ranks of a stage that share its KV cache out by tokens or by sequences.
+
+        Context parallelism gives each a part of every sequence, attention DP whole sequences.
+        """
+        return self.cp * (self.tp if self.attention == "dp" else 1)
+
+    @property
     def gpus_per_replica(self) -> int:
         """GPUs of one replica."""
         return self.tp * self.pp * self.cp

@@ -16,6 +16,7 @@ from rankwright.cost_model.collectives import (
     send_s,
 )
 from rankwright.cost_model.dtypes import BITS
+from rankwright.cost_model.memory import kv_bytes_per_token
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.ops import (
     AttentionSplit,
@@ -43,7 +44,7 @@ class LayerKinds:
 
 
 class StageModel:
-    """Times layers, embedding and head on the ranks of one TP group."""
+    """Times layers, embedding and head on the ranks of one stage."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class StageModel:
         *,
         ep: int = 1,
         attention: AttentionSplit = "tp",
+        context: Group | None = None,
     ) -> None:
         """Prepare the stage.
 
@@ -64,7 +66,10 @@ class StageModel:
             group: The TP group and its links.
             ep: Groups that share the experts out.
             attention: `dp` when each rank attends for its own share of the sequences.
+            context: The ranks that each have a part of every context; None: there is one.
         """
+        self._context = context or _ALONE
+        self._layer_kinds = layers.kinds
         self._spec = spec
         self._rates = rates
         self._group = group
@@ -76,6 +81,7 @@ class StageModel:
                 layer,
                 tp=group.size,
                 ep=ep,
+                cp=self._context.size,
                 attention=attention,
                 fused_norms=rates.efficiency.fused_norms,
             )
@@ -87,19 +93,27 @@ class StageModel:
         """Return the seconds of one layer of kind `kind`."""
         key = (kind, tokens)
         if key not in self._cache:
-            compute_s = self._rates.seconds(self._layers[kind].ops(tokens))
-            self._cache[key] = compute_s + self._exchange_s(tokens)
+            mine = self._mine(tokens)
+            compute_s = self._rates.seconds(self._layers[kind].ops(mine))
+            exchange_s = self._exchange_s(mine)
+            if self._context.size > 1:
+                exchange_s += self._context_s(kind, tokens)[0]
+            self._cache[key] = compute_s + exchange_s
         return self._cache[key]
 
     def layer_parts(self, kind: int, tokens: StepTokens) -> list[Part]:
         """Return the terms of one layer of kind `kind`."""
-        parts = [self._part(op) for op in self._layers[kind].ops(tokens)]
+        mine = self._mine(tokens)
+        parts = [self._part(op) for op in self._layers[kind].ops(mine)]
         if self._group.size > 1:
-            parts.append(self._exchange(tokens))
+            parts.append(self._exchange(mine))
+        if self._context.size > 1:
+            parts.append(_link_part("context exchange", *self._context_s(kind, tokens)))
         return parts
 
     def first_parts(self, tokens: StepTokens) -> list[Part]:
         """Return what the first stage does before its layers."""
+        tokens = self._mine(tokens)
         parts = [self._part(embedding_op(self._spec, tokens))]
         if self._group.size > 1:
             parts.append(self._exchange(tokens, times=1))
@@ -120,8 +134,9 @@ class StageModel:
         """Return the seconds of the embedding."""
         key = (-1, tokens)
         if key not in self._cache:
-            seconds = self._rates.seconds([embedding_op(self._spec, tokens)])
-            self._cache[key] = seconds + self._exchange_s(tokens, times=1)
+            mine = self._mine(tokens)
+            seconds = self._rates.seconds([embedding_op(self._spec, mine)])
+            self._cache[key] = seconds + self._exchange_s(mine, times=1)
         return self._cache[key]
 
     def last_s(self, tokens: StepTokens) -> float:
@@ -137,8 +152,41 @@ class StageModel:
         return (tokens.decode + tokens.prompts) * self._spec.vocab_size * self._width
 
     def message_bytes(self, tokens: StepTokens) -> float:
-        """Return the bytes that a rank hands to the next stage."""
+        """Return the bytes of hidden states of all `tokens`."""
         return tokens.total * self._spec.hidden_size * self._width
+
+    def handover_bytes(self, tokens: StepTokens) -> float:
+        """Return the bytes that a rank hands to the next stage."""
+        return self.message_bytes(self._mine(tokens))
+
+    def _mine(self, tokens: StepTokens) -> StepTokens:
+        """Return what of `tokens` one rank of the context group computes: a part of a prompt."""
+        size = self._context.size
+        return tokens if size == 1 else tokens._replace(prefill=tokens.prefill / size)
+
+    def _context_s(self, kind: int, tokens: StepTokens) -> tuple[float, float]:
+        """Return the seconds and bytes of a layer's exchange within the context group.
+
+        Prompts: keys and values of all that they attend to are gathered. Decoding: each rank's
+        weighted sum and its log-sum-exp, in float32, are gathered and merged.
+        """
+        layer, tp = self._layer_kinds[kind], self._group.size
+        seconds = size = 0.0
+        if tokens.prefill:
+            reach = tokens.prefill_context + tokens.prefill / 2
+            gathered = reach * kv_bytes_per_token(
+                self._spec, layer, tp=tp, attention=self._attention
+            )
+            seconds, size = all_gather_s(gathered, self._context), gathered
+        if tokens.decode:
+            heads = layer.attention
+            width = heads.kv_lora_rank if heads.kind == "mla" else heads.value_head_dim
+            assert width is not None
+            shared = 1 if self._attention == "dp" else tp
+            sums = tokens.decode * heads.num_heads / shared * (width + 1) * 4
+            merged = sums * self._context.size
+            seconds, size = seconds + all_gather_s(merged, self._context), size + merged
+        return seconds, size
 
     @property
     def handover_s(self) -> float:
@@ -170,6 +218,7 @@ class StageModel:
 
 
 _SOURCE = "analytic"
+_ALONE = Group(1)
 
 
 def _link_part(name: str, seconds: float, size_bytes: float) -> Part:
@@ -204,7 +253,7 @@ class Pipeline:
 
     def send_s(self, stage: int, tokens: StepTokens) -> float:
         """Return the seconds until the next stage has what `stage` made."""
-        return send_s(self.stages[stage].message_bytes(tokens), self.boundaries[stage])
+        return send_s(self.stages[stage].handover_bytes(tokens), self.boundaries[stage])
 
     def round_s(self, tokens: StepTokens, micro_batches: int = 1) -> float:
         """Return the seconds from one token of a sequence to its next.
@@ -249,7 +298,7 @@ class Pipeline:
         else:
             seconds = model.handover_s + self.send_s(stage, tokens)
             weighted.append(
-                (1, _link_part("stage hand-over", seconds, model.message_bytes(tokens)))
+                (1, _link_part("stage hand-over", seconds, model.handover_bytes(tokens)))
             )
         return _merge([(count * repeat, part) for count, part in weighted])
 

@@ -179,14 +179,21 @@ class Evaluator:
         weights, kv = self.memory.layer_bytes(shape)
         fixed = sum(weights) / shape.pp + self.memory.extra_bytes(shape, 0, 1, CHUNK_LEVELS[0], gpu)
         room = self.memory.budget_bytes(gpu) - fixed
-        per_sequence = sum(kv) / shape.pp * self.sequence_tokens
-        return max(1, min(most, int(room // per_sequence))) if per_sequence else most
+        per_sequence = sum(kv) / shape.pp * self.kv_tokens(shape, 1)
+        fitting = int(room // per_sequence) if per_sequence else most
+        if shape.attention == "dp":
+            fitting *= shape.tp  # each rank has sequences of its own
+        return max(1, min(most, fitting))
 
-    @property
-    def sequence_tokens(self) -> int:
-        """Tokens that one request takes of the cache, in whole blocks."""
+    def kv_tokens(self, shape: Shape, batch_size: int) -> int:
+        """Return the tokens of cache that `batch_size` requests take of a rank, in whole blocks.
+
+        Attention DP deals requests to its ranks, context parallelism cuts each into parts.
+        """
         tokens = self.workload.input_tokens + self.workload.output_tokens
-        return ceil(tokens / self.block_tokens) * self.block_tokens
+        blocks = ceil(ceil(tokens / shape.cp) / self.block_tokens)
+        sequences = ceil(batch_size / shape.tp) if shape.attention == "dp" else batch_size
+        return sequences * blocks * self.block_tokens
 
     def _chunk_levels(self, batch_size: int, pp: int) -> list[int]:
         slots = ceil(batch_size / micro_batches_of(pp, batch_size))
@@ -200,7 +207,7 @@ class Evaluator:
         self, shape: Shape, pool: Pool, batch_size: int, chunk: int
     ) -> Iterator[Candidate]:
         cut = self._cut(shape, pool, batch_size, chunk)
-        pipelines = [self.models.pipeline(group, cut.layers, shape.ep) for group in pool.replicas]
+        pipelines = [self.pipeline(group, cut.layers, shape) for group in pool.replicas]
         for count in self._replica_levels(pool):
             states = [self._serve(pipeline, batch_size, chunk, count) for pipeline in pipelines]
             serving = tuple(
@@ -232,6 +239,10 @@ class Evaluator:
                 limits.percentile,
             )
 
+    def pipeline(self, replicas: Replicas, stage_layers: tuple[int, ...], shape: Shape) -> Pipeline:
+        """Return the pipeline of one of `replicas`, cut as `shape` says."""
+        return self.models.pipeline(replicas, stage_layers, shape.ep, shape.attention, shape.cp)
+
     def _replica_levels(self, pool: Pool) -> Sequence[int | None]:
         if self.workload.request_rate is None:
             return [None]
@@ -257,7 +268,7 @@ class Evaluator:
     def _cut(self, shape: Shape, pool: Pool, batch_size: int, chunk: int) -> "_Cut":
         """Return the best stages; where memory allows none, those that it would be without."""
         kinds = tuple(id(kind) for group in pool.replicas for kind in group.stages)
-        key = (shape.pp, shape.ep, batch_size, chunk, kinds)
+        key = (*shape.degrees, batch_size, chunk, kinds)
         if key not in self._cuts:
             costs = self.stage_costs(shape, pool, batch_size, chunk)
             layers = balance_layers(costs)
@@ -276,7 +287,7 @@ class Evaluator:
         A pool with several kinds of GPU is cut for the slowest and the smallest of each stage.
         """
         weights, kv = self.memory.layer_bytes(shape)
-        kv_tokens = batch_size * self.sequence_tokens
+        kv_tokens = self.kv_tokens(shape, batch_size)
         layer_bytes = [
             weight + kv_tokens * per_token for weight, per_token in zip(weights, kv, strict=True)
         ]
@@ -285,7 +296,10 @@ class Evaluator:
         costs: list[StageCosts] = []
         for stage in range(shape.pp):
             kinds = {id(group.stages[stage]): group.stages[stage] for group in pool.replicas}
-            models = [self.models.stage(kind, shape.ep, "tp") for kind in kinds.values()]
+            models = [
+                self.models.stage(kind, shape.ep, shape.attention, shape.cp)
+                for kind in kinds.values()
+            ]
             extra_s = 0.0
             if stage == 0:
                 extra_s += max(model.first_s(tokens) for model in models)

@@ -28,6 +28,7 @@ def explain(plan: Plan) -> str:
 
 def _headline(plan: Plan) -> str:
     split, limits = plan.split, plan.limits
+    kv_tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens
     replicas = "1 replica" if split.dp == 1 else f"{split.dp} replicas"
     lines = [
         f"{plan.model.name} on {plan.cluster.describe()}: {split.label()}, "
@@ -38,7 +39,7 @@ def _headline(plan: Plan) -> str:
         f"  up to {limits.max_num_seqs} requests at once in a replica, "
         f"{limits.max_batched_tokens} tokens a step, requests of up to "
         f"{limits.max_model_len} tokens; "
-        f"{plan.kv_cache.num_blocks * plan.kv_cache.block_tokens:,} tokens of KV cache a replica",
+        f"{kv_tokens * split.cache_parts:,} tokens of KV cache a replica",
     ]
     return "\n".join(lines)
 

@@ -109,7 +109,7 @@ def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate
             continue  # a ratio is never better over two kinds of GPU than over the better one
         shape, placements = candidate.shape, candidate.pool.replicas
         home = (
-            *(shape.tp, shape.pp, shape.ep, candidate.replicas),
+            *(*shape.degrees, candidate.replicas),
             *((group.count, group.spread, *map(id, group.stages)) for group in placements),
             candidate.batch_size if workload.concurrency is not None else None,
         )
@@ -156,7 +156,7 @@ def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 def ratio_of(candidate: Candidate, placement: int, workload: Workload) -> float:
     """Return tokens per dollar or per joule of a replica on one placement of its pool."""
     per_second = sum(
-        candidate.shape.tp * burn_per_s(kind.gpu, workload.objective)
+        candidate.shape.gpus_per_stage * burn_per_s(kind.gpu, workload.objective)
         for kind in candidate.pool.replicas[placement].stages
     )
     requests = candidate.serving[placement].requests_per_s

@@ -1,6 +1,6 @@
 """Makes a plan: search, choice, placement, and the certificate that goes with it."""
 
-from math import floor
+from math import ceil, floor
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict_replicas
@@ -86,6 +86,8 @@ def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]
     num_blocks = _num_blocks(search, choice)
     block_tokens = search.evaluator.block_tokens
     kv_tokens = num_blocks * block_tokens
+    # Attention DP keeps a request on one rank, context parallelism spreads it.
+    longest = min(model.max_context_tokens, kv_tokens * split.cp)
     prediction = predict_replicas(search.evaluator.models, workload, split, groups, kv_tokens)
     ranks = place_ranks(model, split, groups)
     return Plan(
@@ -100,12 +102,22 @@ def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]
         limits=Limits(
             max_num_seqs=candidate.batch_size,
             max_batched_tokens=candidate.chunk_tokens,
-            max_model_len=min(model.max_context_tokens, kv_tokens),
+            max_model_len=longest,
         ),
         prediction=prediction,
         certificate=_certificate(search, choice, top),
         environment=find_environment(search.cluster, ranks),
-        assumptions=assumptions,
+        assumptions=(*assumptions, *_about_engine(search.engine)),
+    )
+
+
+def _about_engine(engine: str) -> tuple[str, ...]:
+    """Return what a reader of the plan must know where another engine shall run it."""
+    if engine == "rankwright":
+        return ()
+    return (
+        f"engine: planned for {engine}, with its forms and its speed; render it for {engine}, "
+        "`rankwright launch` may run it slower or not at all",
     )
 
 
@@ -135,8 +147,9 @@ def _num_blocks(search: Search, choice: Choice) -> int:
         tokens = min(tokens, room / sum(kv[layers]))
         start += count
     if evaluator.is_cpu:
-        wanted = candidate.batch_size * evaluator.sequence_tokens
-        tokens = min(tokens, max(wanted, min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)))
+        wanted = evaluator.kv_tokens(candidate.shape, candidate.batch_size)
+        usual = min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)
+        tokens = min(tokens, max(wanted, ceil(usual / candidate.shape.cp)))
     return max(1, floor(tokens / evaluator.block_tokens))
 
 

@@ -37,8 +37,8 @@ class MemoryTable:
         """
         self._model = model
         self._budget = memory_budget_bytes
-        self._layers: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-        self._extras: dict[tuple[int | bool, ...], int] = {}
+        self._layers: dict[tuple[int, int, str], tuple[list[int], list[int]]] = {}
+        self._extras: dict[tuple[object, ...], int] = {}
 
     def budget_bytes(self, gpu: Gpu) -> int:
         """Return the bytes of `gpu` that a plan may use."""
@@ -48,13 +48,16 @@ class MemoryTable:
 
     def layer_bytes(self, shape: Shape) -> tuple[list[int], list[int]]:
         """Return, for every layer, its weight bytes and its KV bytes of a token."""
-        key = (shape.tp, shape.ep)
+        key = (shape.tp, shape.ep, shape.attention)
         if key not in self._layers:
             model, weights, kv = self._model, list[int](), list[int]()
             for run in model.layer_runs:
-                size = layer_weight_bytes(model, run.layer, tp=shape.tp, ep=shape.ep)
+                size = layer_weight_bytes(
+                    model, run.layer, tp=shape.tp, ep=shape.ep, attention=shape.attention
+                )
+                token = kv_bytes_per_token(model, run.layer, tp=shape.tp, attention=shape.attention)
                 weights += [size] * run.count
-                kv += [kv_bytes_per_token(model, run.layer, tp=shape.tp)] * run.count
+                kv += [token] * run.count
             self._layers[key] = weights, kv
         return self._layers[key]
 
@@ -66,7 +69,7 @@ class MemoryTable:
         num_seqs = batch_size if last else 0
         is_cpu = gpu.device == "cpu"
         most = max(chunk_tokens, batch_size)
-        key = (shape.tp, shape.ep, most, num_seqs, stage == 0, last, is_cpu)
+        key = (shape.tp, shape.ep, shape.attention, most, num_seqs, stage == 0, last, is_cpu)
         if key not in self._extras:
             self._extras[key] = self._find_extra_bytes(shape, stage, most, num_seqs, gpu)
         return self._extras[key]
@@ -80,6 +83,7 @@ class MemoryTable:
             model,
             tp=shape.tp,
             ep=shape.ep,
+            attention=shape.attention,
             max_batched_tokens=max_batched_tokens,
             max_num_seqs=num_seqs,
         )

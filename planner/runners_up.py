@@ -31,6 +31,8 @@ def split_of(choice: Choice) -> Split:
         pp=candidate.shape.pp,
         tp=candidate.shape.tp,
         ep=candidate.shape.ep,
+        cp=candidate.shape.cp,
+        attention=candidate.shape.attention,
         stage_layers=candidate.stage_layers,
         max_batch_size=candidate.batch_size,
         chunk_tokens=candidate.chunk_tokens,
@@ -66,8 +68,8 @@ def _per_token(search: Search, choice: Choice) -> dict[str, float]:
     candidate = choice.candidate
     place = max(range(len(choice.counts)), key=lambda index: choice.counts[index])
     group, state = candidate.pool.replicas[place], candidate.serving[place]
-    pipeline = search.evaluator.models.pipeline(
-        Replicas(group.stages, 1, group.spread), candidate.stage_layers, candidate.shape.ep
+    pipeline = search.evaluator.pipeline(
+        Replicas(group.stages, 1, group.spread), candidate.stage_layers, candidate.shape
     )
     flow = state.flow
     per_step = flow.requests * search.workload.output_tokens  # tokens of one micro-batch's step
@@ -79,4 +81,6 @@ def _per_token(search: Search, choice: Choice) -> dict[str, float]:
             plain = pipeline.parts(stage, flow.plain, 1 - flow.mixed_share)
         for part in (*mixed, *plain):
             seconds[part.name] = seconds.get(part.name, 0.0) + part.seconds
-    return {name: total * candidate.shape.tp / per_step for name, total in seconds.items()}
+    return {
+        name: total * candidate.shape.gpus_per_stage / per_step for name, total in seconds.items()
+    }

@@ -89,6 +89,7 @@ class Search:
             self.cluster,
             pins=self.pins,
             allow_pipeline=self.allow_pipeline,
+            engine=self.engine,
             **options,
         )
 
@@ -101,5 +102,5 @@ class Search:
         gpu = max((kind.gpu for kind in shape.kinds), key=table.budget_bytes)
         weights, kv = table.layer_bytes(shape)
         fixed = table.extra_bytes(shape, shape.pp - 1, 1, 512, gpu)
-        layers = (sum(weights) + self.evaluator.sequence_tokens * sum(kv)) / shape.pp
+        layers = (sum(weights) + self.evaluator.kv_tokens(shape, 1) * sum(kv)) / shape.pp
         return layers + fixed <= table.budget_bytes(gpu)

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankwright.cost_model.layout import SlotKind, find_slots
+from rankwright.cost_model.legality import FORMS, AttentionSplit, cut_is_legal, has_experts
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.predict import ep_is_legal
-from rankwright.cost_model.shards import tp_is_legal
 from rankwright.topology.cluster import Cluster
 
 # Wider groups only pay on machines with more than 64 GPUs behind one switch (NVL72), which the
@@ -15,32 +14,30 @@ MAX_TP = 64
 # More stages than this never won where fewer fit: a stage more saves weights that are already a
 # small part, and costs a hand-over a token. Deeper ones are tried when nothing shallower fits.
 USUAL_PP = 16
+_DEGREES = ("tp", "pp", "ep", "dp", "cp")
 
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """Degrees that the user has fixed; None leaves one to the planner."""
+    """What the user has fixed; None leaves it to the planner."""
 
     tp: int | None = None
     pp: int | None = None
     ep: int | None = None
     dp: int | None = None
     cp: int | None = None
+    attention: AttentionSplit | None = None
 
     def __post_init__(self) -> None:
         """Refuse degrees that no plan can have."""
-        for name in ("tp", "pp", "ep", "dp", "cp"):
+        for name in _DEGREES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is pinned: expected 1 or more")
-        if self.cp is not None and self.cp > 1:
-            raise ValueError(
-                f"cp={self.cp} is pinned: context parallelism is not supported yet; use cp=1"
-            )
 
     def describe(self) -> str:
         """Return what is pinned, such as `tp=8 pp=2`; empty when nothing is."""
-        pairs = {name: getattr(self, name) for name in ("tp", "pp", "ep", "dp", "cp")}
+        pairs = {name: getattr(self, name) for name in (*_DEGREES, "attention")}
         return " ".join(f"{name}={value}" for name, value in pairs.items() if value is not None)
 
 
@@ -52,16 +49,33 @@ class Shape:
     pp: int
     ep: int
     kinds: tuple[SlotKind, ...]
+    cp: int = 1
+    attention: AttentionSplit = "tp"
+
+    @property
+    def degrees(self) -> tuple[int | str, ...]:
+        """All but the slots: what tells shapes apart."""
+        return self.tp, self.pp, self.ep, self.cp, self.attention
+
+    @property
+    def gpus_per_stage(self) -> int:
+        """GPUs of one stage."""
+        return self.tp * self.cp
 
     @property
     def num_gpus(self) -> int:
         """GPUs of one replica."""
-        return self.tp * self.pp
+        return self.gpus_per_stage * self.pp
 
     def label(self) -> str:
         """Return the shape as in tables, such as `TP8 PP2`."""
-        parts = {"TP": self.tp, "PP": self.pp, "EP": self.ep}
-        return " ".join(f"{name}{size}" for name, size in parts.items() if size > 1) or "TP1"
+        return _label(self.tp, self.pp, self.ep, self.cp, self.attention) or "TP1"
+
+
+def _label(tp: int, pp: int = 1, ep: int = 1, cp: int = 1, attention: AttentionSplit = "tp") -> str:
+    parts = {"TP": tp, "PP": pp, "EP": ep, "CP": cp}
+    words = [f"{name}{size}" for name, size in parts.items() if size > 1]
+    return " ".join([*words, *(["attnDP"] if attention == "dp" else [])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +101,9 @@ def find_shapes(
     pins: Pins | None = None,
     allow_pipeline: bool = True,
     max_pp: int = USUAL_PP,
+    engine: str = "rankwright",
 ) -> Shapes:
-    """Return every legal (tp, pp, ep) of one replica, and the others with their reasons.
+    """Return every legal cut of one replica, and the others with their reasons.
 
     Args:
         model: What is cut.
@@ -96,30 +111,57 @@ def find_shapes(
         pins: Degrees to keep.
         allow_pipeline: Whether a replica may have several stages.
         max_pp: Stages at most; a pinned `pp` goes beyond.
+        engine: What runs it; see `cost_model/legality.py`.
     """
     pins = pins or Pins()
     legal: list[Shape] = []
     illegal: list[Illegal] = []
+    slots: dict[int, tuple[SlotKind, ...]] = {}
     widest = min(MAX_TP, cluster.num_gpus)
     for tp in [pins.tp] if pins.tp else range(1, widest + 1):
-        reason = tp_is_legal(model, tp)
-        kinds = find_slots(cluster, tp) if reason is None else ()
-        if reason is None and not kinds:
-            reason = _no_slot(cluster, tp)
-        if reason is not None:
-            illegal.append(Illegal(f"TP{tp}", reason))
-            continue
-        for pp, pp_reason in _stages(model, kinds, pins, allow_pipeline, max_pp):
-            if pp_reason is not None:
-                illegal.append(Illegal(f"TP{tp} PP{pp}", pp_reason))
-                continue
-            for ep in _expert_groups(model, tp, pins):
-                ep_reason = ep_is_legal(model, tp, ep)
-                if ep_reason is None:
-                    legal.append(Shape(tp, pp, ep, kinds))
+        for cp in _context_groups(tp, widest, pins, engine):
+            gpus = tp * cp
+            cuts = []
+            for attention, ep in _cuts(model, tp, pins):
+                label = _label(tp, 1, ep, cp, attention) or "TP1"
+                reason = cut_is_legal(
+                    model, tp=tp, ep=ep, cp=cp, attention=attention, engine=engine
+                )
+                if reason is None:
+                    cuts.append((attention, ep))
                 else:
-                    illegal.append(Illegal(f"TP{tp} PP{pp} EP{ep}", ep_reason))
+                    illegal.append(Illegal(label, reason))
+            if not cuts:
+                continue
+            if gpus not in slots:
+                slots[gpus] = find_slots(cluster, gpus)
+            kinds = slots[gpus]
+            if not kinds:
+                illegal.append(Illegal(_label(tp, cp=cp) or "TP1", _no_slot(cluster, tp, cp)))
+                continue
+            for pp, pp_reason in _stages(model, kinds, pins, allow_pipeline, max_pp):
+                if pp_reason is not None:
+                    illegal.append(Illegal(_label(tp, pp, cp=cp), pp_reason))
+                    continue
+                legal += [Shape(tp, pp, ep, kinds, cp, attention) for attention, ep in cuts]
     return Shapes(tuple(legal), tuple(illegal))
+
+
+def _context_groups(tp: int, widest: int, pins: Pins, engine: str) -> list[int]:
+    """Return the context degrees to look at: powers of two, which is how contexts are cut."""
+    if pins.cp is not None:
+        return [pins.cp]
+    if not FORMS[engine].context_parallel:
+        return [1]
+    return [2**power for power in range(widest.bit_length()) if tp * 2**power <= widest]
+
+
+def _cuts(model: ModelSpec, tp: int, pins: Pins) -> list[tuple[AttentionSplit, int]]:
+    """Return the ways to cut attention and experts over `tp` ranks, legal or not."""
+    splits: tuple[AttentionSplit, ...] = ("tp", "dp") if tp > 1 else ("tp",)
+    if pins.attention is not None:
+        splits = (pins.attention,)
+    return [(attention, ep) for attention in splits for ep in _expert_groups(model, tp, pins)]
 
 
 def _stages(
@@ -130,7 +172,7 @@ def _stages(
     max_pp: int,
 ) -> Iterator[tuple[int, str | None]]:
     slots = sum(kind.count for kind in kinds)
-    tp = kinds[0].group.size
+    size = kinds[0].group.size
     if pins.pp is not None:
         choices = [pins.pp]
     else:
@@ -144,7 +186,7 @@ def _stages(
         elif pp > model.num_layers:
             yield pp, f"{model.num_layers} layers do not fill {pp} stages"
         elif pp > slots:
-            yield pp, f"{pp} stages of {tp} GPUs need {pp} groups, the cluster has {slots}"
+            yield pp, f"{pp} stages of {size} GPUs need {pp} groups, the cluster has {slots}"
         else:
             yield pp, None
 
@@ -152,13 +194,14 @@ def _stages(
 def _expert_groups(model: ModelSpec, tp: int, pins: Pins) -> list[int]:
     if pins.ep is not None:
         return [pins.ep]
-    if all(run.layer.feed_forward.kind == "dense" for run in model.layer_runs):
+    if not has_experts(model):
         return [1]
     return [ep for ep in range(1, tp + 1) if tp % ep == 0]
 
 
-def _no_slot(cluster: Cluster, tp: int) -> str:
+def _no_slot(cluster: Cluster, tp: int, cp: int) -> str:
     sizes = sorted({len(node.gpus) for node in cluster.nodes})
-    if tp > cluster.num_gpus:
-        return f"tp={tp} needs {tp} GPUs, the cluster has {cluster.num_gpus}"
-    return f"tp={tp} is no multiple of a machine's GPUs ({', '.join(map(str, sizes))})"
+    asked = f"tp={tp}" if cp == 1 else f"tp={tp} cp={cp}"
+    if tp * cp > cluster.num_gpus:
+        return f"{asked} needs {tp * cp} GPUs, the cluster has {cluster.num_gpus}"
+    return f"{asked} is no multiple of a machine's GPUs ({', '.join(map(str, sizes))})"

@@ -1,5 +1,6 @@
 """What the executor cannot run, said before any process starts and without importing torch."""
 
+from rankwright.cost_model.legality import cut_is_legal
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.executor.models import FAMILIES, tensor_names
 from rankwright.planner.plan import Plan
@@ -25,10 +26,10 @@ def check_supported(plan: Plan) -> None:
                 f"dense decoders ({', '.join(sorted(FAMILIES))})"
             )
     _check_formats(spec)
-    if split.cp > 1 or split.attention == "dp":
+    reason = cut_is_legal(spec, tp=split.tp, ep=split.ep, cp=split.cp, attention=split.attention)
+    if reason is not None:
         raise ValueError(
-            f"the executor cannot run {split.label()}: it runs products of TP, PP and DP; plan "
-            "again with --cp 1"
+            f"the executor cannot run {spec.name!r} as {split.label()}: {reason}; plan again"
         )
 
 

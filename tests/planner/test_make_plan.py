@@ -306,8 +306,6 @@ def test_unsound_input_is_refused(options: dict[str, object], message: str) -> N
 def test_a_request_longer_than_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="exceeds the context of"):
         plan_of(SMOLLM2, "1xcpu", Workload(input_tokens=8000, output_tokens=1000))
-    with pytest.raises(ValueError, match="cp=2 is pinned: context parallelism"):
-        Pins(cp=2)
     with pytest.raises(ValueError, match="tp=0 is pinned: expected 1 or more"):
         Pins(tp=0)
 

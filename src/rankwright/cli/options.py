@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from rankwright.cost_model.dtypes import BITS, Dtype
+from rankwright.cost_model.legality import AttentionSplit
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Objective, Workload
 
@@ -68,6 +69,14 @@ Pp = Annotated[
 Ep = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the expert-parallel size.")]
 Dp = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the number of replicas.")]
 Cp = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the context-parallel size.")]
+AttentionOption = Annotated[
+    AttentionSplit | None,
+    typer.Option(help="Fix how a stage's ranks share attention: by heads (tp) or requests (dp)."),
+]
+EngineOption = Annotated[
+    Literal["rankwright", "vllm", "sglang", "trtllm"],
+    typer.Option(help="Engine that will run it: its forms are legal, its speed is predicted."),
+]
 
 Backend = Annotated[Literal["auto", "local"], typer.Option(help="How ranks are started.")]
 LoadFormat = Annotated[

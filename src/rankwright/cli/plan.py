@@ -33,6 +33,8 @@ def run(
     ep: options.Ep = None,
     dp: options.Dp = None,
     cp: options.Cp = None,
+    attention: options.AttentionOption = None,
+    engine: options.EngineOption = "rankwright",
     top: Annotated[int, typer.Option(min=1, help="Runners-up to list, with why they lost.")] = 3,
     explain: Annotated[bool, typer.Option("--explain", help="Say why, in words.")] = False,
     output: Annotated[
@@ -57,7 +59,8 @@ def run(
             percentile=percentile,
             objective=objective,
         ),
-        pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp),
+        pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention),
+        engine=engine,
         memory_budget_gb=memory_budget,
         dtype=dtype,
         kv_dtype=kv_dtype,

@@ -24,6 +24,7 @@ def plan_for(
     dtype: Dtype | None = None,
     kv_dtype: Dtype | None = None,
     top: int = 1,
+    engine: str = "rankwright",
 ) -> Plan:
     """Return the plan for `model` on the cluster that `cluster` names.
 
@@ -41,6 +42,7 @@ def plan_for(
         memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
         pins=pins,
         top=top,
+        engine=engine,
     )
 
 

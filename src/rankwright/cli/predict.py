@@ -27,6 +27,9 @@ def run(
     pp: options.Pp = 1,
     ep: options.Ep = 1,
     dp: options.Dp = 1,
+    cp: options.Cp = 1,
+    attention: options.AttentionOption = "tp",
+    engine: options.EngineOption = "rankwright",
     isl: options.InputTokens = 1024,
     osl: options.OutputTokens = 128,
     concurrency: options.Concurrency = None,
@@ -40,7 +43,7 @@ def run(
 ) -> None:
     """Predict speed and memory of one given split of MODEL."""
     spec = options.with_dtypes(read_model(model), dtype, kv_dtype)
-    tp, pp, ep, dp = tp or 1, pp or 1, ep or 1, dp or 1
+    tp, pp, ep, dp, cp = tp or 1, pp or 1, ep or 1, dp or 1, cp or 1
     if pp > spec.num_layers:
         raise ValueError(f"--pp is {pp}, {spec.name} has {spec.num_layers} layers to share")
     stages = [even_range(spec.num_layers, pp, stage) for stage in range(pp)]
@@ -50,6 +53,8 @@ def run(
         pp=pp,
         ep=ep,
         dp=dp,
+        cp=cp,
+        attention=attention or "tp",
         stage_layers=tuple(stop - start for start, stop in stages),
         max_batch_size=batch_size,
     )
@@ -59,7 +64,7 @@ def run(
             f"{machines.num_gpus}"
         )
     load = options.workload(isl=isl, osl=osl, concurrency=concurrency, rate=rate)
-    prediction = predict(spec, machines, load, split)
+    prediction = predict(spec, machines, load, split, engine)
     if as_json:
         print_json(prediction)
         return
