@@ -3,109 +3,48 @@
     torchrun --nproc-per-node 1 benchmarks/bench_engine.py --model meta-llama/Llama-3.1-8B
     torchrun --nproc-per-node 2 benchmarks/bench_engine.py --model meta-llama/Llama-3.1-8B --tp 2
 
-Random weights of the model's shapes, the real leader with its scheduler and its socket messages, so
-that a figure is what a user of one replica sees before HTTP. The floor of a decode step is the
-weights that a rank reads once (all but the embedding's unused rows) plus the KV cache of the batch,
-over the copy bandwidth measured in the same run.
+Random weights of the model's shapes, the real leader with its scheduler and its socket messages to
+a client in another process, so that a figure is what a user of one replica sees before HTTP. The
+floor of a decode step is the weights that a rank reads once (all but the embedding's unused rows)
+plus the KV cache of the batch, over the copy bandwidth measured in the same run.
 """
 
 import argparse
-import itertools
-import os
+import random
 import statistics
-import threading
-import time
-from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from client import Client
 from rankwright.cost_model.memory import (
     embedding_weight_bytes,
     stage_kv_bytes_per_token,
     stage_weight_bytes,
 )
-from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.workload import Workload
-from rankwright.executor.engine import Follower, Leader
-from rankwright.executor.mesh import Mesh
-from rankwright.executor.messages import Hello, Sampling, Stop, Submit, Tokens, decode, encode
-from rankwright.executor.runner import Runner
-from rankwright.executor.weights import DummySource
-from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
-from rankwright.topology.probe import probe
-from result import copy_bytes_per_s, write_result
+from replica import add_arguments, describe, name_of, run, show, start
+from result import write_result
 
 # (batch, prompt tokens, output tokens)
-SCENARIOS = ((1, 512, 128), (8, 512, 96), (32, 512, 64), (128, 512, 64))
-PREFILLS = (512, 2048, 4096)
+SCENARIOS = (
+    (1, 512, 128),
+    (8, 512, 96),
+    (32, 512, 64),
+    (64, 512, 64),
+    (128, 512, 64),
+    (256, 512, 64),
+)
+PREFILLS = (512, 2048, 4096, 8000)
+# Prompts of equal length at once, one token each: (prompts, tokens).
+PREFILL_BATCH = (128, 512)
+# Requests at once of random prompt and output lengths: the workload of nano-vllm's README.
+NUM_MIXED, MIXED_LENGTHS = 256, (100, 1024)
 
 
-@dataclass
-class Timeline:
-    """When each request was sent and each of its tokens came back, seconds."""
-
-    sent: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, list[float]] = field(default_factory=dict)
-
-
-class Client:
-    """Talks to a leader in this process over its own protocol."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._count = 0
-        while not isinstance(decode(connection.recv_bytes()), Hello):
-            pass
-
-    def run(self, batch: int, prompt_tokens: int, output_tokens: int, vocab_size: int) -> Timeline:
-        """Send `batch` requests at once and wait for all of their tokens."""
-        line = Timeline()
-        generator = torch.Generator().manual_seed(self._count)
-        for _ in range(batch):
-            name = f"r{self._count}"
-            self._count += 1
-            prompt = torch.randint(vocab_size, (prompt_tokens,), generator=generator).tolist()
-            sampling = Sampling(temperature=0, max_tokens=output_tokens, ignore_eos=True)
-            line.sent[name] = time.perf_counter()
-            line.tokens[name] = []
-            self._connection.send_bytes(
-                encode(Submit(request_id=name, prompt=tuple(prompt), sampling=sampling))
-            )
-        unfinished = set(line.sent)
-        while unfinished:
-            message = decode(self._connection.recv_bytes())
-            if isinstance(message, Tokens):
-                assert message.error is None, message.error
-                line.tokens[message.request_id] += [time.perf_counter()] * len(message.token_ids)
-                if message.finish_reason is not None:
-                    unfinished.discard(message.request_id)
-        return line
-
-    def stop(self) -> None:
-        """End the replica."""
-        self._connection.send_bytes(encode(Stop()))
-
-
-def decode_step_s(line: Timeline) -> float:
-    """Median time between tokens while every request of the batch is decoding."""
-    start = max(times[0] for times in line.tokens.values())
-    stop = min(times[-1] for times in line.tokens.values())
-    gaps = []
-    for times in line.tokens.values():
-        inside = [moment for moment in times if start < moment <= stop]
-        gaps += [after - before for before, after in itertools.pairwise(inside)]
-    return statistics.median(gaps)
-
-
-def measure(client: Client, plan: Plan, bytes_per_s: float) -> list[dict[str, object]]:
-    """Run every scenario twice and keep the second; return a row for each."""
-    rows: list[dict[str, object]] = []
-    split, vocab = plan.split, plan.model.vocab_size
+def floor_bytes(plan: Plan) -> tuple[int, int]:
+    """Return the weights that the fullest rank reads in a step, and the KV bytes of a token."""
+    split = plan.split
     weights = max(
         stage_weight_bytes(plan.model, split, stage=stage)
         - (
@@ -115,132 +54,107 @@ def measure(client: Client, plan: Plan, bytes_per_s: float) -> list[dict[str, ob
         )
         for stage in range(split.pp)
     )
-    for batch, prompt, output in SCENARIOS:
-        if batch > plan.limits.max_num_seqs or prompt + output > plan.limits.max_model_len:
-            continue
-        client.run(batch, prompt, 8, vocab)
-        line = client.run(batch, prompt, output, vocab)
-        step_s = decode_step_s(line)
-        kv = max(
-            stage_kv_bytes_per_token(plan.model, split, stage=stage) for stage in range(split.pp)
-        )
-        # In a pipeline a token passes all stages, one after another.
-        floor_s = split.pp * (weights + batch * (prompt + output / 2) * kv) / bytes_per_s
-        last = max(times[-1] for times in line.tokens.values())
-        rows.append(
-            {
-                "what": "decode",
-                "batch": batch,
-                "prompt_tokens": prompt,
-                "step_ms": step_s * 1e3,
-                "floor_ms": floor_s * 1e3,
-                "share_of_floor": floor_s / step_s,
-                "output_tokens_per_s_of_a_replica": batch
-                * output
-                / (last - min(line.sent.values())),
-            }
-        )
+    kv = max(stage_kv_bytes_per_token(plan.model, split, stage=stage) for stage in range(split.pp))
+    return weights, kv
+
+
+def measure(client: Client, plan: Plan, bytes_per_s: float) -> list[dict[str, Any]]:
+    """Run every scenario twice and keep the second; return a row for each."""
+    limits = plan.limits
+    rows = [
+        decode_row(client, plan, bytes_per_s, *scenario)
+        for scenario in SCENARIOS
+        if scenario[0] <= limits.max_num_seqs and sum(scenario[1:]) <= limits.max_model_len
+    ]
     for prompt in PREFILLS:
-        if prompt + 2 > plan.limits.max_model_len:
-            continue
-        client.run(1, prompt, 2, vocab)
-        times = []
-        for _ in range(5):
-            line = client.run(1, prompt, 2, vocab)
-            times += [line.tokens[name][0] - sent for name, sent in line.sent.items()]
-        rows.append(
-            {
-                "what": "ttft",
-                "batch": 1,
-                "prompt_tokens": prompt,
-                "ttft_ms": statistics.median(times) * 1e3,
-            }
-        )
+        if prompt + 2 <= limits.max_model_len:
+            client.run([(prompt, 2)])
+            times = [client.run([(prompt, 2)]).first_token_s()[0] for _ in range(5)]
+            rows.append(
+                {
+                    "what": "ttft",
+                    "batch": 1,
+                    "prompt_tokens": prompt,
+                    "ttft_ms": statistics.median(times) * 1e3,
+                }
+            )
+    rows.append(prefill_row(client))
+    rows.append(mixed_row(client, limits.max_model_len))
     return rows
 
 
+def decode_row(
+    client: Client, plan: Plan, bytes_per_s: float, batch: int, prompt: int, output: int
+) -> dict[str, Any]:
+    """Return the time of a step in which `batch` sequences decode."""
+    client.run([(prompt, 8)] * batch)
+    line = client.run([(prompt, output)] * batch)
+    step_s = line.decode_step_s()
+    weights, kv = floor_bytes(plan)
+    # In a pipeline a token passes all stages, one after another.
+    floor_s = plan.split.pp * (weights + batch * (prompt + output / 2) * kv) / bytes_per_s
+    return {
+        "what": "decode",
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "step_ms": step_s * 1e3,
+        "floor_ms": floor_s * 1e3,
+        "share_of_floor": floor_s / step_s,
+        "output_tokens_per_s_of_a_replica": batch * output / line.total_s(),
+    }
+
+
+def prefill_row(client: Client) -> dict[str, Any]:
+    """Return the rate at which many prompts are computed."""
+    batch, prompt = PREFILL_BATCH
+    times = [client.run([(prompt, 1)] * batch).total_s() for _ in range(3)][1:]
+    seconds = statistics.median(times)
+    return {
+        "what": "prefill",
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "seconds": seconds,
+        "prompt_tokens_per_s": batch * prompt / seconds,
+    }
+
+
+def mixed_row(client: Client, max_model_len: int) -> dict[str, Any]:
+    """Return the output rate of requests that differ, all sent at once."""
+    low, high = MIXED_LENGTHS
+    rng = random.Random(0)
+    lengths = [
+        (rng.randint(low, min(high, max_model_len // 2)), rng.randint(low, high))
+        for _ in range(NUM_MIXED)
+    ]
+    client.run(lengths[:32])
+    line = client.run(lengths)
+    return {
+        "what": "mixed",
+        "batch": NUM_MIXED,
+        "prompt_tokens": sum(prompt for prompt, _ in lengths),
+        "output_tokens": sum(output for _, output in lengths),
+        "seconds": line.total_s(),
+        "output_tokens_per_s_of_a_replica": sum(output for _, output in lengths) / line.total_s(),
+    }
+
+
 def main() -> None:
-    """Plan with the pins, start this rank, measure on the leader of replica 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="meta-llama/Llama-3.1-8B")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--dp", type=int, default=1)
-    parser.add_argument("--no-graphs", action="store_true")
-    parser.add_argument("--output", type=Path)
+    """Start this rank, measure on the leader of replica 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_arguments(parser)
     arguments = parser.parse_args()
-    rank = int(os.environ["RANK"])
-    plan = make_plan(
-        read_model(arguments.model),
-        probe(require_gpu=True),
-        Workload(input_tokens=4096, output_tokens=128, concurrency=128 * arguments.dp),
-        pins=Pins(tp=arguments.tp, pp=arguments.pp, dp=arguments.dp),
-    )
-    device = torch.device("cuda", plan.ranks[rank].gpu)
-    torch.cuda.set_device(device)
-    bytes_per_s = copy_bytes_per_s(device)
-    dist.init_process_group("nccl", device_id=device)
-    mesh = Mesh(plan, rank, device)
-    before_load = time.perf_counter()
-    dtype = torch.bfloat16
-    runner = Runner(
-        plan, mesh, DummySource(dtype, device), dtype=dtype, use_graphs=not arguments.no_graphs
-    )
-    runner.warm_up(plan.limits)
-    torch.cuda.synchronize()
-    load_s = time.perf_counter() - before_load
-    peaks = mesh.gather_integers(torch.cuda.max_memory_allocated())
-    if not mesh.is_leader:
-        Follower(mesh, runner).run()
-    else:
-        ours, theirs = Pipe()
-        rows: list[dict[str, object]] = []
-
-        def drive() -> None:
-            client = Client(ours)
-            rows.extend(measure(client, plan, bytes_per_s))
-            client.stop()
-            while True:
-                try:
-                    ours.recv_bytes()
-                except (EOFError, OSError):
-                    return
-
-        thread = threading.Thread(target=drive)
-        thread.start()
-        Leader(plan, mesh, runner, theirs, eos_token_ids=()).run()
-        theirs.close()
-        thread.join()
-        if rank == 0:
-            for row in rows:
-                print(
-                    "  ".join(
-                        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                        for k, v in row.items()
-                    ),
-                    flush=True,
-                )
+    replica = start(arguments)
+    rows = run(replica, measure, replica.plan, replica.copy_bytes_per_s)
+    if replica.mesh.is_leader and replica.mesh.place.replica == 0:
+        for row in rows:
+            show(row)
+        content = {**describe(replica, arguments.model), "rows": rows}
+        print(
             write_result(
-                f"engine-{plan.split.label().lower().replace(' ', '-')}-"
-                f"{arguments.model.split('/')[-1].lower()}",
-                {
-                    "model": arguments.model,
-                    "dtype": "bfloat16",
-                    "weights": "random",
-                    "split": plan.split.model_dump(mode="json"),
-                    "num_kv_blocks": plan.kv_cache.num_blocks,
-                    "copy_bytes_per_s": bytes_per_s,
-                    "load_and_capture_s": load_s,
-                    "peak_memory_bytes": peaks,
-                    "predicted": plan.prediction.model_dump(
-                        mode="json",
-                        include={"ttft_s", "tpot_s", "memory_bytes_per_gpu", "batch_size"},
-                    ),
-                    "rows": rows,
-                },
-                folder=arguments.output,
+                name_of("engine", replica, arguments.model), content, folder=arguments.output
             )
-    del runner
+        )
+    del replica
     dist.destroy_process_group()
 
 

@@ -30,6 +30,13 @@ from result import copy_bytes_per_s, write_result
 
 # Llama-3.1-8B: hidden, FFN, query and key/value heads, head dim, vocabulary (its config.json).
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
+# Inputs and outputs of its products: qkv, o, gate and up, down.
+LINEARS = (
+    (HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM),
+    (HEADS * HEAD_DIM, HIDDEN),
+    (HIDDEN, 2 * FFN),
+    (FFN, HIDDEN),
+)
 BLOCK_TOKENS = 64
 DTYPE = torch.bfloat16
 # Inputs rotate over this many bytes, more than twice the L2 of an H100 (50 MB) or H200 (60 MB).
@@ -112,6 +119,24 @@ def rotary_case(tokens: int, with_norm: bool) -> Case:
     moved = 2 * 2 * tokens * columns + tokens * (4 * HEAD_DIM + 16)
     op = "norm + rotary + cache" if with_norm else "rotary + cache"
     return Case(op, f"{tokens} tokens", make, moved)
+
+
+def linear_case(tokens: int, inputs: int, outputs: int) -> Case:
+    """Return the product with a weight: cuBLAS, held to the same in double precision."""
+
+    def make() -> Run:
+        x, weight = random(tokens, inputs), random(outputs, inputs) * inputs**-0.5
+
+        def run(backend: Any) -> torch.Tensor:
+            if backend == "reference":
+                return x.double() @ weight.double().t()
+            return torch.nn.functional.linear(x, weight)
+
+        return run
+
+    moved = 2 * (outputs * inputs + tokens * (inputs + outputs))
+    shape = f"{tokens} x {inputs} > {outputs}"
+    return Case("linear", shape, make, moved, 2.0 * tokens * inputs * outputs)
 
 
 def paged_cache(contexts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -214,6 +239,9 @@ def cases() -> Iterator[Case]:
         yield swiglu_case(min(tokens, 4096))
         yield rotary_case(tokens, with_norm=False)
         yield rotary_case(tokens, with_norm=True)
+    for tokens in (1, 4, 8, 16, 64):
+        for inputs, outputs in LINEARS:
+            yield linear_case(tokens, inputs, outputs)
     for shape, contexts in DECODES.items():
         yield decode_case(contexts, shape)
     for shape, (lengths, contexts) in PREFILLS.items():
@@ -311,7 +339,7 @@ def measure(case: Case, rates: dict[str, float]) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """Return a row as printed."""
-    head = f"{row['op']:<27} {row['shape']:<13}"
+    head = f"{row['op']:<27} {row['shape']:<18}"
     if not row["passed"]:
         return f"{head} FAILED its check: relative error {row['relative_error']:.1e}"
     rate = (

@@ -1,0 +1,114 @@
+"""Sends requests to a leader over its own protocol, and notes when each token comes back.
+
+It runs in a process of its own, as a front end does: in the leader's it would take turns with it at
+Python's lock. Nothing here imports torch.
+"""
+
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rankwright.executor.messages import Hello, Sampling, Stop, Submit, Tokens, decode, encode
+
+
+@dataclass
+class Timeline:
+    """When each request was sent and each of its tokens came back, seconds."""
+
+    sent: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, list[float]] = field(default_factory=dict)
+
+    def decode_step_s(self) -> float:
+        """Median time between tokens while every request of the batch is decoding."""
+        start = max(times[0] for times in self.tokens.values())
+        stop = min(times[-1] for times in self.tokens.values())
+        gaps = []
+        for times in self.tokens.values():
+            inside = [moment for moment in times if start < moment <= stop]
+            gaps += [after - before for before, after in itertools.pairwise(inside)]
+        return statistics.median(gaps)
+
+    def total_s(self) -> float:
+        """From the first request to the last token."""
+        return max(times[-1] for times in self.tokens.values()) - min(self.sent.values())
+
+    def first_token_s(self) -> list[float]:
+        """From each request to its first token."""
+        return [self.tokens[name][0] - sent for name, sent in self.sent.items()]
+
+
+class Client:
+    """One end of a connection whose other end a leader has."""
+
+    def __init__(self, connection: Connection, vocab_size: int) -> None:
+        self._connection = connection
+        self._vocab_size = vocab_size
+        self._count = 0
+        while not isinstance(decode(connection.recv_bytes()), Hello):
+            pass
+
+    def run(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        on_token: Callable[[Timeline], None] = lambda line: None,
+    ) -> Timeline:
+        """Send requests at once, and return when all of their tokens are there.
+
+        Args:
+            lengths: Prompt and output tokens of each request.
+            on_token: Called with what came back until now, whenever something came.
+        """
+        line = Timeline()
+        rng = random.Random(self._count)
+        messages: dict[str, bytes] = {}
+        for prompt_tokens, output_tokens in lengths:
+            prompt = tuple(rng.randrange(self._vocab_size) for _ in range(prompt_tokens))
+            sampling = Sampling(temperature=0, max_tokens=output_tokens, ignore_eos=True)
+            name = f"r{self._count}"
+            messages[name] = encode(Submit(request_id=name, prompt=prompt, sampling=sampling))
+            self._count += 1
+        for name, message in messages.items():
+            line.sent[name] = time.perf_counter()
+            line.tokens[name] = []
+            self._connection.send_bytes(message)
+        unfinished = set(messages)
+        while unfinished:
+            answer = decode(self._connection.recv_bytes())
+            if isinstance(answer, Tokens):
+                if answer.error is not None:
+                    raise RuntimeError(answer.error)
+                line.tokens[answer.request_id] += [time.perf_counter()] * len(answer.token_ids)
+                if answer.finish_reason is not None:
+                    unfinished.discard(answer.request_id)
+                on_token(line)
+        return line
+
+    def stop(self) -> None:
+        """End the replica, and read what it still says."""
+        self._connection.send_bytes(encode(Stop()))
+        while True:
+            try:
+                self._connection.recv_bytes()
+            except (EOFError, OSError):
+                return
+
+
+def drive(
+    function: Callable[..., Any],
+    connection: Connection,
+    results: Connection,
+    vocab_size: int,
+    arguments: tuple[Any, ...],
+) -> None:
+    """Send what `function(client, *arguments)` returns, or why it failed; then end the replica."""
+    client = Client(connection, vocab_size)
+    try:
+        results.send((function(client, *arguments), None))
+    except Exception as error:
+        results.send((None, repr(error)))
+    client.stop()
