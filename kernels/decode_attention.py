@@ -8,6 +8,10 @@ Reading the cache is the whole cost, so a program takes all query heads of one k
 Few sequences cannot fill a GPU: their context is cut into splits, merged by a second small kernel.
 The number of splits is fixed by the launch, as a CUDA graph needs; each program finds its share of
 the context on the device.
+
+Ranks that cut the heads unevenly hold parts of groups: the first query head here is head
+`head_offset` of the first group, and the last group may be cut short as well. Ranks that cut the
+context merge their results by the log-sum-exp of the scores, which is returned when asked for.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from rankwright.kernels.backend import (
     runs_triton,
     tl,
 )
-from rankwright.kernels.paged_cache import check_paged_cache
+from rankwright.kernels.paged_cache import check_paged_cache, kv_heads_of_queries
 
 
 def decode_attention_reference(
@@ -38,24 +42,34 @@ def decode_attention_reference(
     context_lens_B: torch.Tensor,
     scale: float,
     window: int | None = None,
+    *,
+    windows_B: torch.Tensor | None = None,
+    group: int | None = None,
+    head_offset: int = 0,
+    lse_BH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale) v over each sequence's own blocks; zeros where it has none."""
-    _, num_kv_heads, block_tokens, head_dim = k_cache.shape
+    _, num_kv_heads, block_tokens, _ = k_cache.shape
+    heads_H = kv_heads_of_queries(q_BHD.shape[1], num_kv_heads, group, head_offset, q_BHD.device)
     out_BHD = torch.zeros_like(q_BHD)
+    if lse_BH is not None:
+        lse_BH.fill_(-math.inf)
     for b, context in enumerate(context_lens_B.tolist()):
         if context == 0:
             continue
-        first = 0 if window is None else max(0, context - window)
+        seen_here = window if windows_B is None else int(windows_B[b])
+        first = 0 if seen_here is None else max(0, context - seen_here)
         first_block = first // block_tokens
         blocks = block_tables_BN[b, first_block : ceil_div(context, block_tokens)].long()
         seen = slice(first - first_block * block_tokens, context - first_block * block_tokens)
-        k_KLD, v_KLD = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, seen].float()
+        k_HLD, v_HLD = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[heads_H][:, seen].float()
             for cache in (k_cache, v_cache)
         )
-        q_KGD = q_BHD[b].float().reshape(num_kv_heads, -1, head_dim)
-        weights_KGL = (q_KGD @ k_KLD.transpose(1, 2) * scale).softmax(-1)
-        out_BHD[b] = (weights_KGL @ v_KLD).flatten(0, 1)
+        scores_HL = (k_HLD @ q_BHD[b].float().unsqueeze(2)).squeeze(2) * scale
+        out_BHD[b] = (scores_HL.softmax(-1).unsqueeze(1) @ v_HLD).squeeze(1)
+        if lse_BH is not None:
+            lse_BH[b] = scores_HL.logsumexp(-1)
     return out_BHD
 
 
@@ -80,7 +94,9 @@ def _decode_kernel(
     v_ptr,
     table_ptr,
     context_ptr,
+    windows_ptr,
     out_ptr,
+    merged_lse_ptr,
     partial_ptr,
     lse_ptr,
     scale_log2,
@@ -97,11 +113,15 @@ def _decode_kernel(
     table_stride,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    HEAD_OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    LN_2: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     MIN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -110,6 +130,8 @@ def _decode_kernel(
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     context = tl.load(context_ptr + batch)
+    if HAS_WINDOWS:
+        window = tl.load(windows_ptr + batch)
     start, stop, _ = _share(context, window, split, num_splits, TILE, MIN_TILES)
     if IS_SPLIT:  # noqa: SIM102  (known when compiled; the other when run)
         if start >= stop:
@@ -118,8 +140,9 @@ def _decode_kernel(
     g = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, TILE)
-    head = kv_head * GROUP + g
-    q_mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    head = kv_head * GROUP + g - HEAD_OFFSET
+    here = (g < GROUP) & (head >= 0) & (head < NUM_HEADS)
+    q_mask = here[:, None] & (d < HEAD_DIM)[None, :]
     q_at = q_ptr + batch * q_stride_b + head[:, None] * q_stride_h + d[None, :]
     q = tl.load(q_at, mask=q_mask, other=0.0)
 
@@ -166,10 +189,14 @@ def _decode_kernel(
     if IS_SPLIT:
         part = row * num_splits + split
         tl.store(partial_ptr + part[:, None] * HEAD_DIM + d[None, :], out, mask=q_mask)
-        tl.store(lse_ptr + part, highest + tl.log2(total), mask=g < GROUP)
+        tl.store(lse_ptr + part, highest + tl.log2(total), mask=here)
     else:
         out_at = out_ptr + row[:, None] * HEAD_DIM + d[None, :]
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+        if RETURN_LSE:
+            # Of an empty context `highest` is -inf, and so is the sum.
+            lse = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * LN_2
+            tl.store(merged_lse_ptr + row, lse, mask=here)
 
 
 @jit(do_not_specialize=("window", "num_splits"))
@@ -177,7 +204,9 @@ def _merge_kernel(
     partial_ptr,
     lse_ptr,
     context_ptr,
+    windows_ptr,
     out_ptr,
+    merged_lse_ptr,
     window,
     num_splits,
     NUM_HEADS: tl.constexpr,
@@ -186,11 +215,16 @@ def _merge_kernel(
     BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    HAS_WINDOWS: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    LN_2: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
     """Write the mean of a row's splits, weighted with their log-sum-exp."""
     row = tl.program_id(0).to(tl.int64)
     context = tl.load(context_ptr + row // NUM_HEADS)
+    if HAS_WINDOWS:
+        window = tl.load(windows_ptr + row // NUM_HEADS)
     _, _, active = _share(context, window, 0, num_splits, TILE, MIN_TILES)
     s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
@@ -209,8 +243,12 @@ def _merge_kernel(
             other=0.0,
         )
         acc += tl.sum(part * tl.exp2(chunk_lse - highest)[:, None], axis=0)
-    out = acc / tl.where(active > 0, total, 1.0)
+    total = tl.where(active > 0, total, 1.0)
+    out = acc / total
     tl.store(out_ptr + row * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
+    if RETURN_LSE:
+        merged = tl.where(active > 0, (highest + tl.log2(total)) * LN_2, -float("inf"))
+        tl.store(merged_lse_ptr + row, merged)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +335,10 @@ def decode_attention(
     num_splits: int | None = None,
     workspace: torch.Tensor | None = None,
     *,
+    windows_B: torch.Tensor | None = None,
+    group: int | None = None,
+    head_offset: int = 0,
+    lse_BH: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
@@ -313,22 +355,38 @@ def decode_attention(
         window: Attend to the last `window` tokens only; None: to all.
         num_splits: Parts that a context is cut into; None: `decode_config` chooses.
         workspace: float32 scratch of `decode_workspace_elements` values, or None to allocate.
+        windows_B: int32, in place of `window` where each sequence has another; at least 1, but for
+            empty contexts.
+        group: Query heads that share a key/value head; None: `H / K`.
+        head_offset: Place of the first query head in the group of the first key/value head.
+        lse_BH: float32, filled with the log-sum-exp of the scaled scores; -inf where the context is
+            empty.
         config: Overrides `decode_config` (for tuning).
         backend: What runs it, see `runs_triton`.
 
     Raises:
         ValueError: When shapes disagree or the workspace is too small.
     """
-    check_paged_cache("decode_attention", q_BHD, k_cache, v_cache, window)
+    check_paged_cache("decode_attention", q_BHD, k_cache, v_cache, window, group, head_offset)
     if len(block_tables_BN) != len(q_BHD) or context_lens_B.shape != q_BHD.shape[:1]:
         raise ValueError(
             f"decode_attention: block tables {tuple(block_tables_BN.shape)} and context lengths "
             f"{tuple(context_lens_B.shape)}; expected one row for each of {len(q_BHD)} sequences"
         )
+    if lse_BH is not None and (
+        lse_BH.shape != q_BHD.shape[:2]
+        or lse_BH.dtype != torch.float32
+        or not lse_BH.is_contiguous()
+    ):
+        raise ValueError(
+            f"decode_attention: log-sum-exp {tuple(lse_BH.shape)} of {lse_BH.dtype}; expected "
+            f"contiguous float32 {tuple(q_BHD.shape[:2])}"
+        )
     if not runs_triton(q_BHD, backend):
         return decode_attention_reference(
-            q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, scale, window
-        )
+            q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, scale, window,
+            windows_B=windows_B, group=group, head_offset=head_offset, lse_BH=lse_BH,
+        )  # fmt: skip
     batch, num_heads, head_dim = q_BHD.shape
     _, num_kv_heads, block_tokens, _ = k_cache.shape
     out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
@@ -363,14 +421,25 @@ def decode_attention(
     # Without a window every token lies in it: int32 positions never reach the limit.
     window = 2**31 - 1 if window is None else window
     block_d = max(16, next_power_of_two(head_dim))
-    cut = {"TILE": config.tile, "MIN_TILES": config.min_tiles}
+    group = group or num_heads // num_kv_heads
+    shared = {
+        "TILE": config.tile,
+        "MIN_TILES": config.min_tiles,
+        "HAS_WINDOWS": windows_B is not None,
+        "RETURN_LSE": lse_BH is not None,
+        "LN_2": math.log(2),
+    }
+    windows_B = context_lens_B if windows_B is None else windows_B  # any pointer will do
+    merged_lse = workspace if lse_BH is None else lse_BH
     _decode_kernel[(num_kv_heads, num_splits, batch)](
         q_BHD,
         k_cache,
         v_cache,
         block_tables_BN,
         context_lens_B,
+        windows_B,
         out_BHD,
+        merged_lse,
         workspace,
         lse,
         scale * math.log2(math.e),
@@ -381,23 +450,26 @@ def decode_attention(
         *v_cache.stride()[:3],
         block_tables_BN.stride(0),
         NUM_HEADS=num_heads,
-        GROUP=num_heads // num_kv_heads,
+        GROUP=group,
+        HEAD_OFFSET=head_offset,
         HEAD_DIM=head_dim,
-        BLOCK_M=max(16, next_power_of_two(num_heads // num_kv_heads)),
+        BLOCK_M=max(16, next_power_of_two(group)),
         BLOCK_D=block_d,
         BLOCK_TOKENS=block_tokens,
         IS_SPLIT=num_splits > 1,
         PRECISION=DOT_PRECISION[q_BHD.dtype],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **cut,
+        **shared,
     )
     if num_splits > 1:
         _merge_kernel[(batch * num_heads,)](
             workspace,
             lse,
             context_lens_B,
+            windows_B,
             out_BHD,
+            merged_lse,
             window,
             num_splits,
             NUM_HEADS=num_heads,
@@ -406,6 +478,6 @@ def decode_attention(
             BLOCK_S=max(_MERGE_LANES, next_power_of_two(num_splits)),
             CHUNK=_MERGE_CHUNK,
             num_warps=4,
-            **cut,
+            **shared,
         )
     return out_BHD

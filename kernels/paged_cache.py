@@ -5,8 +5,26 @@ from __future__ import annotations
 import torch
 
 
+def kv_heads_of_queries(
+    num_heads: int, num_kv_heads: int, group: int | None, head_offset: int, device: torch.device
+) -> torch.Tensor:
+    """Return int64 [query heads]: the key/value head that each reads.
+
+    >>> kv_heads_of_queries(4, 2, 3, 1, torch.device("cpu")).tolist()
+    [0, 0, 1, 1]
+    """
+    heads_H = torch.arange(num_heads, device=device) + head_offset
+    return heads_H // (group or num_heads // num_kv_heads)
+
+
 def check_paged_cache(
-    op: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None
+    op: str,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    window: int | None,
+    group: int | None = None,
+    head_offset: int = 0,
 ) -> None:
     """Raise ValueError unless queries, caches and window fit together.
 
@@ -16,6 +34,8 @@ def check_paged_cache(
         k_cache: Pool of key blocks [blocks, kv heads, block tokens, head dim].
         v_cache: Pool of value blocks, alike.
         window: Tokens that a query attends to, or None.
+        group: Query heads that share a key/value head; None: all have as many.
+        head_offset: Place of the first query head in the first group.
     """
     if q.dim() != 3 or k_cache.dim() != 4 or k_cache.shape != v_cache.shape:
         raise ValueError(
@@ -24,7 +44,14 @@ def check_paged_cache(
         )
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_tokens, cache_dim = k_cache.shape
-    if cache_dim != head_dim or num_heads % num_kv_heads:
+    if group is not None:
+        last = (head_offset + num_heads - 1) // max(group, 1)
+        if group < 1 or not 0 <= head_offset < group or last + 1 != num_kv_heads:
+            raise ValueError(
+                f"{op}: {num_heads} query heads from head {head_offset} of a group of {group} with "
+                f"{num_kv_heads} key/value heads; expected one for each group that they are of"
+            )
+    if cache_dim != head_dim or (group is None and num_heads % num_kv_heads):
         raise ValueError(
             f"{op}: {num_heads} query heads of {head_dim} with {num_kv_heads} key/value heads of "
             f"{cache_dim}; expected equal dims and a multiple of the key/value heads"

@@ -5,7 +5,8 @@ key/value heads, G = H / K, D head dimension, N columns of the block table, Q qu
 context tokens of one sequence; caches are [blocks, K, block tokens, D].
 
 The last query token of a sequence is the last token of its context (lower-right alignment), so a
-chunk sees all that came before it and itself.
+chunk sees all that came before it and itself. Ranks that cut the heads unevenly hold parts of
+groups: the first query head here is head `head_offset` of the first group.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rankwright.kernels.backend import (
     runs_triton,
     tl,
 )
-from rankwright.kernels.paged_cache import check_paged_cache
+from rankwright.kernels.paged_cache import check_paged_cache, kv_heads_of_queries
 
 PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
 
@@ -42,20 +43,19 @@ def _seen(num_queries: int, context: int, window: int | None, device: torch.devi
 
 
 def _attend_explicitly(
-    q_HQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, scale: float, window: int | None
+    q_HQD: torch.Tensor, k_HLD: torch.Tensor, v_HLD: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
-    num_kv_heads, context, _ = k_KLD.shape
-    seen_QL = _seen(q_HQD.shape[1], context, window, q_HQD.device)
-    q_KGQD = q_HQD.float().unflatten(0, (num_kv_heads, -1))
-    scores_KGQL = q_KGQD @ k_KLD.float()[:, None].transpose(2, 3) * scale
-    weights_KGQL = scores_KGQL.masked_fill(~seen_QL, -math.inf).softmax(-1)
-    return (weights_KGQL @ v_KLD.float()[:, None]).flatten(0, 1).to(q_HQD.dtype)
+    seen_QL = _seen(q_HQD.shape[1], k_HLD.shape[1], window, q_HQD.device)
+    k_HLD, v_HLD = (x.repeat_interleave(len(q_HQD) // len(x), 0) for x in (k_HLD, v_HLD))
+    scores_HQL = q_HQD.float() @ k_HLD.float().transpose(1, 2) * scale
+    weights_HQL = scores_HQL.masked_fill(~seen_QL, -math.inf).softmax(-1)
+    return (weights_HQL @ v_HLD.float()).to(q_HQD.dtype)
 
 
 def _attend_sdpa(
-    q_HQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, scale: float, window: int | None
+    q_HQD: torch.Tensor, k_HLD: torch.Tensor, v_HLD: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
-    num_queries, context = q_HQD.shape[1], k_KLD.shape[1]
+    num_queries, context = q_HQD.shape[1], k_HLD.shape[1]
     whole = window is None or window >= context
     mask: torch.Tensor | None = None
     if whole and num_queries == context:
@@ -66,12 +66,12 @@ def _attend_sdpa(
         mask = _seen(num_queries, context, window, q_HQD.device)
     return F.scaled_dot_product_attention(
         q_HQD[None],
-        k_KLD[None],
-        v_KLD[None],
+        k_HLD[None],
+        v_HLD[None],
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=len(q_HQD) != len(k_KLD),
+        enable_gqa=len(q_HQD) != len(k_HLD),
     )[0]
 
 
@@ -85,19 +85,25 @@ def _one_by_one(
     context_lens: Sequence[int],
     scale: float,
     window: int | None,
+    group: int | None,
+    head_offset: int,
 ) -> torch.Tensor:
     """Return `attend` of every sequence, over keys and values copied out of its blocks."""
-    block_tokens = k_cache.shape[2]
+    num_kv_heads, block_tokens = k_cache.shape[1:3]
+    heads: torch.Tensor | slice = slice(None)  # whole groups: `attend` shares their keys out
+    if group is not None and q_THD.shape[1] != group * num_kv_heads:
+        heads = kv_heads_of_queries(q_THD.shape[1], num_kv_heads, group, head_offset, q_THD.device)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     for b, context in enumerate(context_lens):
         start, stop = query_starts[b], query_starts[b + 1]
         if start == stop:
             continue
         blocks = block_tables_BN[b, : ceil_div(context, block_tokens)].long()
-        k_KLD, v_KLD = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context] for cache in (k_cache, v_cache)
+        k_HLD, v_HLD = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[heads, :context]
+            for cache in (k_cache, v_cache)
         )
-        out_HQD = attend(q_THD[start:stop].transpose(0, 1), k_KLD, v_KLD, scale, window)
+        out_HQD = attend(q_THD[start:stop].transpose(0, 1), k_HLD, v_HLD, scale, window)
         out_THD[start:stop] = out_HQD.transpose(0, 1)
     return out_THD
 
@@ -111,11 +117,14 @@ def prefill_attention_reference(
     context_lens: Sequence[int],
     scale: float,
     window: int | None = None,
+    *,
+    group: int | None = None,
+    head_offset: int = 0,
 ) -> torch.Tensor:
     """Return softmax(q k^T * scale, masked) v of each sequence, every score written out."""
     return _one_by_one(
         _attend_explicitly, q_THD, k_cache, v_cache, block_tables_BN,
-        query_starts, context_lens, scale, window,
+        query_starts, context_lens, scale, window, group, head_offset,
     )  # fmt: skip
 
 
@@ -207,6 +216,7 @@ def _prefill_kernel(
     table_stride,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
+    HEAD_OFFSET: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -239,7 +249,7 @@ def _prefill_kernel(
     if HAS_WINDOW:
         first = tl.maximum(first_position - window + 1, 0) // TILE
         unmasked = first
-    kv_head = head // GROUP
+    kv_head = (head + HEAD_OFFSET) // GROUP
     k_at = k_ptr + kv_head * k_head_stride
     v_at = v_ptr + kv_head * v_head_stride
     table_at = table_ptr + sequence * table_stride
@@ -353,6 +363,8 @@ def prefill_attention(
     scale: float,
     window: int | None = None,
     *,
+    group: int | None = None,
+    head_offset: int = 0,
     config: PrefillConfig | None = None,
     backend: PrefillBackend = "auto",
 ) -> torch.Tensor:
@@ -368,6 +380,8 @@ def prefill_attention(
         context_lens: Tokens of each sequence in the cache, this chunk included.
         scale: Factor of the scores, usually `head_dim ** -0.5`.
         window: Each token attends to the last `window` tokens up to itself; None: to all.
+        group: Query heads that share a key/value head; None: `H / K`.
+        head_offset: Place of the first query head in the group of the first key/value head.
         config: Overrides `prefill_config` (for tuning).
         backend: "sdpa" copies each sequence's keys and values out of the cache and calls PyTorch;
             "auto" runs it on the CPU and Triton on a GPU; else see `runs_triton`.
@@ -375,17 +389,18 @@ def prefill_attention(
     Raises:
         ValueError: When shapes or lengths disagree.
     """
-    check_paged_cache("prefill_attention", q_THD, k_cache, v_cache, window)
+    check_paged_cache("prefill_attention", q_THD, k_cache, v_cache, window, group, head_offset)
     _check_lengths(len(q_THD), len(block_tables_BN), query_starts, context_lens)
     if backend == "sdpa" or (backend == "auto" and not runs_triton(q_THD, backend)):
         return _one_by_one(
             _attend_sdpa, q_THD, k_cache, v_cache, block_tables_BN,
-            query_starts, context_lens, scale, window,
+            query_starts, context_lens, scale, window, group, head_offset,
         )  # fmt: skip
     if not runs_triton(q_THD, backend):
         return prefill_attention_reference(
-            q_THD, k_cache, v_cache, block_tables_BN, query_starts, context_lens, scale, window
-        )
+            q_THD, k_cache, v_cache, block_tables_BN, query_starts, context_lens, scale, window,
+            group=group, head_offset=head_offset,
+        )  # fmt: skip
     num_tokens, num_heads, head_dim = q_THD.shape
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0:
@@ -395,7 +410,6 @@ def prefill_attention(
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
     block_tokens = k_cache.shape[2]
-    group = num_heads // k_cache.shape[1]
     if config is None:
         longest = max(query_starts[b + 1] - query_starts[b] for b in range(len(context_lens)))
         config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype)
@@ -414,7 +428,8 @@ def prefill_attention(
         *v_cache.stride()[:3],
         block_tables_BN.stride(0),
         NUM_HEADS=num_heads,
-        GROUP=group,
+        GROUP=group or num_heads // k_cache.shape[1],
+        HEAD_OFFSET=head_offset,
         HEAD_DIM=head_dim,
         BLOCK_M=config.block_m,
         BLOCK_D=max(16, next_power_of_two(head_dim)),

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pytest
@@ -52,12 +53,23 @@ class Case:
         self.tables = self.tables.to(device)
         self.contexts = torch.tensor(contexts, dtype=torch.int32, device=device)
         self.scale = dim**-0.5
+        self.group: int | None = None
+        self.head_offset = 0
 
     def run(self, backend: Any, **options: Any) -> torch.Tensor:
         return decode_attention(
             self.q, self.k, self.v, self.tables, self.contexts, self.scale,
-            backend=backend, **options,
+            backend=backend, group=self.group, head_offset=self.head_offset, **options,
         )  # fmt: skip
+
+    def heads(self, first: int, last: int) -> "Case":
+        """Return what a rank with these query heads has of the case."""
+        part = copy(self)
+        group = self.q.shape[1] // self.k.shape[1]
+        part.q, part.group, part.head_offset = self.q[:, first:last], group, first % group
+        kv = slice(first // group, (last - 1) // group + 1)
+        part.k, part.v = self.k[:, kv], self.v[:, kv]
+        return part
 
     def sdpa(self, window: int | None = None) -> torch.Tensor:
         """Return the same by PyTorch, one sequence at a time, in float32."""
@@ -265,3 +277,53 @@ def test_a_pool_may_hold_more_than_two_to_the_31_values(assert_close: Close) -> 
     case.tables += blocks - len(case.k)
     case.k, case.v = k, v
     assert_close(case.run("triton"), expected)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (5, 9), (4, 5), (2, 7), (0, 9)])
+def test_a_rank_may_hold_parts_of_groups(
+    first: int, last: int, num_splits: int, device: str, assert_close: Close
+) -> None:
+    case = Case([17, 0, 70], 9, 3, 64, torch.float32, device)
+    expected = case.sdpa()[:, first:last]
+    part = case.heads(first, last)
+    assert_close(part.run("reference"), expected)
+    assert_close(part.run("triton", num_splits=num_splits), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_parts_of_a_context_merge_by_their_log_sum_exp(
+    num_splits: int, backend: str, device: str, assert_close: Close
+) -> None:
+    case = Case([17, 5, 70, 0], 6, 2, 64, torch.float32, device)
+    whole_lse = torch.empty(4, 6, device=device)
+    whole = case.run(backend, num_splits=num_splits, lse_BH=whole_lse)
+    assert_close(whole, case.sdpa())
+    # Two parts: the first 16 tokens of each sequence, and the rest.
+    front, rest = copy(case), copy(case)
+    front.contexts = case.contexts.clamp(max=16)
+    rest.contexts, rest.tables = (case.contexts - 16).clamp(min=0), case.tables[:, 1:]
+    outs, lses = [], []
+    for part in (front, rest):
+        lse = torch.empty(4, 6, device=device)
+        outs.append(part.run(backend, num_splits=num_splits, lse_BH=lse))
+        lses.append(lse)
+    assert lses[1][1].tolist() == [-torch.inf] * 6
+    lse = torch.stack(lses)
+    weights = (lse - whole_lse).exp().nan_to_num(0)
+    merged = (torch.stack(outs) * weights.unsqueeze(-1)).sum(0)
+    assert_close(merged, whole)
+    assert_close(lse.logsumexp(0)[:3], whole_lse[:3])
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_each_sequence_may_have_its_own_window(
+    num_splits: int, device: str, assert_close: Close
+) -> None:
+    case = Case([40, 0, 70, 9], 6, 2, 64, torch.float32, device)
+    windows = [3, 0, 33, 100]
+    expected = torch.cat([case.sdpa(max(w, 1))[i : i + 1] for i, w in enumerate(windows)])
+    found = torch.tensor(windows, dtype=torch.int32, device=device)
+    assert_close(case.run("reference", windows_B=found), expected)
+    assert_close(case.run("triton", windows_B=found, num_splits=num_splits), expected)

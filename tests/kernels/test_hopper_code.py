@@ -29,14 +29,16 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        ints = dict.fromkeys(["table_ptr", "work_ptr", "context_ptr", "token_ptr"], "i32")
+        ints = ("table_ptr", "work_ptr", "context_ptr", "windows_ptr", "token_ptr")
         if name in floats:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
-            wide = name in ("partial_ptr", "lse_ptr", "cos_sin_ptr", "temperature_ptr", "best_ptr")
+            wide = name in (
+                "partial_ptr", "lse_ptr", "merged_lse_ptr", "cos_sin_ptr", "temperature_ptr",
+                "best_ptr")
             long = name in ("positions_ptr", "slots_ptr", "seeds_ptr")
             kind = "fp32" if wide else "i64" if long else "bf16"
-            signature[name] = "*" + ints.get(name, kind)
+            signature[name] = "*" + ("i32" if name in ints else kind)
         else:
             signature[name] = "i32"
         if signature[name].startswith("*") or (
@@ -59,14 +61,14 @@ found["sample"] = resources(
     sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK,
     MULTIPLY_1=sampling._MULTIPLY_1, MULTIPLY_2=sampling._MULTIPLY_2,
     WEYL=sampling._WEYL, BELOW_ONE=sampling._BELOW_ONE)
-cut = dict(TILE=64, MIN_TILES=1)
+cut = dict(TILE=64, MIN_TILES=1, HAS_WINDOWS=False, RETURN_LSE=False, LN_2=0.693)
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
 found["merge"] = resources(
     decode_attention._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16,
     **cut, **dims)
 import torch
 shape = decode_attention.decode_config(1, 8, 128, 128, 64, torch.bfloat16, 132)
-paged = dict(GROUP=4, BLOCK_TOKENS=64, PRECISION="tf32", **dims)
+paged = dict(GROUP=4, HEAD_OFFSET=0, BLOCK_TOKENS=64, PRECISION="tf32", **dims)
 loose = ["window", "table_stride", "num_splits"]
 found["decode"] = resources(
     decode_attention._decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import pytest
@@ -42,6 +43,8 @@ class Case:
         self.k, self.v = pool.to(device, dtype)[:, :, 1].unbind()
         self.q = torch.randn(sum(lengths), heads, dim).to(device, dtype)
         self.tables = self.tables.to(device)
+        self.group: int | None = None
+        self.head_offset = 0
         self.starts = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
         self.contexts = contexts
         self.scale = dim**-0.5
@@ -49,8 +52,17 @@ class Case:
     def run(self, backend: Any, **options: Any) -> torch.Tensor:
         return prefill_attention(
             self.q, self.k, self.v, self.tables, self.starts, self.contexts, self.scale,
-            backend=backend, **options,
+            backend=backend, group=self.group, head_offset=self.head_offset, **options,
         )  # fmt: skip
+
+    def heads(self, first: int, last: int) -> "Case":
+        """Return what a rank with these query heads has of the case."""
+        part = copy(self)
+        group = self.q.shape[1] // self.k.shape[1]
+        part.q, part.group, part.head_offset = self.q[:, first:last], group, first % group
+        kv = slice(first // group, (last - 1) // group + 1)
+        part.k, part.v = self.k[:, kv], self.v[:, kv]
+        return part
 
     def token_by_token(self, window: int | None = None) -> torch.Tensor:
         """Return the same by one maskless PyTorch call a query token, in float32."""
@@ -139,6 +151,16 @@ def test_queries_may_be_strided(device: str, assert_close: Close) -> None:
         assert_close(case.run("triton", config=SMALL), expected)
 
 
+@pytest.mark.parametrize(("first", "last"), [(0, 5), (5, 9), (4, 5), (2, 7), (0, 9)])
+def test_a_rank_may_hold_parts_of_groups(
+    first: int, last: int, device: str, assert_close: Close
+) -> None:
+    case = Case([5, 17], [9, 40], 9, 3, 64, torch.float32, device)
+    expected = case.token_by_token()[:, first:last]
+    for backend in ("reference", "sdpa", "triton"):
+        assert_close(case.heads(first, last).run(backend), expected)
+
+
 def test_no_tokens_is_fine(device: str) -> None:
     case = Case([0], [4], 4, 2, 64, torch.float32, device)
     for backend in ("triton", "reference", "sdpa"):
@@ -154,6 +176,10 @@ def test_wrong_inputs_are_named() -> None:
     with pytest.raises(ValueError, match="expected to rise from 0 to 5"):
         case.run("auto")
     case.starts = [0, 5]
+    case.group, case.head_offset = 2, 1
+    with pytest.raises(ValueError, match="4 query heads from head 1 of a group of 2 with 2 key"):
+        case.run("auto")
+    case.group, case.head_offset = None, 0
     with pytest.raises(ValueError, match="2 query starts and 2 block tables; expected 3 and 2"):
         case.run("auto")
 
