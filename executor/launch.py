@@ -2,13 +2,20 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rankwright.executor.backends.local import WORKER
 from rankwright.executor.checkpoint import read_sampling_defaults
+from rankwright.executor.launch_record import (
+    make_record,
+    remove_record,
+    this_process,
+    write_record,
+)
 from rankwright.executor.metrics import Metrics
 from rankwright.executor.preflight import check_machine, find_model, listen, make_options
 from rankwright.executor.progress import Progress
@@ -28,6 +35,8 @@ from rankwright.executor.tokenizer import Tokenizer
 from rankwright.planner.plan import Plan
 
 EXIT_OK, EXIT_LAUNCH_FAILED = 0, 5
+# Set inside a Slurm job and inside a Kubernetes pod.
+SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
 
 
 def launch(
@@ -105,7 +114,7 @@ def launch(
         defaults, notes = read_sampling_defaults(options.model_path)
         for note in notes:
             _say(note)
-        with listen(host, port) as listening:
+        with listen(host, port) as listening, _recorded(plan, listening):
             server = _Launch(plan, options, tokenizer, defaults, model_name or plan.model.name)
             asyncio.run(server.run(listening, drain_s))
             return EXIT_OK
@@ -153,9 +162,7 @@ class _Launch:
                 try:
                     if await signals.before(session.ready(progress.show)):
                         return
-                    host, port = listening.getsockname()[:2]
-                    shown = f"[{host}]" if ":" in host else host
-                    progress.ready(f"{self._model_name} on http://{shown}:{port}")
+                    progress.ready(f"{self._model_name} on {url_of(listening)}")
                     await self._serve(session, service, signals, drain_s)
                 finally:
                     server.should_exit = True
@@ -211,6 +218,34 @@ async def _follow(plan: Plan, options: RunOptions, drain_s: float) -> None:
                 # Whoever ends the job signals machine 0 too: it drains, then stops our ranks.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ranks.done(), drain_s)
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return the URL of a server that listens on `listening`."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def _recorded(plan: Plan, listening: socket.socket) -> Iterator[None]:
+    """Let `rankwright status` and `stop` know of this launch while it runs.
+
+    Not of one inside a job or a pod: there the job is the launch, and it is recorded where it was
+    submitted.
+    """
+    record = None
+    if not any(name in os.environ for name in SCHEDULER_VARIABLES):
+        record = make_record(plan, "local", this_process())
+        record = record.model_copy(update={"url": url_of(listening)})
+        try:
+            write_record(record)
+        except OSError as error:
+            _say(f"`rankwright status` will not list this launch: {error}")
+    try:
+        yield
+    finally:
+        if record is not None:
+            remove_record(record.id)
 
 
 def _say(text: str) -> None:

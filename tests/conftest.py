@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.templates.slurm_rig.rig import SlurmRig, why_not
 
 from rankwright.demo_model import FetchError, smollm2_folder
 
@@ -31,6 +33,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Records of launches go here, not where the user's own are."""
+    folder = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmRig]:
+    """A Slurm of two nodes with 8 GPUs and 32 CPUs each."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with SlurmRig(tmp_path_factory.mktemp("slurm") / "rig", num_nodes=2, gpus_per_node=8) as rig:
+        yield rig
 
 
 @pytest.fixture(scope="session")

@@ -101,3 +101,21 @@ def cpu_plan(
             binding_constraint="none",
         ),
     )
+
+
+def two_nodes(plan: Plan) -> Plan:
+    """The same plan with half of its ranks on a second machine."""
+    value = plan.model_dump(mode="json")
+    (node,) = value["cluster"]["nodes"]
+    half = len(node["gpus"]) // 2
+    node["gpus"], node["count"] = node["gpus"][:half], 2
+    value["cluster"]["fabric"] = {
+        "kind": "ethernet",
+        "bytes_per_s": 1e9,
+        "ports_per_node": 1,
+        "latency_s": 1e-5,
+    }
+    for rank in value["ranks"]:
+        rank["node"], rank["gpu"] = divmod(rank["rank"], half)
+    cluster = type(plan.cluster).model_validate(value["cluster"])
+    return Plan.model_validate({**value, "cluster_fingerprint": cluster.fingerprint})

@@ -19,7 +19,7 @@ import httpx
 import pytest
 from tests.executor.launched import WORKER, Launched, complete
 from tests.executor.launched import launched as launched_for_real
-from tests.executor.plans import cpu_plan
+from tests.executor.plans import cpu_plan, two_nodes
 
 from rankwright.cost_model.read_model import read_model
 from rankwright.executor.preflight import check_machine, find_model, listen, make_options
@@ -207,24 +207,6 @@ def test_two_machines_serve_one_plan(tmp_path: Path) -> None:
         assert first.exit_code() == 0
         assert second.exit_code() == 0
         assert list(tmp_path.glob("*/rankwright-*")) == []
-
-
-def two_nodes(plan: Plan) -> Plan:
-    """The same plan with each replica on a machine of its own."""
-    value = plan.model_dump(mode="json")
-    (node,) = value["cluster"]["nodes"]
-    half = len(node["gpus"]) // 2
-    node["gpus"], node["count"] = node["gpus"][:half], 2
-    value["cluster"]["fabric"] = {
-        "kind": "ethernet",
-        "bytes_per_s": 1e9,
-        "ports_per_node": 1,
-        "latency_s": 1e-5,
-    }
-    for rank in value["ranks"]:
-        rank["node"], rank["gpu"] = divmod(rank["rank"], half)
-    cluster = type(plan.cluster).model_validate(value["cluster"])
-    return Plan.model_validate({**value, "cluster_fingerprint": cluster.fingerprint})
 
 
 def test_a_plan_for_two_machines_is_refused_on_one() -> None:

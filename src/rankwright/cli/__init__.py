@@ -20,6 +20,8 @@ COMMANDS = (
     "predict",
     "render",
     "launch",
+    "status",
+    "stop",
     "generate",
     "bench",
     "calibrate",

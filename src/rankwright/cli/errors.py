@@ -19,6 +19,8 @@ _EXIT_CODES = (
     ("rankwright.planner.make_plan", "NoFeasiblePlanError", 3),
     ("rankwright.topology.errors", "ProbeError", 4),
     ("rankwright.planner.solver", "SolverError", 5),
+    ("rankwright.executor.backends.tools", "MissingToolError", 4),
+    ("rankwright.executor.backends.tools", "ToolError", 5),
     ("rankwright.executor.session", "LaunchError", 5),
     ("rankwright.demo_model", "FetchError", 5),
     ("rankwright.cli.errors", "RunError", 5),

@@ -1,5 +1,6 @@
 """`rankwright launch`: start the ranks of a plan and serve them over HTTP."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,8 +10,25 @@ from rankwright.cli.output import status
 from rankwright.cli.planning import plan_of
 from rankwright.planner.make_plan import Pins
 
+# What a scheduler's manifest decides: `--set` says it where it can be said.
+_OURS = (
+    "host",
+    "load_format",
+    "nnodes",
+    "node_rank",
+    "master_addr",
+    "master_port",
+    "host_interface",
+    "start_timeout",
+    "drain",
+    "model_name",
+    "force",
+)
+_THEIRS = ("settings", "detach", "job_dir")
+
 
 def run(
+    context: typer.Context,
     model: options.ModelOrPlan,
     cluster: options.Cluster = "auto",
     isl: options.InputTokens = 1024,
@@ -23,7 +41,7 @@ def run(
     pp: options.Pp = None,
     ep: options.Ep = None,
     dp: options.Dp = None,
-    backend: options.Backend = "auto",
+    backend: options.LaunchBackend = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on for HTTP.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port for HTTP; 0: any.")] = 8000,
     load_format: options.LoadFormat = "auto",
@@ -48,12 +66,33 @@ def run(
     model_name: Annotated[
         str | None, typer.Option(help="Name in the API.  [default: the model's]")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="An option of the slurm or kubernetes manifest, as for render.",
+        ),
+    ] = None,
+    job_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the manifest.  [default: a new one in ./rankwright-jobs]",
+        ),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Submit to slurm or kubernetes, and return.")
+    ] = False,
     force: options.Force = False,
 ) -> None:
     """Serve MODEL or PLAN over an OpenAI-compatible API.
 
-    A model is planned first. SIGINT or SIGTERM ends it.
+    A model is planned first. SIGINT or SIGTERM ends it; a job that was submitted is ended by
+    `rankwright stop`, or by Ctrl-C and a yes.
     """
+    submits = backend in ("slurm", "kubernetes")
+    _refuse(context, backend, _OURS if submits else _THEIRS)
     if node_rank >= nnodes:
         raise ValueError(f"--node-rank is {node_rank}, of {nnodes} nodes the last is {nnodes - 1}")
     load = options.workload(
@@ -62,6 +101,17 @@ def run(
     plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
     if made_now:
         status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
+    if submits:
+        from rankwright.cli.render import parse_settings
+        from rankwright.executor.submit import submit_and_follow
+
+        given: dict[str, object] = dict(parse_settings(settings or []))
+        if _is_given(context, "port"):
+            given.setdefault("port", port)
+        if model_path is not None:
+            given.setdefault("model_path", str(model_path.absolute()))
+        code = submit_and_follow(plan, backend, folder=job_dir, settings=given, detach=detach)
+        raise typer.Exit(code)
     # Here, not at the top: a login node has no rankwright[executor], and `--help` works there too.
     from rankwright.executor.launch import launch
 
@@ -83,3 +133,22 @@ def run(
         model_name=model_name,
     )
     raise typer.Exit(code)
+
+
+def _refuse(context: typer.Context, backend: str, names: tuple[str, ...]) -> None:
+    """Refuse the options in `names`, which `backend` cannot honour.
+
+    Raises:
+        ValueError: One was given.
+    """
+    for param in context.command.params:
+        if param.name in names and _is_given(context, param.name):
+            raise ValueError(
+                f"{param.opts[0]} has no meaning with --backend {backend}; leave it out"
+                + ("" if param.name in _THEIRS else ", or see the options of --set")
+            )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

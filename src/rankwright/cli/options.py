@@ -79,6 +79,10 @@ EngineOption = Annotated[
 ]
 
 Backend = Annotated[Literal["auto", "local"], typer.Option(help="How ranks are started.")]
+LaunchBackend = Annotated[
+    Literal["auto", "local", "slurm"],
+    typer.Option(help="How ranks are started, or what the launch is submitted to."),
+]
 LoadFormat = Annotated[
     Literal["auto", "dummy"],
     typer.Option(help="Weights from the checkpoint, or random ones for benchmarks."),

@@ -1,0 +1,113 @@
+"""How a launch does: its phase, and what its server says about itself."""
+
+import json
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from rankwright.executor.launch_record import LaunchRecord
+
+Phase = Literal["queued", "starting", "loading", "ready", "stopping", "ended", "failed", "unknown"]
+FINAL: frozenset[Phase] = frozenset({"ended", "failed"})
+
+_HTTP_TIMEOUT_S = 2.0
+# A login node often has a proxy for the outside, which knows nothing of the machines inside.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_GAUGE = re.compile(r"^(rankwright_\w+)\{[^}]*\} (\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What a server says.
+
+    Attributes:
+        status: Of `/health`: 'ok', or what keeps it from answering.
+        replicas_up: Replicas that run.
+        running: Sequences in the batches of all replicas.
+        waiting: Requests that are not yet in one.
+    """
+
+    status: str
+    replicas_up: int = 0
+    running: int = 0
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchState:
+    """How a launch does now.
+
+    Attributes:
+        phase: Where it is between submission and end.
+        detail: More of it in a few words, such as why it waits.
+        url: Of its server, where there is one.
+        server: What the server says; None: no answer.
+    """
+
+    phase: Phase
+    detail: str = ""
+    url: str | None = None
+    server: ServerState | None = None
+
+
+class Launch(Protocol):
+    """A launch that can be looked at and stopped; a back end has one class of them."""
+
+    @property
+    def record(self) -> LaunchRecord:
+        """What it is and where."""
+        ...
+
+    def look(self) -> LaunchState:
+        """Return how it does now."""
+        ...
+
+    def log_lines(self) -> list[str]:
+        """Return what its logs have got since the last call."""
+        ...
+
+    def stop(self, *, drain: bool) -> None:
+        """Begin to end it: after its running requests, or at once."""
+        ...
+
+    def forget(self) -> None:
+        """Take away what is left of it after its end, but for logs."""
+        ...
+
+
+def ask_server(url: str) -> ServerState | None:
+    """Return what the server at `url` says about itself; None where none answers."""
+    try:
+        with _OPENER.open(f"{url}/health", timeout=_HTTP_TIMEOUT_S) as response:
+            health = response.read()
+    except urllib.error.HTTPError as error:
+        health = error.read()  # 503, with the reason
+    except (OSError, ValueError):
+        return None
+    try:
+        status = str(json.loads(health)["status"])
+        with _OPENER.open(f"{url}/metrics", timeout=_HTTP_TIMEOUT_S) as response:
+            metrics = response.read().decode(errors="replace")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not a server of ours, or one that ends just now
+    return ServerState(
+        status,
+        replicas_up=_sum(metrics, "rankwright_replica_up"),
+        running=_sum(metrics, "rankwright_requests_running"),
+        waiting=_sum(metrics, "rankwright_requests_waiting"),
+    )
+
+
+def phase_of(server: ServerState) -> Phase:
+    """Return the phase of a launch whose server answers."""
+    if server.status == "starting":
+        return "loading"
+    if server.status == "draining":
+        return "stopping"
+    return "failed" if server.status == "failed" else "ready"
+
+
+def _sum(metrics: str, name: str) -> int:
+    return int(sum(float(value) for found, value in _GAUGE.findall(metrics) if found == name))
