@@ -11,7 +11,8 @@ from rankwright.topology.device_table import MIB
 from rankwright.topology.devices import DEVICES
 from rankwright.topology.errors import ProbeError, find_failure
 from rankwright.topology.pci_ids import PCI_IDS
-from rankwright.topology.readers.assemble import FoundGpu, FoundMachine, make_cluster, with_numa
+from rankwright.topology.readers.assemble import make_cluster, with_numa
+from rankwright.topology.readers.found import FoundGpu, FoundMachine
 from rankwright.topology.readers.infiniband_text import nics_of, parse_rdma, rdma_tool
 from rankwright.topology.readers.listing import ListedGpu, found_gpu
 from rankwright.topology.readers.lspci import is_pci_tree, parse_pci_tree

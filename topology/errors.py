@@ -95,6 +95,18 @@ FAILURES: tuple[Failure, ...] = (
         "nvidia-smi hangs",
         "see Xid errors in `dmesg`, reset the GPU that hangs, or reboot",
     ),
+    Failure(
+        "driver_hung",
+        r"nvidia driver does not answer",
+        "the NVIDIA driver does not answer",
+        "see Xid errors in `dmesg`, reset the GPU that hangs, or reboot",
+    ),
+    Failure(
+        "nvml_crashed",
+        r"nvml crashed",
+        "NVML crashed, as it does beside a GPU that fell off the bus",
+        "see Xid errors in `dmesg`, then reset the GPU or reboot",
+    ),
 )
 
 _SURVIVING_GPU = re.compile(r"^\s*(\d+\s*,\s*\S|GPU \d+: \S)", re.MULTILINE)

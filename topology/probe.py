@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.errors import ProbeError, failure_of
-from rankwright.topology.readers.assemble import FoundMachine, make_cluster
+from rankwright.topology.readers.assemble import make_cluster
 from rankwright.topology.readers.cpu import read_cpu, usable_cores, usable_memory_bytes
+from rankwright.topology.readers.found import FoundMachine
 from rankwright.topology.readers.infiniband import read_nics
 from rankwright.topology.readers.nvidia_smi_tool import read_nvidia_smi
 from rankwright.topology.readers.nvml import read_nvml
@@ -71,6 +72,8 @@ def _read_gpus() -> FoundMachine:
     try:
         return read_nvml()
     except ProbeError as nvml_error:
+        if nvml_error.kind == "driver_hung":  # nvidia-smi would hang as well
+            raise
         try:
             return read_nvidia_smi()
         except ProbeError as smi_error:

@@ -1,10 +1,14 @@
 """The NVML reader, against a binding whose functions answer from a table.
 
-No GPU is here to ask; the functions of the third-party package are replaced, ours are not. On real
-hardware the reader was run on two H200 in a virtual machine, whose odd answers (a switch without a
-bus id) are reproduced here.
+No GPU is here to ask: the functions of the third-party package are replaced, and asked in this
+process rather than in one of their own (`test_nvml_process.py` has that). On real hardware the
+reader was run on two H200 in a virtual machine, whose odd answers (a switch without a bus id) are
+reproduced here.
 """
 
+import ctypes
+import json
+import queue
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +16,33 @@ from typing import Any
 
 import pytest
 
+from rankwright.cli import main
+from rankwright.topology.cluster import Cluster
+from rankwright.topology.devices import DEVICES, flops_per_s
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.probe import probe
-from rankwright.topology.readers.nvml import read_nvml
+from rankwright.topology.readers import nvml
+from rankwright.topology.readers.nvml import facts_of, read_nvml
+from rankwright.topology.readers.nvml_facts import report
 
 pynvml = pytest.importorskip("pynvml")
 
 MIB = 2**20
 HIDDEN = "FFFFFFFF:FF:FF.0"
 SWITCH = 2
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's library is there, and the binding is asked here, where it is replaced."""
+
+    def ask() -> dict[str, Any]:
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        report(pynvml, lambda said: lines.put(json.dumps(said)))
+        return facts_of(lines.get_nowait)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(nvml, "ask_nvml", ask)
 
 
 @dataclass
@@ -39,6 +61,12 @@ class Board:
     sm_mhz: int = 1980
     memory_mhz: int = 3201
     bus_bits: int = 6016
+    width_now: int = 16
+    limit_mw: int | None = 700_000
+    default_mw: int = 700_000
+    set_mhz: int | None = 1980
+    default_mhz: int = 1980
+    lost_at: str | None = None  # the function that finds it lost
     near: tuple[int, ...] = ()  # words of the mask of NUMA domains; none: not supported
 
 
@@ -63,6 +91,11 @@ def install(
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return board.near
 
+    def known(value: int | None) -> int:
+        if value is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
+
     clocks = {pynvml.NVML_CLOCK_SM: "sm_mhz", pynvml.NVML_CLOCK_MEM: "memory_mhz"}
     answers: dict[str, Any] = {
         "nvmlInit": lambda: None,
@@ -81,6 +114,15 @@ def install(
         "nvmlDeviceGetMaxClockInfo": lambda board, clock: getattr(board, clocks[clock]),
         "nvmlDeviceGetMaxPcieLinkGeneration": lambda _board: 5,
         "nvmlDeviceGetMaxPcieLinkWidth": lambda _board: 16,
+        "nvmlDeviceGetCurrPcieLinkWidth": lambda board: board.width_now,
+        "nvmlDeviceGetPowerManagementLimit": lambda board: known(board.limit_mw),
+        "nvmlDeviceGetPowerManagementDefaultLimit": lambda board: board.default_mw,
+        "nvmlDeviceGetApplicationsClock": lambda board, _clock: known(board.set_mhz),
+        "nvmlDeviceGetDefaultApplicationsClock": lambda board, _clock: board.default_mhz,
+        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda _board: 0,
+        "nvmlDeviceGetTotalEccErrors": lambda _board, _kind, _counter: 0,
+        "nvmlDeviceGetEccMode": lambda _board: (1, 1),
+        "nvmlDeviceGetComputeMode": lambda _board: 0,
         "nvmlDeviceGetComputeRunningProcesses": lambda board: [object()] * board.processes,
         "nvmlDeviceGetNumGpuCores": lambda board: board.cores,
         "nvmlDeviceGetMemoryBusWidth": lambda board: board.bus_bits,
@@ -93,8 +135,19 @@ def install(
         "nvmlDeviceGetTopologyCommonAncestor": lambda _a, _b: ancestor,
         "nvmlDeviceGetP2PStatus": p2p,
     }
-    for name, function in answers.items():
-        monkeypatch.setattr(pynvml, name, function)
+
+    def unless_lost(name: str) -> Any:
+        def answer(*arguments: Any) -> Any:
+            found = boards[arguments[0]] if name == "nvmlDeviceGetHandleByIndex" else arguments[:1]
+            board = found if isinstance(found, Board) else (found or (None,))[0]
+            if isinstance(board, Board) and board.lost_at == name:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+            return answers[name](*arguments)
+
+        return answer
+
+    for name in answers:
+        monkeypatch.setattr(pynvml, name, unless_lost(name))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -288,6 +341,97 @@ def test_no_driver_means_cpu_ranks_unless_a_gpu_is_required(
     with pytest.raises(ProbeError, match="install the NVIDIA driver") as caught:
         probe(require_gpu=True)
     assert caught.value.kind == "nvml_library_not_found"
+
+
+def eight(lost: set[int], at: str = "nvmlDeviceGetHandleByIndex") -> list[Board]:
+    """Eight GPUs on a switch, of which some have fallen off the bus."""
+    return [
+        Board(
+            bus=f"00000000:{index + 1:02X}:00.0",
+            links=[(1, HIDDEN, SWITCH)] * 18,
+            lost_at=at if index in lost else None,
+        )
+        for index in range(8)
+    ]
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "nvmlDeviceGetHandleByIndex",
+        "nvmlDeviceGetMemoryInfo",
+        "nvmlDeviceGetMigMode",
+        "nvmlDeviceGetNvLinkState",
+    ],
+)
+def test_one_lost_gpu_of_eight_leaves_seven_and_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], at: str
+) -> None:
+    install(monkeypatch, eight({3}, at))
+    assert main(["probe", "--gather", "none", "--require-gpu", "--json"]) == 0
+    cluster = Cluster.model_validate_json(capsys.readouterr().out)
+    assert [gpu.index for gpu in cluster.nodes[0].gpus] == [0, 1, 2, 4, 5, 6, 7]
+    assert {link.kind for link in cluster.nodes[0].links} == {"NV18"}
+    assert len(cluster.nodes[0].links) == 21
+    assert "GPU 3 cannot be read" in cluster.notes[0]
+    assert "lost" in cluster.notes[0]
+
+
+def test_eight_lost_gpus_are_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, eight(set(range(8))))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi to fall back on
+    assert main(["probe", "--gather", "none"]) == 4
+    assert "a GPU has fallen off the bus" in capsys.readouterr().err
+
+
+def test_fewer_lanes_lower_the_links_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = [*pair("NVIDIA L4", 23034), Board("NVIDIA L4", "00000000:03:00.0", 23034 * MIB)]
+    boards[1].width_now = 4
+    install(monkeypatch, boards)
+    cluster = probe()
+    assert [gpu.pcie_width for gpu in cluster.nodes[0].gpus] == [16, 4, 16]
+    rates = {(link.a, link.b): link.bytes_per_s for link in cluster.nodes[0].links}
+    assert rates == {(0, 1): 16e9, (0, 2): 64e9, (1, 2): 16e9}
+    assert cluster.bandwidth([(0, 0), (0, 1)]) == 16e9
+    assert any("GPU 1 has 4 of 16 PCIe lanes" in note for note in cluster.notes)
+
+
+def test_a_power_limit_lowers_the_matrix_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [Board(limit_mw=343_000)])  # 0.49 of 700 W: a clock of 0.7
+    cluster = probe()
+    gpu = cluster.nodes[0].gpus[0]
+    assert flops_per_s(gpu, "bfloat16") == pytest.approx(0.7 * 989.4e12, rel=0.01)
+    assert gpu.memory_bytes_per_s is None
+    assert any("343 W of its 700 W" in note for note in cluster.notes)
+
+
+def test_a_clock_that_was_set_lowers_the_matrix_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    boost_hz = DEVICES["h200-sxm"].boost_hz
+    assert boost_hz is not None
+    install(monkeypatch, [Board(set_mhz=990)])
+    cluster = probe()
+    share = 990e6 / boost_hz
+    table = DEVICES["h200-sxm"].flops_per_s["bfloat16"]
+    assert flops_per_s(cluster.nodes[0].gpus[0], "bfloat16") == pytest.approx(share * table)
+    assert any("990 MHz" in note for note in cluster.notes)
+
+
+@pytest.mark.parametrize(
+    "board",
+    [
+        Board(limit_mw=690_000),  # some watts below the default, as vendors set it
+        Board(set_mhz=1590, default_mhz=1590),  # a default below the highest clock
+        Board(limit_mw=None, set_mhz=None),  # a driver that does not tell
+        Board(width_now=0),
+    ],
+)
+def test_what_is_no_limit_changes_nothing(monkeypatch: pytest.MonkeyPatch, board: Board) -> None:
+    install(monkeypatch, [board])
+    cluster = probe()
+    gpu = cluster.nodes[0].gpus[0]
+    assert (gpu.flops_per_s, gpu.pcie_width, cluster.notes) == (None, 16, ())
 
 
 SMI = """#!/bin/sh

@@ -2,47 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 from rankwright.topology.architectures import ARCHITECTURES, derived_flops_per_s
-from rankwright.topology.cluster import Cluster, Gpu, Link, Nic, Node
-from rankwright.topology.devices import device_key
+from rankwright.topology.cluster import Cluster, Gpu, Link, Node
+from rankwright.topology.devices import DEVICES, device_key
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
-
-
-@dataclass(frozen=True, slots=True)
-class FoundGpu:
-    """What a driver says about one GPU; None where it does not say."""
-
-    index: int
-    name: str
-    total_memory_bytes: int
-    free_memory_bytes: int
-    uuid: str | None = None
-    bus_id: str | None = None
-    compute_capability: tuple[int, int] | None = None
-    pcie_generation: int | None = None
-    pcie_width: int | None = None
-    numa_node: int | None = None
-    num_processes: int = 0
-    mig: bool = False
-    cuda_cores: int | None = None
-    sm_clock_hz: float | None = None
-    memory_clock_hz: float | None = None
-    memory_bus_bits: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FoundMachine:
-    """GPUs in order, the link kind of each pair (indices, smaller first), driver and ports."""
-
-    gpus: tuple[FoundGpu, ...]
-    kinds: dict[tuple[int, int], str]
-    driver: str | None
-    notes: tuple[str, ...]
-    nics: tuple[Nic, ...] = ()
+from rankwright.topology.readers.found import FoundGpu, FoundMachine
+from rankwright.topology.readers.limits import limits_of
 
 
 def make_cluster(
@@ -62,13 +31,12 @@ def make_cluster(
     notes = list(machine.notes)
     for found in machine.gpus:
         try:
-            gpu, note = make_gpu(found)
+            gpu, about = make_gpu(found)
         except ValueError as error:  # a display card beside the accelerators, say
             notes.append(f"GPU {found.index} is left out: {error}")
             continue
         gpus.append(gpu)
-        if note is not None:
-            notes.append(note)
+        notes += about
         if gpu.mig:
             notes.append(f"GPU {gpu.index} is in MIG mode: only slices of it can be used")
     if not gpus:
@@ -95,13 +63,13 @@ def with_numa(
     )
 
 
-def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:
-    """Return the GPU, with a note where its rates were derived and not looked up.
+def make_gpu(found: FoundGpu) -> tuple[Gpu, list[str]]:
+    """Return the GPU, with notes where its rates were derived or something limits them.
 
     Raises:
         ValueError: The device table lacks it, and the driver says too little to derive its rates.
     """
-    note = None
+    notes: list[str] = []
     bandwidth: float | None = None
     flops: dict[str, float] | None = None
     try:
@@ -109,10 +77,16 @@ def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:
     except ValueError as unknown:
         key = slug(found.name)
         bandwidth, flops = _derived_rates(found, str(unknown))
-        note = (
+        notes.append(
             f"GPU {found.index} ({found.name}) is not in the device table; its rates are derived "
             "from its clocks and units"
         )
+    device = DEVICES.get(key)
+    limits = limits_of(found, device.boost_hz if device is not None else None)
+    notes += limits.notes
+    if limits.flops_share < 1:
+        rates = flops if device is None else device.flops_per_s
+        flops = {dtype: rate * limits.flops_share for dtype, rate in (rates or {}).items()}
     gpu = Gpu(
         index=found.index,
         device=key,
@@ -122,14 +96,14 @@ def make_gpu(found: FoundGpu) -> tuple[Gpu, str | None]:
         compute_capability=found.compute_capability,
         uuid=found.uuid,
         pcie_generation=found.pcie_generation,
-        pcie_width=found.pcie_width,
+        pcie_width=limits.pcie_width,
         numa_node=found.numa_node,
         num_processes=found.num_processes,
         mig=found.mig,
         memory_bytes_per_s=bandwidth,
         flops_per_s=flops,
     )
-    return gpu, note
+    return gpu, notes
 
 
 def make_links(gpus: Sequence[Gpu], kinds: Mapping[tuple[int, int], str]) -> tuple[Link, ...]:

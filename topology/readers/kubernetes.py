@@ -15,7 +15,8 @@ from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.device_table import ROWS
 from rankwright.topology.devices import device_key
 from rankwright.topology.join import join
-from rankwright.topology.readers.assemble import FoundGpu, make_gpu
+from rankwright.topology.readers.assemble import make_gpu
+from rankwright.topology.readers.found import FoundGpu
 from rankwright.topology.shorthand import device_links
 
 _MIB = 2**20

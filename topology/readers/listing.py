@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rankwright.topology.devices import DEVICES, device_key
-from rankwright.topology.readers.assemble import FoundGpu
+from rankwright.topology.readers.found import FoundGpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,11 @@ class ListedGpu:
     power_limit_w: float | None = None
     num_processes: int | None = None
     driver: str | None = None
+    pcie_width_now: int | None = None
+    default_power_limit_w: float | None = None
+    max_clock_hz: float | None = None
+    set_clock_hz: float | None = None
+    default_clock_hz: float | None = None
 
 
 def found_gpu(gpu: ListedGpu) -> FoundGpu:
@@ -54,4 +59,10 @@ def found_gpu(gpu: ListedGpu) -> FoundGpu:
         pcie_width=gpu.pcie_width,
         num_processes=gpu.num_processes or 0,
         mig=bool(gpu.mig or gpu.mig_devices),
+        sm_clock_hz=gpu.max_clock_hz,
+        pcie_width_now=gpu.pcie_width_now,
+        power_limit_w=gpu.power_limit_w,
+        default_power_limit_w=gpu.default_power_limit_w,
+        set_clock_hz=gpu.set_clock_hz,
+        default_clock_hz=gpu.default_clock_hz,
     )

@@ -1,6 +1,7 @@
 """Reads `nvidia-smi -q`, the indented log of everything about each GPU."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rankwright.topology.device_table import MIB
@@ -78,19 +79,10 @@ def _listed(
 ) -> ListedGpu:
     total = _mib(values.get(("FB Memory Usage", "Total")))
     free = _mib(values.get(("FB Memory Usage", "Free")))
-    # Titles of the power section by driver: before 525, up to 575, and later.
-    power = next(
-        (
-            match
-            for title, key in (
-                ("GPU Power Readings", "Current Power Limit"),
-                ("Power Readings", "Enforced Power Limit"),
-                ("Power Readings", "Power Limit"),
-            )
-            if (match := re.match(r"(\d{1,5}(?:\.\d+)?) W$", values.get((title, key), "")))
-        ),
-        None,
-    )
+    # Titles of the power section differ by driver: before 525, up to 575, and later.
+    titles = ("GPU Power Readings", "Power Readings")
+    limits = [(titles[0], "Current Power Limit"), (titles[1], "Enforced Power Limit")]
+    limits.append((titles[1], "Power Limit"))
     ecc = values.get(("ECC Mode", "Current")) or values.get(("Ecc Mode", "Current"))
     return ListedGpu(
         index=index,
@@ -103,10 +95,31 @@ def _listed(
         pcie_width=_number(values.get(("PCI", "GPU Link Info", "Link Width", "Max"))),
         mig=_switch(values.get(("MIG Mode", "Current"))),
         ecc=_switch(ecc),
-        power_limit_w=float(power[1]) if power else None,
+        power_limit_w=_first(values, limits, "W"),
         num_processes=processes,
         driver=driver,
+        pcie_width_now=_number(values.get(("PCI", "GPU Link Info", "Link Width", "Current"))),
+        default_power_limit_w=_first(
+            values, [(title, "Default Power Limit") for title in titles], "W"
+        ),
+        max_clock_hz=_hertz(values, "Max Clocks", "SM"),
+        set_clock_hz=_hertz(values, "Applications Clocks", "Graphics"),
+        default_clock_hz=_hertz(values, "Default Applications Clocks", "Graphics"),
     )
+
+
+def _first(values: dict[_Path, str], paths: Iterable[_Path], unit: str) -> float | None:
+    """Return the number of the first of some entries that has one in `unit`."""
+    for path in paths:
+        match = re.match(rf"(\d{{1,5}}(?:\.\d+)?) {unit}$", values.get(path, ""))
+        if match is not None:
+            return float(match[1])
+    return None
+
+
+def _hertz(values: dict[_Path, str], *path: str) -> float | None:
+    mhz = _first(values, [path], "MHz")
+    return mhz * 1e6 if mhz else None
 
 
 def _mib(value: str | None) -> int | None:

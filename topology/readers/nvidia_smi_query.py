@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from rankwright.topology.device_table import MIB
 from rankwright.topology.errors import find_failure
-from rankwright.topology.readers.assemble import FoundGpu
+from rankwright.topology.readers.found import FoundGpu
 from rankwright.topology.readers.listing import ListedGpu, found_gpu
 from rankwright.topology.readers.text import numbered_lines, refusal
 
@@ -20,6 +20,14 @@ QUERY_FIELDS = (
     "pcie.link.width.max",
     "mig.mode.current",
     "driver_version",
+)
+LIMIT_FIELDS = (
+    "pcie.link.width.current",
+    "power.limit",
+    "power.default_limit",
+    "clocks.max.sm",
+    "clocks.applications.graphics",
+    "clocks.default_applications.graphics",
 )
 BASIC_FIELDS = ("index", "name", "uuid", "memory.total", "memory.free", "driver_version")
 
@@ -154,7 +162,6 @@ def _listed(number: int, line: str, row: dict[str, str], position: int) -> Liste
     total = _integer(row.get("memory.total"))
     free = _integer(row.get("memory.free"))
     capability = re.fullmatch(r"(\d+)\.(\d+)", row.get("compute_cap", ""))
-    power = re.match(r"(\d{1,5}(?:\.\d+)?)(?: W)?$", row.get("power.limit", ""))
     return ListedGpu(
         index=index,
         name=row.get("name") or None,
@@ -167,8 +174,15 @@ def _listed(number: int, line: str, row: dict[str, str], position: int) -> Liste
         pcie_width=_integer(row.get("pcie.link.width.max")) or None,
         mig=_switch(row.get("mig.mode.current")),
         ecc=_switch(row.get("ecc.mode.current")),
-        power_limit_w=float(power[1]) if power else None,
+        power_limit_w=_decimal(row.get("power.limit")),
         driver=row.get("driver_version"),
+        pcie_width_now=_integer(row.get("pcie.link.width.current")) or None,
+        default_power_limit_w=_decimal(row.get("power.default_limit")),
+        max_clock_hz=_hertz(row, "clocks.max.sm"),
+        set_clock_hz=_hertz(row, "clocks.applications.graphics", "clocks.applications.gr"),
+        default_clock_hz=_hertz(
+            row, "clocks.default_applications.graphics", "clocks.default_applications.gr"
+        ),
     )
 
 
@@ -176,6 +190,18 @@ def _integer(cell: str | None) -> int | None:
     """Return the number in front of a cell, None for `[N/A]` and the like."""
     match = re.match(r"\d{1,15}(?!\d)", cell or "")
     return int(match.group()) if match else None
+
+
+def _decimal(cell: str | None) -> float | None:
+    """Return the watts in a cell, None for `[N/A]` and the like."""
+    match = re.match(r"(\d{1,5}(?:\.\d+)?)(?: W)?$", cell or "")
+    return float(match[1]) if match else None
+
+
+def _hertz(row: dict[str, str], *names: str) -> float | None:
+    """Return the clock in the first of the fields that was asked for; cells are in MHz."""
+    mhz = next((_integer(row[name]) for name in names if name in row), None)
+    return mhz * 1e6 if mhz else None
 
 
 def _switch(cell: str | None) -> bool | None:

@@ -1,18 +1,24 @@
 """Reads the GPUs of this machine and the links between them through NVML (package nvidia-ml-py)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from itertools import combinations
+import ctypes
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rankwright.topology.errors import ProbeError, failure_of
-from rankwright.topology.readers.assemble import FoundGpu, FoundMachine
-from rankwright.topology.readers.nvml_health import health_notes
+from rankwright.topology.readers.found import FoundGpu, FoundMachine
+from rankwright.topology.readers.health import health_notes
+from rankwright.topology.readers.tool import end
 
-# Names of NVML errors at start, and the failure that each is.
-_INIT_FAILURES = {
+# Names of NVML errors, and the failure that each is.
+_FAILURES = {
     "NVML_ERROR_LIBRARY_NOT_FOUND": "nvml_library_not_found",
     "NVML_ERROR_DRIVER_NOT_LOADED": "driver_not_loaded",
     "NVML_ERROR_LIB_RM_VERSION_MISMATCH": "driver_library_mismatch",
@@ -23,158 +29,174 @@ _INIT_FAILURES = {
     "NVML_ERROR_UNKNOWN": "nvml_unknown_error",
 }
 
-_P2P_READ = 0  # nvmlGpuP2PCapsIndex_t; the binding's NVML_P2P_CAPS_INDEX_READ is a tuple by slip
-
-_AFFINITY_WORDS = 4  # of 64 bits: 256 NUMA domains
-
 # nvmlGpuTopologyLevel_t: the closest common ancestor of two devices on PCIe.
 _ANCESTORS = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 
-
-@dataclass(frozen=True, slots=True)
-class _NvLinks:
-    """Active NVLinks of one GPU: to each other GPU by bus id, and to anything else."""
-
-    to_bus: dict[str, int]
-    to_switch: int
+# For each step, not in all: a GPU without persistence mode takes 2 to 4 s to wake, eight of them
+# one after the other.
+NVML_TIMEOUT_S = 10.0
+_COMMAND = ("-m", "rankwright.topology.readers.nvml_facts")
+_LIBRARY = "libnvidia-ml.so.1"
 
 
 def read_nvml(sysfs: Path = Path("/sys")) -> FoundMachine:
-    """Return what NVML knows of this machine.
+    """Return what NVML knows of this machine; GPUs that it has lost are left out with a note.
 
-    NVML numbers GPUs by PCI bus id, and so do we.
+    NVML numbers GPUs by PCI bus id, and so do we. It is asked in a process of its own, which is
+    given up when a step takes more than `NVML_TIMEOUT_S`.
 
     Raises:
         ProbeError: The binding or the library is missing, the driver does not answer, or no GPU.
     """
-    try:
-        nvml = import_module("pynvml")  # only here: a login node has no driver
-    except ImportError:
+    if find_spec("pynvml") is None:
         raise ProbeError(
             "nvml_binding_missing",
             "the Python package nvidia-ml-py is not installed; `pip install nvidia-ml-py`",
-        ) from None
+        )
     try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        raise _as_probe_error(nvml, error) from None
-    try:
-        return _read(nvml, sysfs)
-    except nvml.NVMLError as error:
-        raise _as_probe_error(nvml, error) from None
-    finally:
-        nvml.nvmlShutdown()
+        ctypes.CDLL(_LIBRARY)  # spares a machine without driver the process
+    except OSError as error:
+        raise failure_of("nvml_library_not_found", str(error)) from None
+    return machine_of(ask_nvml(), sysfs)
 
 
-def _read(nvml: Any, sysfs: Path) -> FoundMachine:
-    count = nvml.nvmlDeviceGetCount()
-    if count == 0:
-        raise failure_of("no_devices", "NVML counts 0 devices")
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    buses = [_text(nvml.nvmlDeviceGetPciInfo(handle).busId) for handle in handles]
-    gpus = tuple(
-        _read_gpu(nvml, index, handle, bus, sysfs)
-        for index, (handle, bus) in enumerate(zip(handles, buses, strict=True))
+def ask_nvml() -> dict[str, Any]:
+    """Return the facts that `nvml_facts.py` found.
+
+    Raises:
+        ProbeError: NVML fails, its process crashes, or a step is not answered in time.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *_COMMAND],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-    nvlinks = [_read_nvlinks(nvml, handle, buses) for handle in handles]
+    assert process.stdout is not None
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
+    try:
+        return facts_of(lambda: lines.get(timeout=NVML_TIMEOUT_S))
+    finally:
+        end(process)
+
+
+def facts_of(next_line: Callable[[], str]) -> dict[str, Any]:
+    """Return the facts at the end of a report.
+
+    Args:
+        next_line: Returns its next line, an empty one after the last.
+
+    Raises:
+        ProbeError: The report ends with an error, without an end, or stops (`queue.Empty`).
+    """
+    step = "the driver"
+    try:
+        while True:
+            said = json.loads(next_line())
+            if "facts" in said:
+                facts: dict[str, Any] = said["facts"]
+                return facts
+            if "error" in said:
+                raise _failure(said["error"])
+            step = said["step"]
+    except queue.Empty:
+        raise failure_of(
+            "driver_hung", f"no answer about {step} within {NVML_TIMEOUT_S:g} s"
+        ) from None
+    except ValueError:  # the process ended, or was cut off in the midst of a line
+        raise failure_of("nvml_crashed", f"its process died while asked about {step}") from None
+
+
+def _pass_on(stream: IO[str], lines: "queue.SimpleQueue[str]") -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put("")
+
+
+def machine_of(facts: Mapping[str, Any], sysfs: Path) -> FoundMachine:
+    """Return the facts of `nvml_facts.py` as a machine.
+
+    Raises:
+        ProbeError: There is no GPU, or none that can be read.
+    """
+    if not facts["gpus"]:
+        raise failure_of("no_devices", "NVML counts 0 devices")
+    found = [gpu for gpu in facts["gpus"] if "error" not in gpu]
+    lost = [gpu for gpu in facts["gpus"] if "error" in gpu]
+    if not found:
+        raise _failure(lost[0]["error"])
+    notes = [lost_note(gpu["index"], gpu["error"]["text"]) for gpu in lost]
+    by_index = {gpu["index"]: gpu for gpu in found}
     kinds: dict[tuple[int, int], str] = {}
     staged: list[tuple[int, int]] = []
-    for a, b in combinations(range(count), 2):
-        links = _nvlinks_between(nvml, handles, buses, nvlinks, a, b)
-        kinds[a, b] = f"NV{links}" if links else _pcie_kind(nvml, handles[a], handles[b])
-        readable = _p2p_status(nvml, handles[a], handles[b], _P2P_READ)
-        if not links and readable not in (None, nvml.NVML_P2P_STATUS_OK):
+    for pair in facts["pairs"]:
+        a, b = pair["a"], pair["b"]
+        links = _nvlinks_between(by_index[a], by_index[b], pair["nvlink"])
+        kinds[a, b] = f"NV{links}" if links else _ANCESTORS.get(pair["level"], "SYS")
+        if not links and pair["readable"] is False:
             staged.append((a, b))
-    notes: list[str] = []
     if staged:
         notes.append(
             f"no peer-to-peer access between {len(staged)} of {len(kinds)} pairs of GPUs (first "
             f"{staged[0]}): their traffic is staged in host memory"
         )
-    for index, handle in enumerate(handles):
-        notes += health_notes(nvml, _ask, index, handle)
-    driver = _ask(nvml, nvml.nvmlSystemGetDriverVersion)
-    return FoundMachine(gpus, kinds, _text(driver) if driver else None, tuple(notes))
+    for gpu in found:
+        notes += health_notes(gpu)
+    gpus = tuple(_found_gpu(gpu, sysfs) for gpu in found)
+    return FoundMachine(gpus, kinds, facts["driver"], tuple(notes))
 
 
-def _read_gpu(nvml: Any, index: int, handle: Any, bus: str, sysfs: Path) -> FoundGpu:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
-    mig = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle)
-    sm_mhz = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM)
-    memory_mhz = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_MEM)
-    uuid = _ask(nvml, nvml.nvmlDeviceGetUUID, handle)
-    return FoundGpu(
-        index=index,
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        total_memory_bytes=memory.total,
-        free_memory_bytes=memory.free,
-        uuid=_text(uuid) if uuid else None,
-        bus_id=bus,
-        compute_capability=(capability[0], capability[1]) if capability else None,
-        # The most that device and slot can do together: an idle link runs at a lower generation.
-        pcie_generation=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkGeneration, handle) or None,
-        pcie_width=_ask(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle) or None,
-        numa_node=_numa_node(nvml, handle, bus, sysfs),
-        num_processes=len(_ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or ()),
-        mig=bool(mig and mig[0]),
-        cuda_cores=_ask(nvml, nvml.nvmlDeviceGetNumGpuCores, handle),
-        sm_clock_hz=sm_mhz * 1e6 if sm_mhz else None,
-        memory_clock_hz=memory_mhz * 1e6 if memory_mhz else None,
-        memory_bus_bits=_ask(nvml, nvml.nvmlDeviceGetMemoryBusWidth, handle),
+def lost_note(index: int, reason: str) -> str:
+    """Return the note on a GPU that is there and cannot be read."""
+    return (
+        f"GPU {index} cannot be read ({reason}) and is left out: see Xid errors in `dmesg`, then "
+        "reset it or reboot; until then launch with the uuids of the others in "
+        "CUDA_VISIBLE_DEVICES, since CUDA may number them anew"
     )
 
 
-def _read_nvlinks(nvml: Any, handle: Any, buses: Sequence[str]) -> _NvLinks:
-    to_bus: dict[str, int] = {}
-    to_switch = 0
-    for link in range(nvml.NVML_NVLINK_MAX_LINKS):
-        state = _ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
-        if state is None:  # past the last link of this GPU, or no NVLink at all
-            break
-        if state != nvml.NVML_FEATURE_ENABLED:
-            continue
-        remote = _ask(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
-        bus = _text(remote.busId) if remote is not None else ""
-        kind = _ask(nvml, nvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
-        if bus in buses:
-            to_bus[bus] = to_bus.get(bus, 0) + 1
-        elif kind in (None, nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH):
-            # Drivers before 460 do not tell the type; virtual machines hide the switch's bus id.
-            to_switch += 1
-    return _NvLinks(to_bus, to_switch)
+def _found_gpu(gpu: Mapping[str, Any], sysfs: Path) -> FoundGpu:
+    capability = gpu["capability"]
+    return FoundGpu(
+        index=gpu["index"],
+        name=gpu["name"],
+        total_memory_bytes=gpu["total_bytes"],
+        free_memory_bytes=gpu["free_bytes"],
+        uuid=gpu["uuid"],
+        bus_id=gpu["bus"],
+        compute_capability=(capability[0], capability[1]) if capability else None,
+        pcie_generation=gpu["pcie_generation"] or None,
+        pcie_width=gpu["pcie_width"] or None,
+        pcie_width_now=gpu["pcie_width_now"] or None,
+        numa_node=_numa_node(gpu["bus"], gpu["near"], sysfs),
+        num_processes=gpu["processes"],
+        mig=gpu["mig"],
+        cuda_cores=gpu["cores"],
+        sm_clock_hz=_scaled(gpu["sm_mhz"], 1e6),
+        memory_clock_hz=_scaled(gpu["memory_mhz"], 1e6),
+        memory_bus_bits=gpu["bus_bits"],
+        power_limit_w=_scaled(gpu["limit_mw"], 1e-3),
+        default_power_limit_w=_scaled(gpu["default_mw"], 1e-3),
+        set_clock_hz=_scaled(gpu["set_mhz"], 1e6),
+        default_clock_hz=_scaled(gpu["default_mhz"], 1e6),
+        compute_mode=gpu["compute_mode"],
+    )
 
 
-def _nvlinks_between(
-    nvml: Any,
-    handles: Sequence[Any],
-    buses: Sequence[str],
-    links: Sequence[_NvLinks],
-    a: int,
-    b: int,
-) -> int:
-    direct = links[a].to_bus.get(buses[b], 0)
+def _nvlinks_between(a: Mapping[str, Any], b: Mapping[str, Any], routed: bool | None) -> int:
+    direct: int = a["nvlinks"]["to_bus"].get(b["bus"], 0)
     if direct:
         return direct
-    switched = min(links[a].to_switch, links[b].to_switch)
-    if not switched:
-        return 0
     # Links to a switch carry nothing until the fabric manager has set up the routes.
-    status = _p2p_status(nvml, handles[a], handles[b], nvml.NVML_P2P_CAPS_INDEX_NVLINK)
-    return switched if status in (None, nvml.NVML_P2P_STATUS_OK) else 0
+    switched: int = min(a["nvlinks"]["to_switch"], b["nvlinks"]["to_switch"])
+    return 0 if routed is False else switched
 
 
-def _pcie_kind(nvml: Any, a: Any, b: Any) -> str:
-    level = _ask(nvml, nvml.nvmlDeviceGetTopologyCommonAncestor, a, b)
-    return _ANCESTORS.get(-1 if level is None else level, "SYS")
-
-
-def _p2p_status(nvml: Any, a: Any, b: Any, capability: int) -> int | None:
-    status = _ask(nvml, nvml.nvmlDeviceGetP2PStatus, a, b, capability)
-    return None if status is None else int(status)
-
-
-def _numa_node(nvml: Any, handle: Any, bus: str, sysfs: Path) -> int | None:
+def _numa_node(bus: str, near: list[int], sysfs: Path) -> int | None:
     """Return the domain of sysfs, or where a container hides that, the only one near the GPU."""
     domain, _, rest = bus.lower().partition(":")
     path = sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}" / "numa_node"
@@ -184,26 +206,15 @@ def _numa_node(nvml: Any, handle: Any, bus: str, sysfs: Path) -> int | None:
         node = -1
     if node >= 0:
         return node
-    scope = nvml.NVML_AFFINITY_SCOPE_NODE
-    words = _ask(nvml, nvml.nvmlDeviceGetMemoryAffinity, handle, _AFFINITY_WORDS, scope) or ()
-    near = [
-        at * 64 + bit for at, word in enumerate(words) for bit in range(64) if int(word) >> bit & 1
+    domains = [
+        at * 64 + bit for at, word in enumerate(near) for bit in range(64) if word >> bit & 1
     ]
-    return near[0] if len(near) == 1 else None
+    return domains[0] if len(domains) == 1 else None
 
 
-def _ask(nvml: Any, function: Callable[..., Any], *args: object) -> Any:
-    """Return what NVML answers, or None where this GPU or driver does not support the question."""
-    try:
-        return function(*args)
-    except nvml.NVMLError:
-        return None
+def _scaled(value: int | None, unit: float) -> float | None:
+    return value * unit if value else None
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _as_probe_error(nvml: Any, error: Any) -> ProbeError:
-    kinds = {getattr(nvml, name): kind for name, kind in _INIT_FAILURES.items()}
-    return failure_of(kinds.get(error.value, "nvml_unknown_error"), f"NVML: {error}")
+def _failure(error: Mapping[str, str]) -> ProbeError:
+    return failure_of(_FAILURES.get(error["name"], "nvml_unknown_error"), f"NVML: {error['text']}")
