@@ -2,11 +2,13 @@
 
     torchrun --nproc-per-node 1 benchmarks/bench_engine.py --model meta-llama/Llama-3.1-8B
     torchrun --nproc-per-node 2 benchmarks/bench_engine.py --model meta-llama/Llama-3.1-8B --tp 2
+    torchrun --nproc-per-node 2 benchmarks/bench_engine.py --model Qwen/Qwen3-30B-A3B --tp 2 --ep 2
 
 Random weights of the model's shapes, the real leader with its scheduler and its socket messages to
 a client in another process, so that a figure is what a user of one replica sees before HTTP. The
-floor of a decode step is the weights that a rank reads once (all but the embedding's unused rows)
-plus the KV cache of the batch, over the copy bandwidth measured in the same run.
+floor of a decode step is the weights that a rank reads once (all but the embedding's unused rows,
+and of the experts those that some token chose, if all are as likely) plus the KV cache of the
+batch, over the copy bandwidth measured in the same run.
 """
 
 import argparse
@@ -20,8 +22,10 @@ from client import Client
 from rankwright.cost_model.memory import (
     embedding_weight_bytes,
     stage_kv_bytes_per_token,
+    stage_layers,
     stage_weight_bytes,
 )
+from rankwright.cost_model.parameters import layer_tensors, tensor_bytes
 from rankwright.planner.plan import Plan
 from replica import add_arguments, describe, name_of, run, show, start
 from result import write_result
@@ -42,20 +46,29 @@ PREFILL_BATCH = (128, 512)
 NUM_MIXED, MIXED_LENGTHS = 256, (100, 1024)
 
 
-def floor_bytes(plan: Plan) -> tuple[int, int]:
+def floor_bytes(plan: Plan, batch: int) -> tuple[float, int]:
     """Return the weights that the fullest rank reads in a step, and the KV bytes of a token."""
     split = plan.split
-    weights = max(
-        stage_weight_bytes(plan.model, split, stage=stage)
-        - (
-            embedding_weight_bytes(plan.model, tp=split.tp)
-            if stage == 0 and not (plan.model.tie_embeddings and split.pp == 1)
-            else 0
-        )
-        for stage in range(split.pp)
-    )
+    weights = max(_read_weight_bytes(plan, stage, batch) for stage in range(split.pp))
     kv = max(stage_kv_bytes_per_token(plan.model, split, stage=stage) for stage in range(split.pp))
     return weights, kv
+
+
+def _read_weight_bytes(plan: Plan, stage: int, batch: int) -> float:
+    spec, split = plan.model, plan.split
+    total: float = stage_weight_bytes(spec, split, stage=stage)
+    if stage == 0 and not (spec.tie_embeddings and split.pp == 1):
+        total -= embedding_weight_bytes(spec, tp=split.tp)
+    for layer, count in stage_layers(spec, split, stage):
+        block = layer.feed_forward
+        if block.kind == "moe":
+            experts = sum(
+                tensor_bytes(tensor, spec.weight_dtypes)
+                for tensor in layer_tensors(layer, spec.hidden_size, tp=split.tp, ep=split.ep)
+                if tensor.name.startswith("expert ")
+            )
+            total -= count * experts * (1 - block.experts_per_token / block.num_experts) ** batch
+    return total
 
 
 def measure(client: Client, plan: Plan, bytes_per_s: float) -> list[dict[str, Any]]:
@@ -90,7 +103,7 @@ def decode_row(
     client.run([(prompt, 8)] * batch)
     line = client.run([(prompt, output)] * batch)
     step_s = line.decode_step_s()
-    weights, kv = floor_bytes(plan)
+    weights, kv = floor_bytes(plan, batch)
     # In a pipeline a token passes all stages, one after another.
     floor_s = plan.split.pp * (weights + batch * (prompt + output / 2) * kv) / bytes_per_s
     return {

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--max-batch", type=int, default=256, help="sequences of one replica")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
@@ -58,7 +59,7 @@ def start(arguments: argparse.Namespace) -> Replica:
             output_tokens=256,
             concurrency=arguments.max_batch * arguments.dp,
         ),
-        pins=Pins(tp=arguments.tp, pp=arguments.pp, dp=arguments.dp),
+        pins=Pins(tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, ep=arguments.ep),
     )
     rank = int(os.environ["RANK"])
     device = torch.device("cuda", plan.ranks[rank].gpu)

@@ -173,9 +173,9 @@ def activation_bytes(
     1. `tokens x 4 hidden`: hidden states, residual, the block's output, and one buffer for the
        all-reduce or for what arrives from the stage before.
     2. The widest block of any layer: queries, keys and values, the rotated queries and the output
-       of attention; or gate and up with their product; or for experts a copy of each chosen token,
-       its gate, up, product and output. A rank gets at most `min(experts_per_token, its experts)`
-       copies of a token.
+       of attention; or gate and up with their product; or for experts, one for each expert that a
+       token chooses, their product of gate and up and their output (`kernels/moe_experts.py`: room
+       for all, as how many are this rank's is known on the device only).
     3. `sequences x vocabulary`: logits (`_LOGIT_BYTES`), and of `SAMPLED_ROWS` of them what the
        sampler makes (`_SAMPLED_LOGIT_BYTES`).
     """
@@ -214,9 +214,10 @@ def _feed_forward_values(layer: Layer, hidden_size: int, *, tp: int, ep: int) ->
     if block.kind == "dense":
         return 3 * range_size(even_range(block.intermediate_size, tp, 0))
     columns = range_size(even_range(block.intermediate_size, tp // ep, 0))
-    copies = min(block.experts_per_token, range_size(even_range(block.num_experts, ep, 0)))
     shared = 3 * range_size(even_range(block.shared_intermediate_size, tp, 0))
-    return copies * (2 * hidden_size + 3 * columns) + shared
+    # Logits; of each pair of token and expert its weight, slot, place and padding, 4 bytes each.
+    routing = block.num_experts + 16 * block.experts_per_token
+    return block.experts_per_token * (hidden_size + columns) + hidden_size + routing + shared
 
 
 def rank_memory(

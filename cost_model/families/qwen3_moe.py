@@ -19,7 +19,9 @@ def read(config: Config, name: str) -> ModelSpec:
     if config.flag("use_sliding_window", False) and config.has("sliding_window"):
         window = config.integer("sliding_window")
         attention = attention.model_copy(update={"sliding_window": window})
-    num_experts = config.integer("num_experts", 128, minimum=0)
+    # transformers 5.17 saves the count under Mixtral's name.
+    key = "num_experts" if config.has("num_experts") else "num_local_experts"
+    num_experts = config.integer(key, 128, minimum=0)
     step = config.integer("decoder_sparse_step", 1)
     dense_layers = set(config.integers("mlp_only_layers"))
     layers: list[Layer] = []

@@ -5,9 +5,10 @@ Shape letters: T tokens, D hidden.
 
 import torch
 
+from rankwright.cost_model.shards import even_range
 from rankwright.executor.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from rankwright.executor.mesh import Mesh
-from rankwright.executor.weights import WeightSource
+from rankwright.executor.weights import Range, WeightSource
 from rankwright.kernels.swiglu import swiglu
 
 
@@ -23,8 +24,20 @@ class GatedMlp:
         hidden_size: int,
         intermediate_size: int,
         bias: bool,
+        reduce: bool = True,
     ) -> None:
-        columns = mesh.place.ffn_columns
+        """Load this rank's columns.
+
+        Args:
+            source: Where the weights come from.
+            mesh: This rank's groups.
+            prefix: Name of the block in the checkpoint.
+            hidden_size: Of the model.
+            intermediate_size: Of the whole block.
+            bias: Whether the three products add one.
+            reduce: Sum over the TP group; False: the caller does, with what it adds.
+        """
+        columns = dense_columns(mesh, intermediate_size)
         self._gate_up = ColumnParallelLinear(
             source,
             (
@@ -41,8 +54,20 @@ class GatedMlp:
             (hidden_size, intermediate_size),
             columns,
             bias=bias,
+            reduce=reduce,
         )
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D]."""
         return self._down(swiglu(self._gate_up(x_TD)))
+
+
+def dense_columns(mesh: Mesh, intermediate_size: int) -> Range:
+    """Return this rank's columns of a dense block or of the shared experts.
+
+    In a model with experts the plan's columns are those of each expert, which moe_tp ranks share;
+    a block without experts is cut over all ranks, by the rule that memory was counted with.
+    """
+    if mesh.place.experts == (0, 0):
+        return mesh.place.ffn_columns
+    return even_range(intermediate_size, mesh.tp.size, mesh.place.tp_rank)

@@ -60,8 +60,10 @@ class RowParallelLinear:
         columns: Range,
         *,
         bias: bool,
+        reduce: bool = True,
     ) -> None:
         self._mesh = mesh
+        self._reduce = reduce
         self.weight_DC = source.shard(f"{name}.weight", shape, None, columns)
         # The sum over ranks must hold the bias once.
         self.bias_D = (
@@ -69,5 +71,6 @@ class RowParallelLinear:
         )
 
     def __call__(self, x_TC: torch.Tensor) -> torch.Tensor:
-        """Return [T, D], equal on every rank of the group."""
-        return self._mesh.all_reduce(linear(x_TC, self.weight_DC, self.bias_D))
+        """Return [T, D], equal on every rank of the group; without `reduce`, this rank's part."""
+        y_TD = linear(x_TC, self.weight_DC, self.bias_D)
+        return self._mesh.all_reduce(y_TD) if self._reduce else y_TD

@@ -1,4 +1,4 @@
-"""`DecoderStage`: the layers of one pipeline stage, for every dense decoder family.
+"""`DecoderStage`: the layers of one pipeline stage, for every decoder family.
 
 What differs between families (biases, head norms, windows, rotary scaling) is in `ModelSpec`; where
 their tensors are is in `TensorNames`.
@@ -15,6 +15,7 @@ from rankwright.executor.kv_cache import LayerCache
 from rankwright.executor.layers.attention import PagedAttention
 from rankwright.executor.layers.embedding import VocabularyEmbedding, VocabularyHead
 from rankwright.executor.layers.feed_forward import GatedMlp
+from rankwright.executor.layers.moe import MoeBlock
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.models.names import TensorNames
 from rankwright.executor.weights import WeightSource
@@ -34,15 +35,6 @@ class DecoderLayer:
         index: int,
         cache: LayerCache,
     ) -> None:
-        if layer.feed_forward.kind != "dense":
-            raise ValueError(
-                f"{spec.name}: layer {index} has experts; the executor runs dense ones"
-            )
-        if layer.feed_forward.activation not in ("silu", "swish"):
-            raise ValueError(
-                f"{spec.name}: activation {layer.feed_forward.activation!r} in layer {index}; "
-                "the executor runs silu"
-            )
         hidden = spec.hidden_size
         self._eps = spec.norm_eps
         self.attention_norm_D = source.shard(names.attention_norm.format(layer=index), (hidden,))
@@ -58,14 +50,7 @@ class DecoderLayer:
             hidden_size=hidden,
             norm_eps=spec.norm_eps,
         )
-        self.feed_forward = GatedMlp(
-            source,
-            mesh,
-            prefix=names.feed_forward.format(layer=index),
-            hidden_size=hidden,
-            intermediate_size=layer.feed_forward.intermediate_size,
-            bias=layer.feed_forward.bias,
-        )
+        self.feed_forward = _feed_forward(source, mesh, names, spec, layer, index)
 
     def __call__(
         self, x_TD: torch.Tensor | None, residual_TD: torch.Tensor, context: ForwardContext
@@ -78,6 +63,30 @@ class DecoderLayer:
         x_TD = self.attention(x_TD, context)
         x_TD = rms_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD=residual_TD)
         return self.feed_forward(x_TD)
+
+
+def _feed_forward(
+    source: WeightSource,
+    mesh: Mesh,
+    names: TensorNames,
+    spec: ModelSpec,
+    layer: Layer,
+    index: int,
+) -> GatedMlp | MoeBlock:
+    block = layer.feed_forward
+    if block.kind == "moe":
+        assert names.experts is not None, f"{spec.name}: a family without names for its experts"
+        return MoeBlock(
+            source, mesh, block, names.experts, layer=index, hidden_size=spec.hidden_size
+        )
+    return GatedMlp(
+        source,
+        mesh,
+        prefix=names.feed_forward.format(layer=index),
+        hidden_size=spec.hidden_size,
+        intermediate_size=block.intermediate_size,
+        bias=block.bias,
+    )
 
 
 class DecoderStage:

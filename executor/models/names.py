@@ -4,6 +4,22 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """Names of a MoE block whose experts are tensors of their own.
+
+    `{layer}` stands for the layer's number, `{expert}` for the expert's; the matrices have no
+    `.weight` at their end.
+    """
+
+    router: str
+    gate: str
+    up: str
+    down: str
+    correction: str | None = None  # added to the scores for the choice
+    shared: str | None = None  # prefix of the experts that every token takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
     """Names in the checkpoint; `{layer}` stands for the layer's number."""
 
@@ -14,3 +30,4 @@ class TensorNames:
     feed_forward: str
     attention_norm: str
     feed_forward_norm: str
+    experts: ExpertNames | None = None

@@ -23,7 +23,7 @@ def check_supported(plan: Plan) -> None:
         if reason is not None:
             raise ValueError(
                 f"the executor cannot run {spec.name!r}: layer {number} has {reason}; it runs "
-                f"dense decoders ({', '.join(sorted(FAMILIES))})"
+                f"{', '.join(sorted(FAMILIES))}"
             )
     _check_formats(spec)
     reason = cut_is_legal(spec, tp=split.tp, ep=split.ep, cp=split.cp, attention=split.attention)
@@ -36,7 +36,6 @@ def check_supported(plan: Plan) -> None:
 def _layer_reason(layer: Layer) -> str | None:
     attention, block = layer.attention, layer.feed_forward
     found = {
-        "experts": block.kind == "moe",
         "latent attention (MLA)": attention.kind == "mla",
         "attention sinks": attention.sinks,
         "values and keys of different widths": attention.value_head_dim != attention.head_dim,

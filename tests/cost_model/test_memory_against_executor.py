@@ -23,7 +23,13 @@ DENSE = [name for name in FAMILY_CONFIGS if name.startswith(("llama", "mistral",
     "qwen3",
     "qwen3 with biases",
 ]
+MOE = ["mixtral", "qwen3_moe"]
 BLOCK_TOKENS = 16
+SPLITS = [(1, 1, 1), (2, 1, 1), (1, 1, 3), (2, 1, 2), (6, 1, 1)]  # tp, ep, pp
+MOE_SPLITS = [(1, 1, 1), (2, 2, 1), (6, 3, 1), (3, 3, 2)]
+CASES = [(family, *split) for family in DENSE for split in SPLITS] + [
+    (family, *split) for family in MOE for split in MOE_SPLITS
+]
 
 
 class CountingSource:
@@ -51,11 +57,10 @@ class CountingSource:
         return tensor
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 3), (2, 2), (6, 1)])
-@pytest.mark.parametrize("family", DENSE)
-def test_every_rank_loads_what_is_predicted(family: str, tp: int, pp: int) -> None:
+@pytest.mark.parametrize(("family", "tp", "ep", "pp"), CASES)
+def test_every_rank_loads_what_is_predicted(family: str, tp: int, ep: int, pp: int) -> None:
     spec = read_model(FAMILY_CONFIGS[family])
-    plan = cpu_plan(spec, tp=tp, pp=pp, num_blocks=5, block_tokens=BLOCK_TOKENS)
+    plan = cpu_plan(spec, tp=tp, ep=ep, pp=pp, num_blocks=5, block_tokens=BLOCK_TOKENS)
     for place in plan.ranks:
         first, last = place.layers
         caches = kv_cache.allocate(
@@ -69,6 +74,7 @@ def test_every_rank_loads_what_is_predicted(family: str, tp: int, pp: int) -> No
         )
         mesh = SimpleNamespace(
             place=place,
+            tp=SimpleNamespace(size=tp),
             is_first_stage=place.stage == 0,
             is_last_stage=place.stage == pp - 1,
         )

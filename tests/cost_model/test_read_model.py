@@ -129,6 +129,11 @@ def test_mixtral_normalises_the_chosen_experts() -> None:
     assert block.router.normalize
 
 
+def test_qwen3_moe_counts_its_experts_under_the_name_that_transformers_5_saves() -> None:
+    saved = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"}
+    assert read_model(saved | {"num_local_experts": 6}) == read_model(QWEN3_MOE)
+
+
 def test_qwen3_moe_has_experts_where_the_config_says() -> None:
     spec = read_model(QWEN3_MOE)
     assert [layer.feed_forward.kind for layer in spec.layers] == [

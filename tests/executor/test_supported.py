@@ -11,16 +11,23 @@ LLAMA = read_model("meta-llama/Llama-3.2-1B")
 
 @pytest.mark.parametrize(
     "name",
-    ["meta-llama/Llama-3.1-8B", "mistralai/Mistral-7B-v0.1", "Qwen/Qwen2.5-7B", "Qwen/Qwen3-8B"],
+    [
+        "meta-llama/Llama-3.1-8B",
+        "mistralai/Mistral-7B-v0.1",
+        "Qwen/Qwen2.5-7B",
+        "Qwen/Qwen3-8B",
+        "mistralai/Mixtral-8x7B-v0.1",
+        "Qwen/Qwen3-30B-A3B",
+    ],
 )
-def test_dense_families_run(name: str) -> None:
+def test_families_run(name: str) -> None:
     check_supported(cpu_plan(read_model(name)))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mistralai/Mixtral-8x7B-v0.1", r"cannot run 'MixtralForCausalLM' yet; it runs Llama"),
+        ("openai/gpt-oss-20b", r"cannot run 'GptOssForCausalLM' yet; it runs Llama"),
         ("deepseek-ai/DeepSeek-V3", r"cannot run 'DeepseekV3ForCausalLM' yet"),
     ],
 )

@@ -19,7 +19,8 @@ from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
-    decode_attention, prefill_attention, rms_norm, rotary, sampling, swiglu,
+    decode_attention, moe_align, moe_configs, moe_experts, moe_routing, prefill_attention, rms_norm,
+    rotary, sampling, swiglu,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -29,16 +30,19 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        ints = ("table_ptr", "work_ptr", "context_ptr", "windows_ptr", "token_ptr")
+        short = name.removesuffix("_ptr")
+        moe = kernel.__module__.rpartition(".")[2].startswith("moe")
+        ints = "table work context windows token pairs counts replicas block_slots".split()
+        floats_of = (
+            "partial lse merged_lse cos_sin temperature best weights pair_weights correction".split())
         if name in floats:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
-            wide = name in (
-                "partial_ptr", "lse_ptr", "merged_lse_ptr", "cos_sin_ptr", "temperature_ptr",
-                "best_ptr")
-            long = name in ("positions_ptr", "slots_ptr", "seeds_ptr")
+            is_int = short in ints or (moe and short == "slots")
+            wide = short in floats_of
+            long = short in ("positions", "slots", "seeds", "load")
             kind = "fp32" if wide else "i64" if long else "bf16"
-            signature[name] = "*" + ("i32" if name in ints else kind)
+            signature[name] = "*" + ("i32" if is_int else kind)
         else:
             signature[name] = "i32"
         if signature[name].startswith("*") or (
@@ -77,6 +81,25 @@ shape = prefill_attention.prefill_config(4096, 128, 64, torch.bfloat16)
 found["prefill"] = resources(
     prefill_attention._prefill_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
     BLOCK_M=shape.block_m, TILE=shape.tile, HAS_WINDOW=False, **paged)
+found["route"] = resources(
+    moe_routing._route_kernel, 1, 1, ["scale"], ["first_slot", "num_slots"], TOP_K=8, NUM_GROUPS=8,
+    GROUP_SIZE=32, GROUPS_PER_TOKEN=4, MAX_REPLICAS=2, BLOCK_G=8, BLOCK_S=32, BLOCK_K=8,
+    SIGMOID=True, NORMALIZE=True, TOP2=True, HAS_CORRECTION=True, HAS_TABLE=True, HAS_LOAD=True,
+    TINY=1e-20)
+found["count"] = resources(moe_align._count_kernel, 4, 1, [], ["num_pairs"], BLOCK=1024)
+found["place"] = resources(
+    moe_align._place_kernel, 4, 1, [], ["num_pairs", "max_blocks"], NUM_SLOTS=128, BLOCK_S=128,
+    BLOCK_ROWS=128, BLOCK=1024)
+found["sum"] = resources(moe_experts._sum_kernel, 4, 1, [], [], DIM=2048, TOP_K=8, BLOCK=1024)
+for rows, config in moe_configs._RULES.items():
+    for name, tile in (("gate_up", config.gate_up), ("down", config.down)):
+        gated = name == "gate_up"
+        found[f"{name} {rows}"] = resources(
+            moe_experts._grouped_gemm_kernel, tile.num_warps, tile.num_stages, ["limit"],
+            ["num_pairs", "num_blocks"], N=768 if gated else 2048, K=2048 if gated else 768,
+            TOP_K=8 if gated else 1, GATED=gated, CLAMPED=False, WEIGHTED=not gated, HAS_BIAS=False,
+            ALIGNED=True, ALPHA=1.702, BLOCK_M=rows, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m, PRECISION="tf32")
 print(json.dumps(found))
 """
 
@@ -104,12 +127,24 @@ def compiled() -> dict[str, Any]:
         ("decode", "mma.sync.aligned.m16n8k16"),
         ("prefill", "cp.async.cg.shared.global"),
         ("prefill", "wgmma.mma_async"),  # Hopper's own; mma.sync has half its rate
+        ("sum", "ld.global.v4.b32"),
+        ("gate_up 16", "cp.async.cg.shared.global"),
+        ("down 16", "cp.async.cg.shared.global"),
+        ("gate_up 128", "wgmma.mma_async"),
+        ("down 128", "wgmma.mma_async"),
     ],
 )
 def test_kernel_has_the_instructions_it_was_written_for(
     kernel: str, instruction: str, compiled: dict[str, Any]
 ) -> None:
     assert instruction in compiled[kernel]["ptx"].replace(", ", ",")
+
+
+def test_grouped_products_fit_on_a_multiprocessor(compiled: dict[str, Any]) -> None:
+    products = [name for name in compiled if name.startswith(("gate_up", "down"))]
+    assert len(products) == 8
+    for name in products:
+        assert compiled[name]["shared_bytes"] <= 227 * 1024
 
 
 def test_two_decode_programs_fit_on_a_multiprocessor(compiled: dict[str, Any]) -> None:

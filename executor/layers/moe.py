@@ -1,0 +1,139 @@
+"""A MoE block: router, this rank's experts, shared experts.
+
+The tokens are equal on all ranks of the group, so each rank routes all of them, runs the pairs
+(token, expert) whose expert it holds, with its columns of that expert, and the parts are summed.
+Shape letters: T tokens, D hidden, E experts, S slots of this rank, F columns of an expert.
+"""
+
+import torch
+from torch.nn.functional import linear
+
+from rankwright.cost_model.model_spec import FeedForward, Router
+from rankwright.executor.layers.feed_forward import GatedMlp
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.models.names import ExpertNames
+from rankwright.executor.weights import Range, WeightSource
+from rankwright.kernels.moe_experts import Experts, run_experts
+from rankwright.kernels.moe_routing import RoutingRule, route
+
+
+class MoeBlock:
+    """`sum over chosen experts of weight * expert(x)`, and what the shared experts add."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        mesh: Mesh,
+        block: FeedForward,
+        names: ExpertNames,
+        *,
+        layer: int,
+        hidden_size: int,
+    ) -> None:
+        self._mesh = mesh
+        self._num_experts = block.num_experts
+        self._rule = routing_rule(block.router, block.experts_per_token)
+        self._first_slot = mesh.place.experts[0]
+        router = names.router.format(layer=layer)
+        shape = (block.num_experts, hidden_size)
+        self.router_ED = source.shard(f"{router}.weight", shape)
+        self.router_bias_E = (
+            source.shard(f"{router}.bias", shape[:1]) if block.router.bias else None
+        )
+        self.correction_E = None
+        if names.correction is not None and block.router.correction_bias:
+            self.correction_E = source.shard(names.correction.format(layer=layer), shape[:1])
+        self.experts = load_experts(
+            source,
+            names,
+            layer=layer,
+            experts=mesh.place.experts,
+            columns=mesh.place.ffn_columns,
+            shape=(hidden_size, block.intermediate_size),
+        )
+        self.shared: GatedMlp | None = None
+        if block.shared_intermediate_size:
+            assert names.shared is not None
+            self.shared = GatedMlp(
+                source,
+                mesh,
+                prefix=names.shared.format(layer=layer),
+                hidden_size=hidden_size,
+                intermediate_size=block.shared_intermediate_size,
+                bias=False,
+                reduce=False,
+            )
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return [T, D], equal on every rank of the group."""
+        weights_TK, slots_TK = route(
+            linear(x_TD, self.router_ED, self.router_bias_E),
+            self._rule,
+            first_slot=self._first_slot,
+            num_slots=self.experts.num_slots,
+            correction_E=self.correction_E,
+        )
+        y_TD = run_experts(
+            x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts
+        )
+        if self.shared is not None:
+            y_TD += self.shared(x_TD)
+        return self._mesh.all_reduce(y_TD)
+
+
+def routing_rule(router: Router, top_k: int) -> RoutingRule:
+    """Return what the routing kernel needs to know of the model's router."""
+    return RoutingRule(
+        top_k=top_k,
+        scoring=router.scoring,
+        normalize=router.normalize,
+        scale=router.scale,
+        num_groups=router.num_groups,
+        groups_per_token=router.groups_per_token,
+        group_score=router.group_score,
+    )
+
+
+def load_experts(
+    source: WeightSource,
+    names: ExpertNames,
+    *,
+    layer: int,
+    experts: Range,
+    columns: Range,
+    shape: tuple[int, int],
+) -> Experts:
+    """Return this rank's columns of its experts, packed for the grouped products.
+
+    Matrices come one by one, so that beside the packed tensors one of them exists at a time.
+
+    Args:
+        source: Where the weights come from.
+        names: Of the experts' tensors.
+        layer: Number of the layer.
+        experts: Which of them.
+        columns: Which columns of each.
+        shape: Hidden size and whole width of an expert.
+    """
+    hidden_size, whole_width = shape
+    num_slots, width = experts[1] - experts[0], columns[1] - columns[0]
+    gate_up: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    for slot, expert in enumerate(range(*experts)):
+        at = {"layer": layer, "expert": expert}
+        for half, name in enumerate((names.gate, names.up)):
+            rows = source.shard(
+                f"{name.format(**at)}.weight", (whole_width, hidden_size), columns
+            )
+            if gate_up is None:
+                gate_up = rows.new_empty(num_slots, 2 * width, hidden_size)
+            gate_up[slot, half * width : (half + 1) * width] = rows
+        part = source.shard(
+            f"{names.down.format(**at)}.weight", (hidden_size, whole_width), None, columns
+        )
+        if down is None:
+            down = part.new_empty(num_slots, hidden_size, width)
+        down[slot] = part
+    assert gate_up is not None, "a rank without experts"
+    assert down is not None
+    return Experts(gate_up, down)

@@ -1,0 +1,117 @@
+"""MoE families: every split of experts gives the logits and tokens of transformers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.executor.conftest import COMMON, Reference, make_reference
+from tests.executor.plans import cpu_plan
+from tests.executor.ranks import Ranks
+from tests.executor.test_parallel_equality import prompts
+
+from rankwright.cost_model.read_model import read_model
+
+CASES = "tests.executor.cases"
+# Sizes that ranks cannot share evenly: 6 experts over 4, expert widths of 37 and 22 columns.
+MOE_MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "vocab_size": 131,
+        "num_hidden_layers": 3,
+        "intermediate_size": 37,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+    },
+    "qwen3_moe": {
+        "vocab_size": 128,
+        "head_dim": 8,
+        "intermediate_size": 50,
+        "moe_intermediate_size": 22,
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe, weights as they are": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 90,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+        "moe_intermediate_size": 22,
+        "num_experts": 5,
+        "num_experts_per_tok": 5,
+        "norm_topk_prob": False,
+        "attention_bias": True,
+    },
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "TP1": {},
+    "TP2": {"tp": 2},
+    "EP2": {"tp": 2, "ep": 2},
+    "TP4": {"tp": 4},
+    "TP4 EP2": {"tp": 4, "ep": 2},
+    "EP4": {"tp": 4, "ep": 4},
+    "PP2 EP2": {"pp": 2, "tp": 2, "ep": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def moe_references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    return {
+        name: make_reference(
+            tmp_path_factory.mktemp("moe"), seed, {**COMMON, "model_type": name, **changes}
+        )
+        for seed, (name, changes) in enumerate(MOE_MODELS.items())
+    }
+
+
+def run_tokens(pool: Ranks, reference: Reference, **split: Any) -> None:
+    """Hold the greedy tokens of a split to transformers', while requests come and go."""
+    plan = cpu_plan(
+        read_model(reference.folder),
+        **split,
+        num_blocks=20,
+        max_num_seqs=4,
+        max_batched_tokens=16,
+    )
+    texts = prompts(reference.vocab_size, (1, 17, 30, 5))
+    requests = [
+        (f"r{i}", text, {"temperature": 0.0, "max_tokens": 48}) for i, text in enumerate(texts)
+    ]
+    results = pool.run(
+        plan.num_gpus, CASES, "serve", plan.model_dump_json(), str(reference.folder), requests
+    )
+    tokens: dict[str, list[int]] = {}
+    for result in results:
+        tokens.update(result or {})
+    for name, text, _ in requests:
+        assert tokens[name] == reference.greedy(text, 48)
+
+
+WHOLE = [(model, split) for model in ("mixtral", "qwen3_moe") for split in SPLITS]
+
+
+@pytest.mark.parametrize(
+    ("model", "split"),
+    [*WHOLE, ("qwen3_moe, weights as they are", "TP1"), ("qwen3_moe, weights as they are", "EP2")],
+)
+def test_logits_equal_transformers(
+    moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
+) -> None:
+    reference = moe_references[model]
+    plan = cpu_plan(read_model(reference.folder), **SPLITS[split])
+    sequences = prompts(reference.vocab_size, (1, 23, 40))
+    results = pool.run(
+        plan.num_gpus, CASES, "logits", plan.model_dump_json(), str(reference.folder), sequences
+    )
+    (result,) = (result for result in results if result is not None)
+    for ours, tokens in zip(result, sequences, strict=True):
+        theirs = reference.logits(tokens).numpy()
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize(("model", "split"), [("mixtral", "TP4 EP2"), ("qwen3_moe", "PP2 EP2")])
+def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
+    moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
+) -> None:
+    run_tokens(pool, moe_references[model], **SPLITS[split])
