@@ -111,7 +111,7 @@ def measure(
     while sum(_used(one) for one in sets) * expert_bytes < ROTATION_BYTES and len(sets) < 8:
         sets.append(make(shape, tokens))
     calls = [lambda one=one: one.run(shape, config) for one in sets]
-    us = graph_us(calls)  # type: ignore[arg-type]
+    us = graph_us(calls)
     pairs = sum(int((one.slots >= 0).sum()) for one in sets) / len(sets)
     moved = sum(_used(one) for one in sets) / len(sets) * expert_bytes
     moved += 2 * tokens * shape.hidden * DTYPE.itemsize
@@ -133,7 +133,7 @@ def measure(
 
 def _used(inputs: Inputs) -> int:
     """Experts of this rank that some token chose."""
-    return int(inputs.slots[inputs.slots >= 0].unique().numel())
+    return len(set(inputs.slots.flatten().tolist()) - {-1})
 
 
 def _error(inputs: Inputs, shape: Shape, config: ExpertsConfig | None) -> float:
@@ -189,9 +189,9 @@ def tune(shape: Shape, tokens: int, rates: dict[str, float]) -> Iterator[dict[st
         ups, downs = candidates(rows)
         start = base if rows == base.block_rows else ExpertsConfig(rows, ups[0], downs[0])
         here, here_us = start, time_us(start)
-        for field, tiles in (("gate_up", ups), ("down", downs)):
+        for is_down, tiles in enumerate((ups, downs)):
             for tile in tiles:
-                config = replace(here, **{field: tile})
+                config = replace(here, down=tile) if is_down else replace(here, gate_up=tile)
                 us = time_us(config)
                 if us < here_us:
                     here, here_us = config, us

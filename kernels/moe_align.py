@@ -22,18 +22,18 @@ class Alignment:
 
     Args:
         pairs: int32 [B * M]: pair of each row; P marks padding; undefined past the last block.
-        slots_B: int32 [B]: slot of each block, -1 past the last.
+        block_slots: int32 [B]: slot of each block, -1 past the last.
         block_rows: M.
     """
 
     pairs: torch.Tensor
-    slots_B: torch.Tensor
+    block_slots: torch.Tensor
     block_rows: int
 
     @property
     def max_blocks(self) -> int:
         """B."""
-        return len(self.slots_B)
+        return len(self.block_slots)
 
 
 def max_blocks(num_pairs: int, num_slots: int, block_rows: int) -> int:
@@ -51,16 +51,16 @@ def align_reference(slots_TK: torch.Tensor, num_slots: int, block_rows: int) -> 
     num_pairs = slots_P.numel()
     num_blocks = max_blocks(num_pairs, num_slots, block_rows)
     pairs = torch.full((num_blocks, block_rows), num_pairs, dtype=torch.int32)
-    slots_B = torch.full((num_blocks,), -1, dtype=torch.int32)
+    block_slots = torch.full((num_blocks,), -1, dtype=torch.int32)
     block = 0
     for slot in range(num_slots):
         for part in (slots_P == slot).nonzero().flatten().split(block_rows):
             if part.numel():
                 pairs[block, : part.numel()] = part
-                slots_B[block] = slot
+                block_slots[block] = slot
                 block += 1
     device = slots_TK.device
-    return Alignment(pairs.flatten().to(device), slots_B.to(device), block_rows)
+    return Alignment(pairs.flatten().to(device), block_slots.to(device), block_rows)
 
 
 @jit(do_not_specialize=("num_pairs",))
@@ -135,7 +135,7 @@ def align(
     num_pairs, device = slots_TK.numel(), slots_TK.device
     num_blocks = max_blocks(num_pairs, num_slots, block_rows)
     pairs = torch.empty(num_blocks * block_rows, dtype=torch.int32, device=device)
-    slots_B = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    block_slots = torch.empty(num_blocks, dtype=torch.int32, device=device)
     counts_S = torch.empty(num_slots, dtype=torch.int32, device=device)
     if num_pairs:
         block = min(_BLOCK, max(128, next_power_of_two(num_pairs)))
@@ -144,7 +144,7 @@ def align(
             slots_TK,
             counts_S,
             pairs,
-            slots_B,
+            block_slots,
             num_pairs,
             num_blocks,
             NUM_SLOTS=num_slots,
@@ -153,4 +153,4 @@ def align(
             BLOCK=block,
             num_warps=4,
         )
-    return Alignment(pairs, slots_B, block_rows)
+    return Alignment(pairs, block_slots, block_rows)

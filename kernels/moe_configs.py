@@ -34,9 +34,9 @@ class ExpertsConfig:
     down: Tile
 
 
-# By the rows of a block, for sm_90 and values of 2 bytes. Few rows: bytes in flight are what counts,
-# so long pieces of weight rows, several stages of them. Many rows: 128 x 256 accumulators in 8 warps
-# (as two halves, gate and up), the largest that registers hold, with 3 or 4 stages in 227 KB.
+# By the rows of a block, for sm_90 and values of 2 bytes. Few rows: bytes in flight are what
+# counts, so long pieces of weight rows, several stages of them. Many rows: 128 x 256 accumulators
+# in 8 warps (as two halves, gate and up), the most that registers hold, and 4 stages in 227 KB.
 _RULES: dict[int, ExpertsConfig] = {
     16: ExpertsConfig(16, Tile(32, 128, 4, 4, 1), Tile(64, 128, 4, 4, 1)),
     32: ExpertsConfig(32, Tile(64, 64, 4, 4, 1), Tile(128, 64, 4, 4, 1)),
@@ -89,7 +89,5 @@ def rule_config(rows_per_expert: float) -> ExpertsConfig:
 
     Blocks of 128 rows from 96 on: below, most of a block would be padding.
     """
-    rows = next(
-        (rows for rows in sorted(_RULES) if rows_per_expert <= 0.75 * rows), max(_RULES)
-    )
+    rows = next((rows for rows in sorted(_RULES) if rows_per_expert <= 0.75 * rows), max(_RULES))
     return _RULES[rows]

@@ -305,7 +305,7 @@ def _grouped_gemm(
         weight if bias is None else bias,
         weights_TK,
         slots_TK if aligned is None else aligned.pairs,
-        slots_TK if aligned is None else aligned.slots_B,
+        slots_TK if aligned is None else aligned.block_slots,
         out,
         num_pairs,
         num_blocks,

@@ -32,13 +32,13 @@ class RoutingRule:
 
 @dataclass(frozen=True, slots=True)
 class SlotTable:
-    """Where the experts are, when not in order: token t goes to replica `t % replicas_E[e]`.
+    """Where the experts are, when not in order: token t goes to replica `t % replicas[e]`.
 
     The tensors may change between steps (also of a captured graph), their shapes may not.
     """
 
-    slots_ER: torch.Tensor  # int32, slot numbers over all ranks
-    replicas_E: torch.Tensor  # int32, 1 to R
+    slots: torch.Tensor  # int32 [E, R], slot numbers over all ranks
+    replicas: torch.Tensor  # int32 [E], 1 to R
 
 
 def route_reference(
@@ -73,7 +73,7 @@ def route_reference(
         slots_TK = experts_TK
     else:
         token_T1 = torch.arange(num_tokens, device=logits_TE.device).unsqueeze(1)
-        slots_TK = table.slots_ER[experts_TK, token_T1 % table.replicas_E[experts_TK]].long()
+        slots_TK = table.slots[experts_TK, token_T1 % table.replicas[experts_TK]].long()
     slots_TK = slots_TK - first_slot
     slots_TK = slots_TK.where((slots_TK >= 0) & (slots_TK < num_slots), -1)
     return weights_TK * rule.scale, slots_TK.to(torch.int32)
@@ -153,9 +153,7 @@ def _route_kernel(
         chosen = tl.argmax(choice, axis=0)
         weight = tl.sum(tl.where(index == chosen, scores, 0.0), axis=0)
         weights = tl.where(k == i, weight, weights)
-        experts = tl.where(
-            k == i, (chosen // BLOCK_S) * GROUP_SIZE + chosen % BLOCK_S, experts
-        )
+        experts = tl.where(k == i, (chosen // BLOCK_S) * GROUP_SIZE + chosen % BLOCK_S, experts)
         choice = tl.where(index == chosen, -float("inf"), choice)
     if NORMALIZE:
         weights = weights / (tl.sum(weights, axis=0) + TINY)
@@ -236,8 +234,8 @@ def route(
         _route_kernel[(num_tokens,)](
             logits_TE,
             logits_TE if correction_E is None else correction_E,
-            slots_TK if table is None else table.slots_ER,
-            slots_TK if table is None else table.replicas_E,
+            slots_TK if table is None else table.slots,
+            slots_TK if table is None else table.replicas,
             slots_TK if load_E is None else load_E,
             weights_TK,
             slots_TK,
@@ -249,7 +247,7 @@ def route(
             NUM_GROUPS=num_groups,
             GROUP_SIZE=group_size,
             GROUPS_PER_TOKEN=rule.groups_per_token if grouped else 1,
-            MAX_REPLICAS=1 if table is None else table.slots_ER.shape[1],
+            MAX_REPLICAS=1 if table is None else table.slots.shape[1],
             BLOCK_G=next_power_of_two(num_groups),
             BLOCK_S=next_power_of_two(group_size),
             BLOCK_K=next_power_of_two(rule.top_k),

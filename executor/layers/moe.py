@@ -73,9 +73,7 @@ class MoeBlock:
             num_slots=self.experts.num_slots,
             correction_E=self.correction_E,
         )
-        y_TD = run_experts(
-            x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts
-        )
+        y_TD = run_experts(x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts)
         if self.shared is not None:
             y_TD += self.shared(x_TD)
         return self._mesh.all_reduce(y_TD)
@@ -122,9 +120,7 @@ def load_experts(
     for slot, expert in enumerate(range(*experts)):
         at = {"layer": layer, "expert": expert}
         for half, name in enumerate((names.gate, names.up)):
-            rows = source.shard(
-                f"{name.format(**at)}.weight", (whole_width, hidden_size), columns
-            )
+            rows = source.shard(f"{name.format(**at)}.weight", (whole_width, hidden_size), columns)
             if gate_up is None:
                 gate_up = rows.new_empty(num_slots, 2 * width, hidden_size)
             gate_up[slot, half * width : (half + 1) * width] = rows

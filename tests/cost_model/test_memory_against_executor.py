@@ -26,7 +26,7 @@ DENSE = [name for name in FAMILY_CONFIGS if name.startswith(("llama", "mistral",
 MOE = ["mixtral", "qwen3_moe"]
 BLOCK_TOKENS = 16
 SPLITS = [(1, 1, 1), (2, 1, 1), (1, 1, 3), (2, 1, 2), (6, 1, 1)]  # tp, ep, pp
-MOE_SPLITS = [(1, 1, 1), (2, 2, 1), (6, 3, 1), (3, 3, 2)]
+MOE_SPLITS = [(1, 1, 1), (2, 2, 1), (6, 3, 1), (2, 2, 2)]
 CASES = [(family, *split) for family in DENSE for split in SPLITS] + [
     (family, *split) for family in MOE for split in MOE_SPLITS
 ]

@@ -86,7 +86,12 @@ def test_tokens_take_turns_over_replicas(backend: str, device: str) -> None:
     _, slots = route(logits, rule, num_slots=4, table=table, backend=backend)  # type: ignore[arg-type]
     assert slots.flatten().tolist() == [3, 0, 3, 2]
     _, slots = route(  # the rank of slots 2 and 3
-        logits, rule, first_slot=2, num_slots=2, table=table, backend=backend  # type: ignore[arg-type]
+        logits,
+        rule,
+        first_slot=2,
+        num_slots=2,
+        table=table,
+        backend=backend,  # type: ignore[arg-type]
     )
     assert slots.flatten().tolist() == [1, -1, 1, 0]
 
