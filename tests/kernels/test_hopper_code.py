@@ -34,7 +34,8 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         moe = kernel.__module__.rpartition(".")[2].startswith("moe")
         ints = "table work context windows token pairs counts replicas block_slots".split()
         floats_of = (
-            "partial lse merged_lse cos_sin temperature best weights pair_weights correction".split())
+            "partial lse merged_lse cos_sin temperature best weights pair_weights correction"
+        ).split()
         if name in floats:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
