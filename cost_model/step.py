@@ -6,7 +6,7 @@ With one stage and one micro-batch the pipeline's round is simply the step.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rankwright.cost_model.collectives import (
     Group,
@@ -238,6 +238,9 @@ class Pipeline:
     stages: tuple[StageModel, ...]
     kinds: tuple[tuple[tuple[int, int], ...], ...]
     boundaries: tuple[Group, ...] = ()
+    _times: dict[StepTokens, tuple[list[float], float]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def stage_s(self, stage: int, tokens: StepTokens) -> float:
         """Return the seconds that `stage` is busy with one micro-batch."""
@@ -266,8 +269,7 @@ class Pipeline:
 
         With equal stages and `m >= pp` both terms meet but for the hand-overs.
         """
-        busy = [self.stage_s(stage, tokens) for stage in range(len(self.stages))]
-        sends = sum(self.send_s(stage, tokens) for stage in range(len(self.stages) - 1))
+        busy, sends = self._busy_s(tokens)
         return max(sum(busy) + sends, micro_batches * max(busy))
 
     def prompt_s(self, tokens: StepTokens, steps: int) -> float:
@@ -276,14 +278,34 @@ class Pipeline:
         Chunks follow each other into the pipeline: only the last one is sampled, so that the next
         need not wait for the one before to come out. With one stage these are `steps` rounds.
         """
-        busy = [self.stage_s(stage, tokens) for stage in range(len(self.stages))]
-        sends = sum(self.send_s(stage, tokens) for stage in range(len(self.stages) - 1))
+        busy, sends = self._busy_s(tokens)
         return sum(busy) + sends + (steps - 1) * max(busy)
 
     def slowest_stage(self, tokens: StepTokens) -> int:
         """Return the stage that is busy longest."""
-        busy = [self.stage_s(stage, tokens) for stage in range(len(self.stages))]
+        busy, _ = self._busy_s(tokens)
         return busy.index(max(busy))
+
+    def _busy_s(self, tokens: StepTokens) -> tuple[list[float], float]:
+        """Return the seconds of each stage and of all hand-overs; stages that are alike once."""
+        if tokens not in self._times:
+            last = len(self.stages) - 1
+            alike: dict[tuple[object, ...], float] = {}
+            busy: list[float] = []
+            for stage, (model, kinds) in enumerate(zip(self.stages, self.kinds, strict=True)):
+                key = (id(model), kinds, stage == 0, stage == last)
+                if key not in alike:
+                    alike[key] = self.stage_s(stage, tokens)
+                busy.append(alike[key])
+            sent: dict[tuple[int, int], float] = {}
+            sends = 0.0
+            for stage, group in enumerate(self.boundaries):
+                pair = (id(self.stages[stage]), id(group))
+                if pair not in sent:
+                    sent[pair] = self.send_s(stage, tokens)
+                sends += sent[pair]
+            self._times[tokens] = busy, sends
+        return self._times[tokens]
 
     def parts(self, stage: int, tokens: StepTokens, repeat: float = 1) -> tuple[Part, ...]:
         """Return the terms of one step of `stage`, each summed over its layers and `repeat`."""

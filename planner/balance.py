@@ -43,8 +43,11 @@ def balance_layers(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
     >>> balance_layers([stage, stage])
     (4, 3)
     """
-    if len(stages) > len(stages[0].layer_s):
+    num_layers = len(stages[0].layer_s)
+    if len(stages) > num_layers or _too_large(stages):
         return None
+    if len(stages) == 1:
+        return (num_layers,)
     sums: dict[int, list[float]] = {}
     for stage in stages:
         for values in (stage.layer_s, stage.layer_bytes):
@@ -52,8 +55,7 @@ def balance_layers(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
                 sums[id(values)] = [0.0, *accumulate(values)]
     seconds = [sums[id(stage.layer_s)] for stage in stages]
     sizes = [sums[id(stage.layer_bytes)] for stage in stages]
-    # No cut is faster than all layers at the fastest stage's speed, shared out evenly.
-    limit_s = min(total[-1] for total in seconds) / len(stages)
+    limit_s = _least_s(stages)
     while limit_s < inf:
         reach, next_s = _fill(stages, seconds, sizes, limit_s)
         if reach is not None:
@@ -65,6 +67,21 @@ def balance_layers(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
                 return cut
         limit_s = next_s
     return None
+
+
+def _too_large(stages: Sequence[StageCosts]) -> bool:
+    """Return whether the layers exceed what all stages together may hold."""
+    distinct = {id(stage.layer_bytes): stage.layer_bytes for stage in stages}.values()
+    least = next(iter(distinct)) if len(distinct) == 1 else map(min, *distinct)
+    return sum(least) > sum(stage.budget_bytes - stage.extra_bytes for stage in stages)
+
+
+def _least_s(stages: Sequence[StageCosts]) -> float:
+    """Return a time that no cut can beat: all work, each layer where it is fastest, shared out."""
+    distinct = {id(stage.layer_s): stage.layer_s for stage in stages}.values()
+    least = next(iter(distinct)) if len(distinct) == 1 else map(min, *distinct)
+    work_s = sum(least) + sum(stage.extra_s for stage in stages)
+    return work_s / len(stages) / _ROUNDING
 
 
 _ROUNDING = 1 + 1e-12  # a stage exactly at the limit is within it, whatever the last bit says

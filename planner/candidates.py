@@ -10,7 +10,7 @@ from math import ceil, inf
 from typing import Literal
 
 from rankwright.cost_model.efficiency import device_class
-from rankwright.cost_model.layout import replicas_in_nodes
+from rankwright.cost_model.layout import SlotKind, replicas_in_nodes
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas, StageModels
@@ -27,7 +27,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import StageCosts, balance_layers
 from rankwright.planner.memory_table import MemoryTable
 from rankwright.planner.shapes import Pins, Shape
-from rankwright.topology.cluster import Cluster
+from rankwright.topology.cluster import Cluster, Gpu
 
 Constraint = Literal["memory", "ttft", "tpot", "rate"]
 
@@ -116,6 +116,7 @@ class Evaluator:
         memory_budget_bytes: int | None = None,
         pins: Pins | None = None,
         engine: str = "rankwright",
+        every_level: bool = False,
     ) -> None:
         """Prepare.
 
@@ -126,13 +127,16 @@ class Evaluator:
             memory_budget_bytes: Bytes of each GPU that may be used; None: what is free.
             pins: `dp` is looked at here, the other degrees are `find_shapes`'s.
             engine: Whose efficiency constants to use.
+            every_level: Whether to look at small batches too where large ones are asked for.
         """
         self.model = model
+        self._every_level = every_level
         self.workload = workload
         self.models = StageModels(model, cluster, engine)
         self.memory = MemoryTable(model, memory_budget_bytes)
         self._dp = pins.dp if pins else None
         self._cuts: dict[tuple[object, ...], _Cut] = {}
+        self._sizes: dict[tuple[object, ...], list[int]] = {}
         self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
         self.is_cpu = all(device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus)
 
@@ -146,13 +150,17 @@ class Evaluator:
         for pool in pools(shape):
             most = sum(group.count for group in pool.replicas)
             for batch_size in self._batch_levels(shape, most):
-                fits = False
+                fits = keeps_tpot = False
                 for chunk in self._chunk_levels(batch_size, shape.pp):
-                    for candidate in self._evaluate(shape, pool, batch_size, chunk):
-                        fits = fits or "memory" not in candidate.broken
+                    cut = self._cut(shape, pool, batch_size, chunk)
+                    for candidate in self._evaluate(shape, pool, batch_size, chunk, cut):
+                        keeps_tpot = keeps_tpot or "tpot" not in candidate.broken
                         yield candidate
-                if not fits:
-                    break  # this level stays as evidence; larger ones fit no better
+                    if not cut.fits:
+                        break  # stays as evidence; larger chunks fit no better
+                    fits = True
+                if not (fits and keeps_tpot):
+                    break  # likewise larger batches
 
     def _batch_levels(self, shape: Shape, max_replicas: int) -> list[int]:
         """Return powers of two, and what the workload's concurrency comes to for a replica."""
@@ -171,7 +179,20 @@ class Evaluator:
             levels = {1}
         if self.workload.request_rate is not None:
             levels = set(sorted(levels)[-6:])
+        elif concurrency is None and not self._is_limited and self._wants_many:
+            # More requests share each reading of the weights: small batches are not looked at.
+            fitting = self._fitting_batch(shape, most)
+            levels = set(sorted(level for level in levels if level <= fitting)[-4:])
+            levels.add(min(most, 2 * fitting))
         return sorted(level for level in levels if level >= 1)
+
+    @property
+    def _is_limited(self) -> bool:
+        return self.workload.ttft_limit_s is not None or self.workload.tpot_limit_s is not None
+
+    @property
+    def _wants_many(self) -> bool:
+        return self.workload.objective != "latency" and not self._every_level
 
     def _fitting_batch(self, shape: Shape, most: int) -> int:
         """Return about the largest batch that memory allows with even stages."""
@@ -204,9 +225,8 @@ class Evaluator:
         return levels[: len(useful) + 1] or [2 * slots]
 
     def _evaluate(
-        self, shape: Shape, pool: Pool, batch_size: int, chunk: int
+        self, shape: Shape, pool: Pool, batch_size: int, chunk: int, cut: "_Cut"
     ) -> Iterator[Candidate]:
-        cut = self._cut(shape, pool, batch_size, chunk)
         pipelines = [self.pipeline(group, cut.layers, shape) for group in pool.replicas]
         for count in self._replica_levels(pool):
             states = [self._serve(pipeline, batch_size, chunk, count) for pipeline in pipelines]
@@ -286,33 +306,46 @@ class Evaluator:
 
         A pool with several kinds of GPU is cut for the slowest and the smallest of each stage.
         """
-        weights, kv = self.memory.layer_bytes(shape)
-        kv_tokens = self.kv_tokens(shape, batch_size)
-        layer_bytes = [
-            weight + kv_tokens * per_token for weight, per_token in zip(weights, kv, strict=True)
-        ]
         slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
         tokens = find_flow(self.workload, slots, chunk).usual
+        layer_bytes = self._layer_bytes(shape, batch_size)
+        alike: dict[tuple[int, ...], _Hardest] = {}
         costs: list[StageCosts] = []
         for stage in range(shape.pp):
-            kinds = {id(group.stages[stage]): group.stages[stage] for group in pool.replicas}
-            models = [
-                self.models.stage(kind, shape.ep, shape.attention, shape.cp)
-                for kind in kinds.values()
-            ]
+            kinds = tuple(group.stages[stage] for group in pool.replicas)
+            key = tuple(map(id, kinds))
+            if key not in alike:
+                alike[key] = self._hardest(shape, kinds, tokens)
+            hardest = alike[key]
             extra_s = 0.0
             if stage == 0:
-                extra_s += max(model.first_s(tokens) for model in models)
+                extra_s += max(model.first_s(tokens) for model in hardest.models)
             if stage == shape.pp - 1:
-                extra_s += max(model.last_s(tokens) for model in models)
+                extra_s += max(model.last_s(tokens) for model in hardest.models)
             else:
-                extra_s += max(model.handover_s for model in models)
-            gpu = min((kind.gpu for kind in kinds.values()), key=self.memory.budget_bytes)
-            extra_bytes = self.memory.extra_bytes(shape, stage, batch_size, chunk, gpu)
-            layer_s = self._layer_s(models, tokens)
-            budget = self.memory.budget_bytes(gpu)
-            costs.append(StageCosts(layer_s, extra_s, layer_bytes, extra_bytes, budget))
+                extra_s += max(model.handover_s for model in hardest.models)
+            extra_bytes = self.memory.extra_bytes(shape, stage, batch_size, chunk, hardest.gpu)
+            costs.append(
+                StageCosts(hardest.layer_s, extra_s, layer_bytes, extra_bytes, hardest.budget_bytes)
+            )
         return costs
+
+    def _layer_bytes(self, shape: Shape, batch_size: int) -> list[int]:
+        """Return the bytes of each layer with its part of the cache; one list for equal asks."""
+        key = (shape.tp, shape.ep, shape.cp, shape.attention, batch_size)
+        if key not in self._sizes:
+            weights, kv = self.memory.layer_bytes(shape)
+            tokens = self.kv_tokens(shape, batch_size)
+            self._sizes[key] = [
+                weight + tokens * per_token for weight, per_token in zip(weights, kv, strict=True)
+            ]
+        return self._sizes[key]
+
+    def _hardest(self, shape: Shape, kinds: tuple[SlotKind, ...], tokens: StepTokens) -> "_Hardest":
+        distinct = {id(kind): kind for kind in kinds}.values()
+        models = [self.models.stage(kind, shape.ep, shape.attention, shape.cp) for kind in distinct]
+        gpu = min((kind.gpu for kind in distinct), key=self.memory.budget_bytes)
+        return _Hardest(models, gpu, self.memory.budget_bytes(gpu), self._layer_s(models, tokens))
 
     def _layer_s(self, models: list[StageModel], tokens: StepTokens) -> list[float]:
         """Return the seconds of each layer on the slowest of `models`; one list for equal asks."""
@@ -324,6 +357,16 @@ class Evaluator:
             ]
             self._layer_seconds[key] = [by_kind[kind] for kind in self.models.layers.of_layer]
         return self._layer_seconds[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hardest:
+    """The slowest layers and the smallest GPU of the kinds of slot that a stage may be on."""
+
+    models: list[StageModel]
+    gpu: Gpu
+    budget_bytes: int
+    layer_s: list[float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class Search:
         pins: Degrees to keep.
         allow_pipeline: Whether a replica may have several stages.
         engine: Whose efficiency constants to use.
+        every_level: Whether to look at small batches too where only large ones can be best.
     """
 
     model: ModelSpec
@@ -36,6 +37,7 @@ class Search:
     pins: Pins = field(default_factory=Pins)
     allow_pipeline: bool = True
     engine: str = "rankwright"
+    every_level: bool = False
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -47,6 +49,7 @@ class Search:
             memory_budget_bytes=self.memory_budget_bytes,
             pins=self.pins,
             engine=self.engine,
+            every_level=self.every_level,
         )
 
     @cached_property
@@ -90,6 +93,7 @@ class Search:
             pins=self.pins,
             allow_pipeline=self.allow_pipeline,
             engine=self.engine,
+            request_tokens=self.workload.input_tokens + self.workload.output_tokens,
             **options,
         )
 

@@ -7,10 +7,15 @@ from rankwright.cost_model.layout import SlotKind, find_slots
 from rankwright.cost_model.legality import FORMS, AttentionSplit, cut_is_legal, has_experts
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.topology.cluster import Cluster
+from rankwright.topology.graph import islands_of_node
 
-# Wider groups only pay on machines with more than 64 GPUs behind one switch (NVL72), which the
-# device table has no row for as one machine.
-MAX_TP = 64
+# The widest group of one switch: NVL72's.
+MAX_TP = 72
+# GPUs up to which every width is searched, those that leave GPUs of a machine idle included.
+_SMALL_CLUSTER = 16
+# A context group reads all weights on each of its ranks, for a part of the tokens. Below this many
+# tokens a request, those reads outweigh the attention that is shared.
+LONG_REQUEST_TOKENS = 8192
 # More stages than this never won where fewer fit: a stage more saves weights that are already a
 # small part, and costs a hand-over a token. Deeper ones are tried when nothing shallower fits.
 USUAL_PP = 16
@@ -102,6 +107,7 @@ def find_shapes(
     allow_pipeline: bool = True,
     max_pp: int = USUAL_PP,
     engine: str = "rankwright",
+    request_tokens: int | None = None,
 ) -> Shapes:
     """Return every legal cut of one replica, and the others with their reasons.
 
@@ -112,14 +118,16 @@ def find_shapes(
         allow_pipeline: Whether a replica may have several stages.
         max_pp: Stages at most; a pinned `pp` goes beyond.
         engine: What runs it; see `cost_model/legality.py`.
+        request_tokens: Of a prompt and its answer; contexts of short ones are not cut. None: any.
     """
     pins = pins or Pins()
     legal: list[Shape] = []
     illegal: list[Illegal] = []
     slots: dict[int, tuple[SlotKind, ...]] = {}
-    widest = min(MAX_TP, cluster.num_gpus)
-    for tp in [pins.tp] if pins.tp else range(1, widest + 1):
-        for cp in _context_groups(tp, widest, pins, engine):
+    widths = find_widths(cluster)
+    short = request_tokens is not None and request_tokens < LONG_REQUEST_TOKENS
+    for tp in [pins.tp] if pins.tp else widths:
+        for cp in _context_groups(tp, widths, pins, engine, short=short):
             gpus = tp * cp
             cuts = []
             for attention, ep in _cuts(model, tp, pins):
@@ -147,13 +155,37 @@ def find_shapes(
     return Shapes(tuple(legal), tuple(illegal))
 
 
-def _context_groups(tp: int, widest: int, pins: Pins, engine: str) -> list[int]:
+def find_widths(cluster: Cluster) -> list[int]:
+    """Return the numbers of GPUs that a stage may have.
+
+    On a small cluster every number. On a large one those that fill machines or islands (divisors of
+    their GPUs), powers of two, and whole machines, 2, 4, 8, ... or such as divide their number.
+    """
+    widest = min(MAX_TP, cluster.num_gpus)
+    if cluster.num_gpus <= _SMALL_CLUSTER:
+        return list(range(1, widest + 1))
+    sizes = {len(node.gpus) for node in cluster.nodes}
+    sizes |= {len(island) for node in cluster.nodes for island in islands_of_node(node)}
+    counts = {node.count for node in cluster.nodes} | {cluster.num_nodes}
+    widths = {2**power for power in range(widest.bit_length()) if 2**power <= max(sizes)}
+    for size in sizes:
+        widths |= {width for width in range(1, size + 1) if size % width == 0}
+        for number in range(2, widest // size + 1):
+            if number & (number - 1) == 0 or any(count % number == 0 for count in counts):
+                widths.add(number * size)
+    return sorted(width for width in widths if width <= widest)
+
+
+def _context_groups(
+    tp: int, widths: list[int], pins: Pins, engine: str, *, short: bool
+) -> list[int]:
     """Return the context degrees to look at: powers of two, which is how contexts are cut."""
     if pins.cp is not None:
         return [pins.cp]
-    if not FORMS[engine].context_parallel:
+    if short or not FORMS[engine].context_parallel:
         return [1]
-    return [2**power for power in range(widest.bit_length()) if tp * 2**power <= widest]
+    degrees = [2**power for power in range(MAX_TP.bit_length())]
+    return [cp for cp in degrees if cp == 1 or tp * cp in widths]
 
 
 def _cuts(model: ModelSpec, tp: int, pins: Pins) -> list[tuple[AttentionSplit, int]]:

@@ -1,0 +1,37 @@
+import pytest
+
+from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.search import Search
+from rankwright.planner.shapes import find_widths
+from rankwright.topology.shorthand import parse_cluster
+
+
+@pytest.mark.parametrize(
+    ("cluster", "widths"),
+    [
+        ("6xh100-sxm", [1, 2, 3, 4, 5, 6]),
+        ("2x8xh100-sxm+ib400", list(range(1, 17))),
+        ("3x8xh100-sxm+ib400", [1, 2, 4, 8, 16, 24]),
+        ("2048x8xh100-sxm+ib400", [1, 2, 4, 8, 16, 32, 64]),
+        ("5x6xh100-sxm+ib400", [1, 2, 3, 4, 6, 12, 24, 30]),
+    ],
+)
+def test_large_clusters_are_cut_where_no_gpu_is_left_over(cluster: str, widths: list[int]) -> None:
+    assert find_widths(parse_cluster(cluster)) == widths
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B"])
+@pytest.mark.parametrize("objective", ["throughput", "cost"])
+@pytest.mark.parametrize("cluster", ["4xa100-pcie", "2xl40s+2xl4", "2x2xh100-sxm+ib400"])
+def test_batches_that_are_not_looked_at_are_never_the_best(
+    model: str, objective: str, cluster: str
+) -> None:
+    load = Workload(input_tokens=700, output_tokens=300, objective=objective)  # type: ignore[arg-type]
+    few = Search(read_model(model), parse_cluster(cluster), load)
+    every = few.changed(every_level=True)
+    assert len(few.candidates) < len(every.candidates)
+    one, other = few.best(settle=False), every.best(settle=False)
+    assert (one is None) == (other is None)
+    if one is not None and other is not None:
+        assert one.value == pytest.approx(other.value)
