@@ -13,7 +13,17 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rankwright.executor.messages import Hello, Sampling, Stop, Submit, Tokens, decode, encode
+from rankwright.executor.messages import (
+    Hello,
+    Message,
+    News,
+    Sampling,
+    Stop,
+    Submit,
+    Tokens,
+    decode,
+    encode,
+)
 
 
 @dataclass
@@ -61,7 +71,7 @@ class Client:
 
         Args:
             lengths: Prompt and output tokens of each request.
-            on_token: Called with what came back until now, whenever something came.
+            on_token: Called with what came back until now, whenever a message came.
         """
         line = Timeline()
         rng = random.Random(self._count)
@@ -79,13 +89,14 @@ class Client:
         unfinished = set(messages)
         while unfinished:
             answer = decode(self._connection.recv_bytes())
-            if isinstance(answer, Tokens):
-                if answer.error is not None:
-                    raise RuntimeError(answer.error)
-                line.tokens[answer.request_id] += [time.perf_counter()] * len(answer.token_ids)
-                if answer.finish_reason is not None:
-                    unfinished.discard(answer.request_id)
-                on_token(line)
+            now = time.perf_counter()
+            for tokens in tokens_of(answer):
+                if tokens.error is not None:
+                    raise RuntimeError(tokens.error)
+                line.tokens[tokens.request_id] += [now] * len(tokens.token_ids)
+                if tokens.finish_reason is not None:
+                    unfinished.discard(tokens.request_id)
+            on_token(line)
         return line
 
     def stop(self) -> None:
@@ -96,6 +107,13 @@ class Client:
                 self._connection.recv_bytes()
             except (EOFError, OSError):
                 return
+
+
+def tokens_of(message: Message) -> tuple[Tokens, ...]:
+    """Return the tokens in a message of a leader."""
+    if isinstance(message, News):
+        return message.tokens
+    return (message,) if isinstance(message, Tokens) else ()
 
 
 def drive(

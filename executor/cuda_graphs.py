@@ -2,10 +2,11 @@
 
 A graph replays fixed addresses, so inputs live in buffers that are filled before each replay. A
 batch is padded to the next captured size: a padding row has context 0 (attends to nothing) and slot
--1 (writes nothing).
+-1 (writes nothing). Input tokens that the step before draws are put in by the graph itself.
 Shape letters: B captured batch, N blocks of a table row, D hidden, V vocabulary.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 from rankwright.executor.forward_context import ForwardContext
 from rankwright.executor.models.decoder import DecoderStage
 from rankwright.executor.step_batch import StepBatch
+from rankwright.kernels.token_feed import feed_tokens
 
 # Fine steps where one more padding row costs most; between 32 and 256 a GEMM's tile of 16 rows is
 # filled either way.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+# Sets of host buffers: one that is being filled while copies of the steps before may still wait for
+# the GPU to come to them.
+NUM_HOST_SETS = 3
 # Largest captured batch: past it a step is long enough to hide its launches.
 LARGEST = SIZES[-1]
 
@@ -34,6 +39,16 @@ def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return tuple(below + above[:1])
 
 
+class HostSet:
+    """Pinned buffers that a batch is copied to the device from, and when that copy is over."""
+
+    def __init__(self, largest: int, max_blocks: int) -> None:
+        self.wide = torch.zeros(3, largest, dtype=torch.int64, pin_memory=True)
+        self.lens = torch.zeros(largest, dtype=torch.int32, pin_memory=True)
+        self.tables = torch.zeros(largest, max_blocks, dtype=torch.int32, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+
 class DecodeGraphs:
     """Captured decode steps of one stage.
 
@@ -46,6 +61,7 @@ class DecodeGraphs:
         dtype: Of activations.
         device: A CUDA device.
         cos_sin_PD: Rotary table.
+        drawn_R: Where each step leaves the tokens that it draws; None where ranks are not told.
         on_size: Called after each capture.
     """
 
@@ -60,6 +76,7 @@ class DecodeGraphs:
         dtype: torch.dtype,
         device: torch.device,
         cos_sin_PD: torch.Tensor,
+        drawn_R: torch.Tensor | None = None,
         on_size: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._stage = stage
@@ -71,10 +88,8 @@ class DecodeGraphs:
         self._wide = torch.zeros(3, largest, dtype=torch.int64, device=device)
         self._lens = torch.zeros(largest, dtype=torch.int32, device=device)
         self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
-        self._host_wide = torch.zeros(3, largest, dtype=torch.int64, pin_memory=True)
-        self._host_lens = torch.zeros(largest, dtype=torch.int32, pin_memory=True)
-        self._host_tables = torch.zeros(largest, max_blocks, dtype=torch.int32, pin_memory=True)
-        self._copied = torch.cuda.Event()
+        self._drawn_R = drawn_R
+        self._host_sets = deque(HostSet(largest, max_blocks) for _ in range(NUM_HOST_SETS))
         self.hidden_BD = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, torch.Tensor] = {}
@@ -99,7 +114,10 @@ class DecodeGraphs:
             block_tables_SN=self._tables[:size],
             cos_sin_PD=self._cos_sin_PD,
         )
-        out = self._stage.forward(self._wide[0, :size], self.hidden_BD[:size], context)
+        ids_T = self._wide[0, :size]
+        if self._drawn_R is not None:
+            ids_T = feed_tokens(ids_T, self._drawn_R)
+        out = self._stage.forward(ids_T, self.hidden_BD[:size], context)
         return out if self._stage.head is None else self._stage.logits(out)
 
     def _capture(self, size: int, pool: Any) -> None:
@@ -120,12 +138,10 @@ class DecodeGraphs:
         count = batch.num_sequences
         size = self.size_for(count)
         width = batch.block_tables_SN.shape[1]
-        self._copied.synchronize()  # the last copy may still read the host buffers
-        wide, lens, tables = (
-            self._host_wide.numpy(),
-            self._host_lens.numpy(),
-            self._host_tables.numpy(),
-        )
+        host = self._host_sets[0]
+        self._host_sets.rotate(-1)
+        host.copied.synchronize()  # the copy of some steps before may still read it
+        wide, lens, tables = host.wide.numpy(), host.lens.numpy(), host.tables.numpy()
         wide[:, count:size] = np.array([[0], [0], [-1]])
         wide[0, :count] = batch.token_ids_T
         wide[1, :count] = batch.positions()
@@ -133,10 +149,10 @@ class DecodeGraphs:
         lens[count:size] = 0
         lens[:count] = batch.context_lens_S
         tables[:count, :width] = batch.block_tables_SN
-        self._wide.copy_(self._host_wide, non_blocking=True)
-        self._lens[:size].copy_(self._host_lens[:size], non_blocking=True)
-        self._tables[:count].copy_(self._host_tables[:count], non_blocking=True)
-        self._copied.record()
+        self._wide.copy_(host.wide, non_blocking=True)
+        self._lens[:size].copy_(host.lens[:size], non_blocking=True)
+        self._tables[:count].copy_(host.tables[:count], non_blocking=True)
+        host.copied.record()
 
     def replay(self, count: int) -> torch.Tensor:
         """Return the output of `count` rows: hidden states, or logits on the last stage.

@@ -2,7 +2,9 @@
 
 One step: the leader takes in requests, decides a batch, broadcasts it; every rank of the replica
 runs its part; the rank that samples sends the tokens back to the leader, which tells the front end.
-In a pipeline as many batches are in flight as there are stages, so that all of them compute.
+In a pipeline as many batches are in flight as there are stages, so that all of them compute. On one
+stage of GPUs there are two: the next one is decided, sent and launched while this one runs, and
+reads its tokens where this one leaves them, so that no GPU waits for Python (docs/decisions/0004).
 """
 
 import time
@@ -13,8 +15,19 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.drawn import Drawn
 from rankwright.executor.mesh import Mesh
-from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
+from rankwright.executor.messages import (
+    Abort,
+    Hello,
+    News,
+    Stats,
+    Stop,
+    Submit,
+    Tokens,
+    decode,
+    encode,
+)
 from rankwright.executor.runner import Runner
 from rankwright.executor.scheduler import Scheduler, Sequence
 from rankwright.executor.step_batch import StepBatch
@@ -35,14 +48,14 @@ class InFlight:
     """A batch that has been issued: whom it samples, and where its tokens will be."""
 
     sampled: list[Sequence]
-    tokens: list[int] | None
+    drawn: Drawn | None
     receiving: dist.Work | None
     buffer: torch.Tensor | None
 
     def wait(self) -> list[int]:
         """Return its tokens, once they are there."""
-        if self.tokens is not None:
-            return self.tokens
+        if self.drawn is not None:
+            return self.drawn.wait()
         assert self.receiving is not None
         assert self.buffer is not None
         self.receiving.wait()
@@ -67,10 +80,10 @@ class Follower:
             if kind == IDLE:
                 continue
             # A copy, because the offset of one byte leaves the arrays unaligned.
-            tokens = self._runner.execute(StepBatch.decode(bytes(body)))
+            drawn = self._runner.execute(StepBatch.decode(bytes(body)))
             if self._mesh.is_sampler:
-                assert tokens is not None
-                buffer = torch.tensor([*tokens, 0], dtype=torch.int64)
+                assert drawn is not None
+                buffer = torch.tensor([*drawn.wait(), 0], dtype=torch.int64)
                 work = dist.isend(
                     buffer, self._mesh.control.ranks[0], group=self._mesh.results.process_group
                 )
@@ -96,7 +109,22 @@ class Leader:
         *,
         eos_token_ids: tuple[int, ...],
         peak_memory_bytes: tuple[int, ...] = (),
+        ahead: int | None = None,
     ) -> None:
+        """Say hello to the front end.
+
+        Args:
+            plan: What to run.
+            mesh: This rank's groups.
+            runner: This rank's layers.
+            connection: To the front end.
+            eos_token_ids: Tokens that end a sequence.
+            peak_memory_bytes: Of each rank, after start.
+            ahead: Batches decided before the tokens they go on from are known; None: 1 where that
+                is possible and hides work, which is on GPUs.
+        """
+        if ahead is None:
+            ahead = int(mesh.device.type == "cuda" and runner.feeds_itself)
         self._mesh = mesh
         self._runner = runner
         self._connection = connection
@@ -108,6 +136,7 @@ class Leader:
             max_model_len=plan.limits.max_model_len,
             eos_token_ids=eos_token_ids,
             depth=mesh.num_stages,
+            ahead=ahead,
         )
         self._in_flight: deque[InFlight] = deque()
         self._stopping: Stop | None = None
@@ -129,7 +158,8 @@ class Leader:
         while not self._done():
             self._take_messages()
             issued = self._issue()
-            if self._in_flight and (not issued or len(self._in_flight) >= self._mesh.num_stages):
+            full = len(self._in_flight) >= self.scheduler.max_in_flight
+            if self._in_flight and (not issued or full):
                 self._collect()
             self._report()
         while self._in_flight:
@@ -193,15 +223,16 @@ class Leader:
             receiving = dist.irecv(
                 buffer, self._mesh.sampler_rank, group=self._mesh.results.process_group
             )
-        tokens = self._runner.execute(batch)
-        self._in_flight.append(InFlight(sampled, tokens, receiving, buffer))
+        drawn = self._runner.execute(batch)
+        self._in_flight.append(InFlight(sampled, drawn, receiving, buffer))
         return True
 
     def _collect(self) -> None:
         """Take in the tokens of the oldest batch."""
         oldest = self._in_flight.popleft()
-        for news in self.scheduler.complete(oldest.sampled, oldest.wait()):
-            self._send(news)
+        news = self.scheduler.complete(oldest.sampled, oldest.wait())
+        if news:
+            self._send(News(tokens=tuple(news)))
 
     def _report(self) -> None:
         now = time.monotonic()
@@ -223,7 +254,7 @@ class Leader:
             self._mesh.tell(IDLE)
             self._last_word = now
 
-    def _send(self, message: Hello | Tokens | Stats) -> None:
+    def _send(self, message: Hello | Tokens | News | Stats) -> None:
         try:
             self._connection.send_bytes(encode(message))
         except OSError:

@@ -15,6 +15,7 @@ from rankwright.executor.messages import (
     Abort,
     Hello,
     Message,
+    News,
     Sampling,
     Stats,
     Stop,
@@ -218,11 +219,20 @@ class FrontEnd:
         replica.heard_at_s = time.monotonic()
         if isinstance(message, Stats):
             replica.stats = message
-        elif isinstance(message, Tokens) and message.request_id in self._requests:
-            request = self._requests[message.request_id]
-            request.outstanding_tokens -= len(message.token_ids)
-            replica.outstanding_tokens -= len(message.token_ids)
-            request.messages.put_nowait(message)
+        elif isinstance(message, News):
+            for tokens in message.tokens:
+                self._hand_on(replica, tokens)
+        elif isinstance(message, Tokens):
+            self._hand_on(replica, message)
+
+    def _hand_on(self, replica: Replica, tokens: Tokens) -> None:
+        """Give tokens to who waits for them; nobody does once a request was taken back."""
+        request = self._requests.get(tokens.request_id)
+        if request is None:
+            return
+        request.outstanding_tokens -= len(tokens.token_ids)
+        replica.outstanding_tokens -= len(tokens.token_ids)
+        request.messages.put_nowait(tokens)
 
     def _welcome(self, link: Link, hello: Hello) -> None:
         if hello.replica in self.replicas or not 0 <= hello.replica < self._num_replicas:

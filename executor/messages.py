@@ -72,6 +72,13 @@ class Tokens(Value):
     error: str | None = None
 
 
+class News(Value):
+    """Leader to front end: what one step brought, in one message, as a batch has many requests."""
+
+    kind: Literal["news"] = "news"
+    tokens: tuple[Tokens, ...]
+
+
 class Stats(Value):
     """Leader to front end: state after a step, at most ten times a second, also when idle."""
 
@@ -85,7 +92,9 @@ class Stats(Value):
     prompt_tokens: int
 
 
-Message = Annotated[Submit | Abort | Stop | Hello | Tokens | Stats, Field(discriminator="kind")]
+Message = Annotated[
+    Submit | Abort | Stop | Hello | Tokens | News | Stats, Field(discriminator="kind")
+]
 _ADAPTER: TypeAdapter[Message] = TypeAdapter(Message)
 
 

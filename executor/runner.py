@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rankwright.cost_model.memory import SAMPLED_ROWS
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
+from rankwright.executor.drawn import Drawn
 from rankwright.executor.forward_context import ForwardContext
 from rankwright.executor.kv_cache import allocate
 from rankwright.executor.mesh import Mesh
@@ -22,6 +23,7 @@ from rankwright.executor.step_batch import StepBatch, made_up_batch
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rotary import rope_table
 from rankwright.kernels.sampling import sample
+from rankwright.kernels.token_feed import feed_tokens
 from rankwright.planner.plan import Limits, Plan
 
 # Chunk lengths that differ in how a prefill kernel is cut (16, 32, 64 and 128 rows a program).
@@ -84,6 +86,8 @@ class Runner:
             caches,
             on_layer=lambda index: progress(f"layer {index - first + 1} of {total}"),
         )
+        # What the last step drew, for the next to read.
+        self._drawn_R = torch.zeros(plan.limits.max_num_seqs, dtype=torch.int64, device=mesh.device)
         self._graphs: DecodeGraphs | None = None
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
         if use_graphs and mesh.device.type == "cuda":
@@ -97,8 +101,18 @@ class Runner:
                 dtype=dtype,
                 device=mesh.device,
                 cos_sin_PD=self._cos_sin_PD,
+                drawn_R=self._drawn_R if self.feeds_itself else None,
                 on_size=lambda size: progress(f"graph of batch {size} captured"),
             )
+
+    @property
+    def feeds_itself(self) -> bool:
+        """Whether every rank of the replica draws each step's tokens, for its own next step.
+
+        The ranks of one TP group hold equal logits, and a draw is a function of its row.
+        """
+        split = self.mesh.split
+        return split.pp == 1 and split.cp == 1 and split.attention == "tp"
 
     def warm_up(self, limits: Limits) -> None:
         """Run made-up batches, so that no request waits for a kernel to compile.
@@ -123,8 +137,8 @@ class Runner:
             self.execute(batch)
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch) -> list[int] | None:
-        """Run a batch; return the R tokens drawn on the rank that samples, None elsewhere."""
+    def execute(self, batch: StepBatch) -> Drawn | None:
+        """Start a batch; return the R tokens drawn on the rank that samples, None elsewhere."""
         if (
             self._graphs is not None
             and batch.decode_only
@@ -134,7 +148,7 @@ class Runner:
             return None if out is None else self._draw(out, batch)
         normed_TD = self._forward(batch)
         if normed_TD is None or not batch.num_samples:
-            return [] if self.mesh.is_sampler else None
+            return Drawn(self._drawn_R[:0]) if self.mesh.is_sampler else None
         logits_RV = self.stage.logits(normed_TD[self._to_device(batch.sample_rows_R)])
         return self._draw(logits_RV, batch)
 
@@ -142,7 +156,7 @@ class Runner:
     def all_logits(self, batch: StepBatch) -> torch.Tensor | None:
         """Run a batch; return the logits of all tokens, [T, V], on the last stage."""
         normed_TD = self._forward(batch)
-        return None if normed_TD is None else self.stage.logits(normed_TD)
+        return None if normed_TD is None else self.stage.logits(normed_TD).float()
 
     def _forward(self, batch: StepBatch) -> torch.Tensor | None:
         """Run the stage eagerly; return [T, D] on the last one, and send it on elsewhere."""
@@ -168,7 +182,11 @@ class Runner:
                     batch.num_tokens, self._hidden_size, dtype=self._dtype, device=self.mesh.device
                 )
             )
-        out_TD = self.stage.forward(self._to_device(batch.token_ids_T), hidden_TD, context)
+        ids_T = self._to_device(batch.token_ids_T)
+        if (batch.token_ids_T < 0).any():
+            assert self.feeds_itself
+            ids_T = feed_tokens(ids_T, self._drawn_R)
+        out_TD = self.stage.forward(ids_T, hidden_TD, context)
         if self.mesh.is_last_stage:
             return out_TD
         self._send(out_TD)
@@ -201,12 +219,13 @@ class Runner:
             work.wait()
         self._sending.clear()
 
-    def _draw(self, logits_RV: torch.Tensor, batch: StepBatch) -> list[int] | None:
-        if not self.mesh.is_sampler:
+    def _draw(self, logits_RV: torch.Tensor, batch: StepBatch) -> Drawn | None:
+        """Draw the tokens and leave them on the device, for the next step to read there."""
+        if not (self.mesh.is_sampler or self.feeds_itself):
             return None
         tokens_R = logits_RV.argmax(dim=-1) if batch.greedy else self._sample(logits_RV, batch)
-        tokens: list[int] = tokens_R.tolist()
-        return tokens
+        self._drawn_R[: len(tokens_R)] = tokens_R
+        return Drawn(tokens_R) if self.mesh.is_sampler else None
 
     def _sample(self, logits_RV: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Return tokens drawn `SAMPLED_ROWS` at a time: what sampling needs grows with the rows."""
@@ -230,4 +249,7 @@ class Runner:
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         # A batch that came over the wire is read-only memory, which torch warns of: copy it.
-        return torch.from_numpy(array.copy()).to(self.mesh.device, non_blocking=True)
+        host = torch.from_numpy(array.copy())
+        if self.mesh.device.type == "cuda":
+            host = host.pin_memory()  # else the copy would wait for the GPU to come to it
+        return host.to(self.mesh.device, non_blocking=True)

@@ -5,6 +5,11 @@ then fills the token budget with prefill chunks of those that have prompt left. 
 finds no free block sends the youngest one back to the queue, to be computed again from its tokens.
 With a pipeline of depth `d` up to `d` batches are in flight; a sequence is in one batch that will
 be sampled at a time, and its next token is scheduled once that one has come back.
+
+One batch ahead (`ahead`), a step is decided while the one before still runs: its tokens are not
+known yet, so a sequence is taken to go on, and the batch names the row of the step before that its
+input token will come from (`StepBatch.from_row`). What a sequence that has ended got too much is
+dropped when it comes back, and only then are its blocks free.
 """
 
 from collections import deque
@@ -15,7 +20,7 @@ import numpy as np
 
 from rankwright.executor.block_pool import BlockPool
 from rankwright.executor.messages import FinishReason, Sampling, Tokens
-from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.step_batch import StepBatch, from_row
 
 
 @dataclass(slots=True, eq=False)
@@ -30,13 +35,25 @@ class Sequence:
     max_tokens: int  # prompt and output
     num_cached: int = 0  # scheduled into the cache, in flight or done
     blocks: list[int] = field(default_factory=list)
-    in_flight: bool = False  # a batch that samples it has not come back
+    num_pending: int = 0  # tokens that batches in flight draw for it
+    drawn_step: int = -1  # the last batch that samples it, and its row there
+    drawn_row: int = -1
     finished: bool = False
 
     @property
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a batch that samples it has not come back."""
+        return self.num_pending > 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens, those in flight too."""
+        return len(self.tokens) + self.num_pending
 
 
 class Scheduler:
@@ -49,7 +66,9 @@ class Scheduler:
         max_batched_tokens: Tokens of one step at most; prompts are cut into chunks of that size.
         max_model_len: Prompt and output of one request at most, tokens.
         eos_token_ids: Tokens that end a sequence.
-        depth: Batches in flight at most: the stages of the pipeline.
+        depth: Stages of the pipeline, each with a batch.
+        ahead: Batches decided before the tokens that they go on from are known: 0 or 1. In a
+            pipeline 0: the first stage has no tokens but those that came back.
     """
 
     def __init__(
@@ -62,7 +81,9 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         depth: int = 1,
+        ahead: int = 0,
     ) -> None:
+        assert ahead == 0 or (ahead, depth) == (1, 1)
         self.pool = BlockPool(num_blocks)
         self.block_tokens = block_tokens
         self.max_num_seqs = max_num_seqs
@@ -71,12 +92,18 @@ class Scheduler:
         self.max_model_len = min(max_model_len, num_blocks * block_tokens)
         self.eos_token_ids = frozenset(eos_token_ids)
         self.depth = depth
+        self.ahead = ahead
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_steps = 0
         self.num_generated = 0
         self.num_prompt_tokens = 0
         self._by_id: dict[str, Sequence] = {}
+
+    @property
+    def max_in_flight(self) -> int:
+        """Batches that may be on their way at once."""
+        return self.depth + self.ahead
 
     @property
     def has_work(self) -> bool:
@@ -131,19 +158,33 @@ class Scheduler:
         for sequence in list(self.running):
             if len(decodes) == min(share, budget):
                 break
+            if not self._decodes(sequence):
+                continue
             # Victims are younger, so none of those chosen already.
-            if self._decodes(sequence) and self._reserve(sequence, 1, keep=[]):
-                decodes.append(sequence)
+            if not self._reserve(sequence, 1, keep=[]):
+                # Who could give it blocks is in flight: issue no more until they are back, or the
+                # younger ones would run on while it waits.
+                break
+            decodes.append(sequence)
         chunks = self._prefill_chunks(budget - len(decodes), keep=decodes)
         if not decodes and not chunks:
             return None
         return self._batch(decodes, chunks)
 
     def _decodes(self, sequence: Sequence) -> bool:
+        """Whether its next token is to be computed from one that is known, or will be in time."""
+        if sequence.num_tokens - sequence.num_cached != 1 or (
+            sequence.num_tokens == sequence.num_prompt
+        ):
+            return False
+        if not sequence.in_flight:
+            return True
         return (
-            not sequence.in_flight
-            and len(sequence.tokens) - sequence.num_cached == 1
-            and (sequence.num_output > 0)
+            sequence.num_pending <= self.ahead
+            # The tokens of the step before are on the device, those of older ones are not.
+            and sequence.drawn_step == self.num_steps - 1
+            # It will have reached its length: nothing to go on with.
+            and sequence.num_tokens < sequence.max_tokens
         )
 
     def _prefill_chunks(self, budget: int, *, keep: list[Sequence]) -> list[tuple[Sequence, int]]:
@@ -153,7 +194,7 @@ class Scheduler:
             if not sequence.blocks:
                 continue  # sent back to the queue just now
             left = len(sequence.tokens) - sequence.num_cached
-            if budget and not sequence.in_flight and left and not self._decodes(sequence):
+            if budget and not sequence.in_flight and left > 0 and not self._decodes(sequence):
                 count = min(left, budget)
                 # Only the oldest may take from others: two half prompts must not swap for ever.
                 if self._reserve(sequence, count, keep=keep if sequence is oldest else None):
@@ -220,10 +261,13 @@ class Scheduler:
         rows: list[int] = []
         sampled: list[Sequence] = []
         for sequence, count in entries:
-            tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + count]
+            if sequence.in_flight:
+                tokens.append(from_row(sequence.drawn_row))
+            else:
+                tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + count]
             sequence.num_cached += count
-            if sequence.num_cached == len(sequence.tokens):
-                sequence.in_flight = True
+            if sequence.num_cached == sequence.num_tokens:
+                sequence.drawn_step, sequence.drawn_row = self.num_steps, len(sampled)
                 sampled.append(sequence)
                 rows.append(len(tokens) - 1)
         width = max(len(sequence.blocks) for sequence, _ in entries)
@@ -243,8 +287,10 @@ class Scheduler:
             top_p_R=np.array([one.top_p for one in sampling], dtype=np.float32),
             top_k_R=np.array([one.top_k for one in sampling], dtype=np.int64),
             seeds_R=np.array([sequence.seed for sequence in sampled], dtype=np.int64),
-            sample_positions_R=np.array([len(sequence.tokens) for sequence in sampled], np.int64),
+            sample_positions_R=np.array([sequence.num_tokens for sequence in sampled], np.int64),
         )
+        for sequence in sampled:
+            sequence.num_pending += 1
         self.num_steps += 1
         return batch, sampled
 
@@ -253,9 +299,10 @@ class Scheduler:
         assert len(sampled) == len(token_ids)
         news: list[Tokens] = []
         for sequence, token in zip(sampled, token_ids, strict=True):
-            sequence.in_flight = False
-            if sequence.finished:
-                self._release(sequence)
+            sequence.num_pending -= 1
+            if sequence.finished:  # aborted, or ended by the token before this one
+                if not sequence.in_flight:
+                    self._release(sequence)
                 continue
             sequence.tokens.append(token)
             self.num_generated += 1

@@ -2,6 +2,7 @@
 
 Shape letters: S sequences, T tokens of all of them, R rows to sample, N blocks of a table row.
 Sequences that decode one token stand first, then those that prefill a chunk.
+A token id below zero stands for a token that the step before draws (`from_row`).
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,15 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+
+
+def from_row(row: int) -> int:
+    """Return the id that stands for the token that the step before draws in its row `row`.
+
+    >>> from_row(0)
+    -1
+    """
+    return -1 - row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.messages import (
     Abort,
-    Hello,
+    News,
     Sampling,
     Stop,
     Submit,
@@ -116,6 +116,7 @@ def serve(
     abort: str | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    ahead: int | None = None,
 ) -> dict[str, list[int]] | None:
     """Tokens of each request, from each leader; requests of other replicas are not its own.
 
@@ -132,7 +133,7 @@ def serve(
     out: dict[str, list[int]] = {}
     client = threading.Thread(target=_client, args=(ours, mine, abort, out))
     client.start()
-    Leader(plan, mesh, runner, theirs, eos_token_ids=()).run()
+    Leader(plan, mesh, runner, theirs, eos_token_ids=(), ahead=ahead).run()
     theirs.close()  # ends the client's reading
     client.join(timeout=60)
     ours.close()
@@ -150,15 +151,20 @@ def _client(
     heard = 0
     while unfinished:
         message = decode(connection.recv_bytes())
-        if isinstance(message, Tokens):
-            assert message.error is None, message.error
-            out.setdefault(message.request_id, []).extend(message.token_ids)
-            if abort is not None and message.request_id == abort and len(out[abort]) == 3:
+        news = message.tokens if isinstance(message, News) else (message,)
+        for tokens in news:
+            if not isinstance(tokens, Tokens):
+                continue
+            assert tokens.error is None, tokens.error
+            out.setdefault(tokens.request_id, []).extend(tokens.token_ids)
+            if abort is not None and tokens.request_id == abort and len(out[abort]) == 3:
                 connection.send_bytes(encode(Abort(request_id=abort)))
-            if message.finish_reason is not None:
-                unfinished.discard(message.request_id)
+            if tokens.finish_reason is not None:
+                unfinished.discard(tokens.request_id)
             heard += 1
-        if waiting and (isinstance(message, Hello) or heard % 2 == 0):
+        sent = len(requests) - len(waiting)
+        idle = sent == len(requests) - len(unfinished)
+        if waiting and (idle or heard >= 2 * sent):
             name, prompt, sampling = waiting.pop(0)
             connection.send_bytes(
                 encode(Submit(request_id=name, prompt=tuple(prompt), sampling=Sampling(**sampling)))

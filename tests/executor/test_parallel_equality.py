@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tests.executor.conftest import MODELS, Reference
 from tests.executor.plans import cpu_plan
 from tests.executor.ranks import Ranks
@@ -48,9 +49,11 @@ def test_logits_equal_transformers(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("split", ["TP1", "TP2 PP2", "uneven PP3", "DP2"])
+@pytest.mark.parametrize(
+    ("split", "ahead"), [("TP1", 0), ("TP2 PP2", 0), ("uneven PP3", 0), ("DP2", 0), ("TP2", 1)]
+)
 def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
-    references: dict[str, Reference], pool: Ranks, model: str, split: str
+    references: dict[str, Reference], pool: Ranks, model: str, split: str, ahead: int
 ) -> None:
     reference = references[model]
     # Room for four of six sequences: some wait, and some are sent back and computed again.
@@ -75,6 +78,9 @@ def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
         str(reference.folder),
         requests,
         "r2",
+        "cpu",
+        torch.float32,
+        ahead,
     )
     tokens: dict[str, list[int]] = {}
     for result in results:
@@ -96,7 +102,7 @@ def test_seeded_sampling_does_not_depend_on_the_split_or_the_batch(
     sampling = {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 7, "max_tokens": 24}
     requests = [(f"r{i}", text, sampling) for i, text in enumerate(texts)]
     seen = []
-    for split in ("TP1", "TP2 PP2"):
+    for split, ahead in (("TP1", 0), ("TP2 PP2", 0), ("TP2", 1)):
         plan = cpu_plan(read_model(reference.folder), **SPLITS[split])
         for chosen in (requests, requests[1:2]):
             results = pool.run(
@@ -106,9 +112,13 @@ def test_seeded_sampling_does_not_depend_on_the_split_or_the_batch(
                 plan.model_dump_json(),
                 str(reference.folder),
                 chosen,
+                None,
+                "cpu",
+                torch.float32,
+                ahead,
             )
             seen.append(results[0]["r1"])
-    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert all(tokens == seen[0] for tokens in seen)
     assert seen[0] != reference.greedy(texts[1], 24)
 
 

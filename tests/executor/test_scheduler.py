@@ -33,11 +33,12 @@ class Cache:
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
         self.slots: dict[int, int] = {}
+        self.drawn: list[int] = []
 
     def run(self, batch: StepBatch) -> list[int]:
         batch = StepBatch.decode(batch.encode())  # as it travels
         for slot, token in zip(batch.slots(self.block_tokens), batch.token_ids_T, strict=True):
-            self.slots[int(slot)] = int(token)
+            self.slots[int(slot)] = int(token) if token >= 0 else self.drawn[-1 - int(token)]
         ends = batch.query_lens_S.cumsum() - 1
         drawn = []
         for row in batch.sample_rows_R:
@@ -50,6 +51,7 @@ class Cache:
                 for p in range(int(batch.context_lens_S[index]))
             ]
             drawn.append(next_token(context))
+        self.drawn = drawn
         return drawn
 
 
@@ -74,8 +76,9 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
             batch, sampled = scheduled
             assert batch.num_tokens <= scheduler.max_batched_tokens
             assert len(scheduler.running) <= scheduler.max_num_seqs
+            assert scheduler.ahead or (batch.token_ids_T >= 0).all()
             in_flight.append((sampled, cache.run(batch)))
-        if in_flight and (scheduled is None or len(in_flight) >= scheduler.depth):
+        if in_flight and (scheduled is None or len(in_flight) >= scheduler.max_in_flight):
             for news in scheduler.complete(*in_flight.popleft()):
                 out[news.request_id] += news.token_ids
         if not waiting and not in_flight and not scheduler.has_work:
@@ -93,17 +96,18 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
     block_tokens=st.sampled_from([1, 4, 16]),
     max_num_seqs=st.integers(1, 6),
     max_batched_tokens=st.integers(1, 30),
-    depth=st.integers(1, 3),
+    depth_and_ahead=st.sampled_from([(1, 0), (2, 0), (3, 0), (1, 1)]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_every_request_gets_the_tokens_it_would_get_alone(
     prompts: list[tuple[list[int], int]],
     cache_tokens: int,
     block_tokens: int,
     max_num_seqs: int,
     max_batched_tokens: int,
-    depth: int,
+    depth_and_ahead: tuple[int, int],
 ) -> None:
+    depth, ahead = depth_and_ahead
     scheduler = make(
         num_blocks=-(-cache_tokens // block_tokens),
         block_tokens=block_tokens,
@@ -111,6 +115,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
         max_batched_tokens=max_batched_tokens,
         max_model_len=40,
         depth=depth,
+        ahead=ahead,
     )
     requests = {f"r{i}": prompt for i, prompt in enumerate(prompts)}
     out = drain(scheduler, requests)
@@ -119,8 +124,9 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
 
 
-def test_too_little_memory_sends_the_youngest_back_and_still_finishes() -> None:
-    scheduler = make(num_blocks=6, max_num_seqs=4)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_too_little_memory_sends_the_youngest_back_and_still_finishes(ahead: int) -> None:
+    scheduler = make(num_blocks=6, max_num_seqs=4, ahead=ahead)
     requests = {f"r{i}": ([i + 1] * 6, 14) for i in range(4)}
     out = drain(scheduler, requests)
     assert out == {name: expected(*request) for name, request in requests.items()}
@@ -150,6 +156,41 @@ def test_eos_ends_a_sequence_unless_ignored() -> None:
         assert scheduler.complete(scheduled[1], [0]) == [
             Tokens(request_id="a", token_ids=(0,), finish_reason=reason)
         ]
+
+
+def test_a_step_ahead_goes_on_from_a_row_of_the_step_before() -> None:
+    scheduler = make(ahead=1)
+    scheduler.add("a", [5, 6], Sampling(max_tokens=4))
+    scheduler.add("b", [7], Sampling(max_tokens=2))
+    first, second, third = (scheduler.schedule() for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert second[0].token_ids_T.tolist() == [-1, -2]
+    assert second[0].context_lens_S.tolist() == [3, 2]
+    assert second[0].sample_positions_R.tolist() == [3, 2]
+    assert third is None  # no more than one ahead
+    scheduler.complete(first[1], [11, 12])
+    third = scheduler.schedule()
+    assert third is not None
+    assert third[0].token_ids_T.tolist() == [-1]  # b will have its two tokens
+    assert [news.token_ids for news in scheduler.complete(second[1], [13, 14])] == [(13,), (14,)]
+
+
+@pytest.mark.parametrize("how", ["stop", "abort"])
+def test_what_came_too_much_is_dropped_and_its_blocks_are_free_then(how: str) -> None:
+    scheduler = make(ahead=1)
+    scheduler.add("a", [5, 6, 7, 8], Sampling(max_tokens=9))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    if how == "abort":
+        assert scheduler.abort("a")
+    news = scheduler.complete(first[1], [0])
+    assert [one.finish_reason for one in news] == ([] if how == "abort" else ["stop"])
+    assert scheduler.pool.num_free == 6  # the step in flight writes to them
+    assert scheduler.schedule() is None
+    assert scheduler.complete(second[1], [9]) == []
+    assert scheduler.pool.num_free == 8
 
 
 def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() -> None:
