@@ -34,6 +34,15 @@ def shell_word(text: str) -> str:
     return '"' + re.sub(r'[\\"$`]', r"\\\g<0>", text) + '"'
 
 
+def shell_bare(text: str) -> str:
+    """Return `text` as one shell word, quoted only if it needs to be.
+
+    >>> print(shell_bare("--tp"), shell_bare("a b"))
+    --tp "a b"
+    """
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+:,./-]+", text) else shell_word(text)
+
+
 def yaml_string(text: str) -> str:
     """Return printable `text` as a YAML double-quoted scalar; JSON's is one.
 
@@ -45,7 +54,12 @@ def yaml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-_ENVIRONMENT.filters |= {"comment": comment, "shell": shell_word, "yaml": yaml_string}  # pyright: ignore[reportUnknownMemberType] (jinja2 leaves the type open)
+_ENVIRONMENT.filters |= {  # pyright: ignore[reportUnknownMemberType] (jinja2 leaves the type open)
+    "comment": comment,
+    "shell": shell_word,
+    "shell_bare": shell_bare,
+    "yaml": yaml_string,
+}
 
 
 def fill(template: str, **values: object) -> str:

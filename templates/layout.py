@@ -76,15 +76,21 @@ def node_order(plan: Plan) -> tuple[int, ...]:
     return tuple(places)
 
 
-def node_shares(plan: Plan) -> tuple[NodeShare, ...]:
+def node_shares(plan: Plan, *, told_apart: bool = False) -> tuple[NodeShare, ...]:
     """Return what each used machine must give, by node rank.
 
+    Args:
+        plan: What runs where.
+        told_apart: The target asks for each kind of machine by its name.
+
     Raises:
-        ValueError: The machines hold different devices: a scheduler hands out machines in an order
-            of its own, and a plan for unlike machines is right in one order only. Or the GPUs of a
-            machine are not its first ones.
+        ValueError: The machines hold different devices and are not `told_apart`: a scheduler hands
+            out machines in an order of its own, and a plan for unlike machines is right in one
+            order only. Or the GPUs of a machine are not its first ones.
     """
     shares = tuple(_share(plan, rank, node) for rank, node in enumerate(node_order(plan)))
+    if told_apart:
+        return shares
     kinds = [sorted(set(share.devices)) for share in shares]
     for share, kind in zip(shares, kinds, strict=True):
         if kind != kinds[0]:

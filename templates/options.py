@@ -6,7 +6,7 @@ what would be valid; each field's description is the "expected" half of that lin
 
 import difflib
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -40,6 +40,15 @@ KUBERNETES_PORT = 29500
 MAX_KUBERNETES_NAME = 52 - len("-from-99999")
 
 
+class EngineOptions(Value):
+    """Options of `render(plan, "vllm", ...)` and of the other engines, without a scheduler."""
+
+    model_path: AbsolutePath | None = Field(
+        default=None, description="the absolute path of the weights, which every node sees"
+    )
+    port: Port = Field(default=DEFAULT_PORT, description="a port from 1024 to 65535 for HTTP")
+
+
 class SlurmOptions(Value):
     """Options of `render(plan, "slurm", ...)`."""
 
@@ -56,14 +65,47 @@ class SlurmOptions(Value):
     account: str | None = Field(
         default=None, pattern=r"^[A-Za-z0-9_.@-]+$", description="an account to charge"
     )
+    qos: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="a quality of service"
+    )
+    reservation: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_.,-]+$", description="a reservation to run in"
+    )
+    constraint: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9_.&|()*\[\]-]+$",
+        description="features of nodes, such as h100&ib",
+    )
+    switches: str | None = Field(
+        default=None,
+        pattern=r"^[1-9]\d*(@\d+(:\d{2}){0,2})?$",
+        description="the most leaf switches, and how long to wait for so few, such as 1@00:10:00",
+    )
     time_limit: str | None = Field(
         default=None,
         pattern=r"^(\d+(:\d{2}){0,2}|\d+-\d{1,2}(:\d{2}){0,2}|UNLIMITED)$",
         description="a time such as 30 (minutes), 08:00:00 or 2-00:00:00; None: the partition's",
     )
+    exclusive: bool = Field(
+        default=True, description="true: whole nodes; false: as many CPUs and GiB as are needed"
+    )
+    requeue: bool = Field(
+        default=True, description="true: start again after a node has failed; or false"
+    )
+    health_check: bool = Field(
+        default=True, description="true: look at every node before anything is loaded; or false"
+    )
+    gpu_types: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9-]+=[A-Za-z0-9_.-]+(,[a-z0-9-]+=[A-Za-z0-9_.-]+)*$",
+        description="what Slurm calls the GPUs of the plan, such as h100-sxm=h100,a10=a10",
+    )
     container_image: Image | None = Field(
         default=None,
-        description="an image for pyxis, such as docker://registry/rankwright:1.0 or a .sqsh file",
+        description="an image, such as docker://registry/rankwright:1.0 or a .sqsh or .sif file",
+    )
+    container_runtime: Literal["pyxis", "apptainer"] = Field(
+        default="pyxis", description="pyxis or apptainer, which runs `container_image`"
     )
     venv: AbsolutePath | None = Field(
         default=None,
@@ -76,12 +118,19 @@ class SlurmOptions(Value):
     model_path: AbsolutePath | None = Field(
         default=None, description="the absolute path of the weights, which every node sees"
     )
+    mpi: str = Field(
+        default="pmix",
+        pattern=r"^[a-z0-9_]+$",
+        description="what `srun --mpi=list` names, for engines that need MPI, such as pmix",
+    )
     port: Port = Field(default=DEFAULT_PORT, description="a port from 1024 to 65535 for HTTP")
 
     @model_validator(mode="after")
     def _consistent(self) -> "SlurmOptions":
         if self.container_image is not None and self.venv is not None:
             raise ValueError("give container_image or venv, not both: the image has its own Python")
+        if self.container_image is None and self.container_runtime != "pyxis":
+            raise ValueError("container_runtime says what runs container_image; give that too")
         if self.port in SLURM_PORTS:
             raise ValueError(
                 f"port={self.port} may be the port where the job's ranks meet (20000 to 29999, by "
@@ -155,7 +204,7 @@ class KubernetesOptions(Value):
         return self
 
 
-Options = TypeVar("Options", SlurmOptions, KubernetesOptions)
+Options = TypeVar("Options", bound=Value)
 
 
 def parse_options(model: type[Options], target: str, given: dict[str, object]) -> Options:

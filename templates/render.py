@@ -2,15 +2,23 @@
 
 import difflib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rankwright.planner.plan import Plan
 from rankwright.templates.check import check
+from rankwright.templates.engines.render_engine import engine_files, engine_slurm_files
+from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.kubernetes_objects import kubernetes_files
-from rankwright.templates.options import KubernetesOptions, SlurmOptions, parse_options
+from rankwright.templates.options import (
+    EngineOptions,
+    KubernetesOptions,
+    SlurmOptions,
+    parse_options,
+)
 from rankwright.templates.plan_text import plan_text
 from rankwright.templates.slurm_script import slurm_files
 
@@ -19,16 +27,34 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A scheduler that a plan can be rendered for."""
+    """A scheduler or an engine that a plan can be rendered for."""
 
     summary: str
     options: type[Any]  # a model of templates/options.py
     files: Callable[[Plan, Any], dict[str, str]]  # of a plan and an instance of `options`
+    on: Mapping[str, "Target"] = field(default_factory=dict[str, "Target"])  # schedulers around it
+
+
+def _engine(target: str) -> Target:
+    engine = ENGINES[target]
+    return Target(
+        f"{engine.title} {engine.version}: its command and configuration",
+        EngineOptions,
+        partial(engine_files, target=target),
+        on={
+            "slurm": Target(
+                "within one sbatch script",
+                SlurmOptions,
+                partial(engine_slurm_files, target=target),
+            ),
+        },
+    )
 
 
 TARGETS: dict[str, Target] = {
     "slurm": Target("one sbatch script", SlurmOptions, slurm_files),
     "kubernetes": Target("plain objects in one YAML file", KubernetesOptions, kubernetes_files),
+    **{target: _engine(target) for target in ENGINES},
 }
 
 
@@ -41,24 +67,39 @@ def render(
         plan: What to run, and where.
         target: A key of `TARGETS`.
         directory: Where to write the files; made if missing. None: they are only returned.
-        options: Fields of the target's model in `templates/options.py`.
+        options: Fields of the target's model in `templates/options.py`; and `on`, the scheduler
+            around another engine: a key of the target's `on`. None: the engine alone.
 
     Raises:
         ValueError: The target or an option is unknown or not valid, the plan does not fit the
             target, or `directory` cannot be written to.
         ManifestMismatchError: The result does not say what the plan says (a fault of ours).
     """
+    on = options.pop("on", None)
+    if on is not None and not isinstance(on, str):
+        raise ValueError(f"on={on!r} is no scheduler's name")
+    row = _find(target, on)
+    files = row.files(plan, parse_options(row.options, target, options))
+    files[PLAN_FILE] = plan_text(plan)
+    check(plan, target, files, on)
+    if directory is not None:
+        _write(files, Path(directory))
+    return files
+
+
+def _find(target: str, on: str | None) -> Target:
     if target not in TARGETS:
         near = difflib.get_close_matches(target, TARGETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TARGETS)}"
         raise ValueError(f"no target {target!r}; {hint}")
     row = TARGETS[target]
-    files = row.files(plan, parse_options(row.options, target, options))
-    files[PLAN_FILE] = plan_text(plan)
-    check(plan, target, files)
-    if directory is not None:
-        _write(files, Path(directory))
-    return files
+    if on is None:
+        return row
+    if on not in row.on:
+        if not row.on:
+            raise ValueError(f"target {target!r} runs on nothing else; leave --on {on} out")
+        raise ValueError(f"no scheduler {on!r} around {target}; expected {' or '.join(row.on)}")
+    return row.on[on]
 
 
 def _write(files: dict[str, str], directory: Path) -> None:

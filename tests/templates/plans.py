@@ -142,6 +142,34 @@ def plan(
     )
 
 
+def moe_spec(num_layers: int = 61, dense_layers: int = 3) -> ModelSpec:
+    """A DeepSeek-like model: dense layers first, then 256 experts of which 8 are used."""
+    made = spec("deepseek-ai/DeepSeek-V3", num_layers)
+    (run,) = made.layer_runs
+    experts = FeedForward(kind="moe", intermediate_size=2048, num_experts=256, experts_per_token=8)
+    layer = run.layer.model_copy(update={"feed_forward": experts})
+    runs: tuple[LayerRun, ...] = (LayerRun(count=num_layers - dense_layers, layer=layer),)
+    if dense_layers:
+        runs = (LayerRun(count=dense_layers, layer=run.layer), *runs)
+    return made.model_copy(update={"layer_runs": runs})
+
+
+def mixed_plan() -> Plan:
+    """Two replicas, each on a node of its own kind of GPU."""
+    h100, a100 = cluster((8, 8)).nodes
+    slower = tuple(
+        gpu.model_copy(update={"device": "a100-sxm-80gb", "name": "a100"}) for gpu in a100.gpus
+    )
+    nodes = (h100, a100.model_copy(update={"gpus": slower}))
+    fabric = Fabric(kind="infiniband", bytes_per_s=50e9, ports_per_node=8, latency_s=5e-6)
+    return plan(tp=8, pp=1, machines=Cluster(nodes=nodes, fabric=fabric, source="test"))
+
+
+def with_split(made: Plan, **changes: object) -> Plan:
+    """`made` with other degrees of the same number of GPUs, such as ep or attention."""
+    return made.model_copy(update={"split": made.split.model_copy(update=changes)})
+
+
 def cpu_plan(ranks_of_nodes: Sequence[int] = (2, 2), num_cpus: int = 4) -> Plan:
     """TP1: each rank a replica of its own, so that any number of ranks is legal."""
     return plan(

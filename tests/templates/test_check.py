@@ -3,7 +3,10 @@ from collections.abc import Callable
 import pytest
 from tests.templates.plans import cpu_plan, plan
 
-from rankwright.templates.check import ManifestMismatchError, check, read_objects, slurm_header
+from rankwright.templates.check import check
+from rankwright.templates.checks.mismatch import ManifestMismatchError
+from rankwright.templates.checks.objects import read_objects
+from rankwright.templates.checks.sbatch import slurm_header
 from rankwright.templates.render import render
 
 SLURM, KUBERNETES = "rankwright.sbatch", "rankwright.yaml"
@@ -26,12 +29,13 @@ def test_what_was_rendered_passes(target: str, make: Callable[[], object]) -> No
     [
         ("--nodes=2\n#", "--nodes=3\n#", "nodes: rendered 3, the plan says 2"),
         ("--gpus-per-node=8", "--gpus-per-node=4", "GPUs a node"),
-        ("#SBATCH --gpus-per-node=8\n", "", "GPUs a node: rendered 0"),
+        ("#SBATCH --gpus-per-node=8\n", "", r"GPUs a node: rendered \[0, 0\]"),
         ("#SBATCH --ntasks-per-node=1", "#SBATCH --ntasks-per-node=8", "launchers a node"),
         ("#SBATCH --requeue", "#SBATCH --mem=1", "--mem is given twice"),
         ("--nnodes 2", "--nnodes 1", "launch --nnodes"),
         ("    --nodes=2 ", "    --nodes=1 ", "srun --nodes"),
         ('"num_blocks": 1000', '"num_blocks": 1001', "embedded plan.json"),
+        ('NCCL_DEBUG="WARN"', 'NCCL_DEBUG="INFO"', "environment"),
     ],
 )
 def test_a_changed_script_is_noticed(old: str, new: str, message: str) -> None:
@@ -61,7 +65,7 @@ def test_changed_objects_are_noticed(old: str, new: str, message: str) -> None:
 def test_a_cpu_plan_must_not_ask_for_gpus() -> None:
     files = render(cpu_plan(), "slurm")
     extra = tampered(files, SLURM, "#SBATCH --mem=0", "#SBATCH --gpus-per-node=1\n#SBATCH --mem=0")
-    with pytest.raises(ManifestMismatchError, match="GPUs a node: rendered 1, the plan says 0"):
+    with pytest.raises(ManifestMismatchError, match=r"rendered \[1, 1\], the plan says \[0, 0\]"):
         check(cpu_plan(), "slurm", extra)
 
 

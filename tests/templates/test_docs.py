@@ -5,17 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.layout import DRAIN_S
 from rankwright.templates.options import MAX_KUBERNETES_NAME
 from rankwright.templates.render import TARGETS
-from rankwright.templates.slurm_script import TERM_LEAD_S
+from rankwright.templates.slurm_job import TERM_LEAD_S
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_page_of_a_target_lists_its_options(target: str) -> None:
-    page = (DOCS / f"deploy-{target}.md").read_text()
+    page = (DOCS / f"deploy-{'engines' if target in ENGINES else target}.md").read_text()
     table = page.partition("## Options")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(
         TARGETS[target].options.model_fields
@@ -27,3 +28,10 @@ def test_numbers_on_the_pages_are_those_of_the_code() -> None:
     assert DRAIN_S == 60, "both pages say a minute"
     page = (DOCS / "deploy-kubernetes.md").read_text()
     assert f"{MAX_KUBERNETES_NAME} characters at most" in page
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_the_page_names_the_version_whose_flags_were_read(target: str) -> None:
+    engine = ENGINES[target]
+    page = (DOCS / "deploy-engines.md").read_text()
+    assert f"| `{target}` | {engine.title} {engine.version} |" in page

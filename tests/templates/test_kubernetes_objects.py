@@ -10,7 +10,7 @@ from tests.templates.plans import NCCL, cluster, cpu_plan, plan, spec
 
 from rankwright.planner.plan import EnvironmentVariable, Plan
 from rankwright.templates import kubernetes_objects
-from rankwright.templates.check import read_objects
+from rankwright.templates.checks.objects import read_objects
 from rankwright.templates.layout import DRAIN_S
 from rankwright.templates.options import MAX_KUBERNETES_NAME
 from rankwright.templates.render import render

@@ -18,7 +18,7 @@ def test_a_misspelt_option_names_the_nearest_one() -> None:
 
 
 def test_an_option_near_to_none_lists_all() -> None:
-    with pytest.raises(ValueError, match="it has name, partition, account, time_limit"):
+    with pytest.raises(ValueError, match="it has name, partition, account, qos"):
         parse_options(SlurmOptions, "slurm", {"zzz": "a"})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.templates.plans import plan
 
-from rankwright.templates.check import read_objects
+from rankwright.templates.checks.objects import read_objects
 from rankwright.templates.render import render
 
 LAUNCHER = """\

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.templates.plans import cluster, cpu_plan, plan
+from tests.templates.plans import NCCL, cluster, cpu_plan, plan
 from tests.templates.slurm_rig.rig import SlurmRig
 
 from rankwright.planner.plan import Plan
@@ -106,7 +106,8 @@ def test_slurm_refuses_what_does_not_fit(
 def test_each_node_runs_one_launcher_with_its_number_and_gpus(
     slurm: SlurmRig, tmp_path: Path
 ) -> None:
-    made = plan((6, 6), tp=6, pp=2, machines=cluster((8, 8)))
+    no_ports = tuple(variable for variable in NCCL if variable.name != "NCCL_IB_HCA")
+    made = plan((6, 6), tp=6, pp=2, machines=cluster((8, 8)), environment=no_ports)
     job, run_dir = submit(slurm, made, tmp_path, RECORD, port=9001, log_dir=str(tmp_path / "a b"))
     ended = slurm.wait(job)
     run_dir = tmp_path / "a b" / job
@@ -127,12 +128,24 @@ def test_each_node_runs_one_launcher_with_its_number_and_gpus(
         assert words[:2] == ["launch", str(run_dir / "plan.json")]
         seen = environment_of(tmp_path, node)
         keys.add(seen["RANKWRIGHT_AUTHKEY"])
-        assert seen["NCCL_IB_HCA"] == "=mlx5_0,mlx5_1"
+        assert seen["NCCL_SOCKET_IFNAME"] == "=eth0"
         assert seen["SLURM_CPUS_ON_NODE"] == "32"  # all of the node, though 14 were asked for
         if slurm.has_gpu_files:
             assert seen["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5"
     (key,) = keys
     assert re.fullmatch(r"[0-9a-f]{64}", key)
+
+
+def test_a_node_without_the_plans_fabric_ends_the_job_before_anything_is_loaded(
+    slurm: SlurmRig, tmp_path: Path
+) -> None:
+    made = plan((6, 6), tp=6, pp=2, machines=cluster((8, 8)))
+    job, _ = submit(slurm, made, tmp_path, RECORD)
+    ended = slurm.wait(job)
+    assert ended.state == "FAILED"
+    for node in ("rig1", "rig2"):
+        assert f"{node} is not fit: the fabric's port mlx5_0 is not active" in ended.output
+    assert not (tmp_path / "arguments-0").exists()
 
 
 def test_a_cpu_job_sees_no_gpus(slurm: SlurmRig, tmp_path: Path) -> None:
@@ -165,3 +178,75 @@ def test_a_launcher_that_fails_ends_the_job_at_once_with_its_status(
     assert ended.state == "FAILED"
     assert ended.exit_code != 0
     assert "ended with status" in ended.output
+
+
+def test_unlike_nodes_are_components_of_one_job_and_numbered_as_the_plan_numbers_them(
+    slurm: SlurmRig, tmp_path: Path
+) -> None:
+    made = plan((4, 2), tp=2, pp=1, environment=NCCL[:1], machines=cluster((8, 8)))
+    job, run_dir = submit(slurm, made, tmp_path, RECORD)
+    ended = slurm.wait(job)
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output
+    hosts = re.findall(r"job \d+ on (\w+) (\w+), start", ended.output)
+    for node, name in enumerate(hosts[0]):
+        assert options_of(tmp_path, node)["--node-rank"] == str(node)
+        assert environment_of(tmp_path, node)["SLURMD_NODENAME"] == name
+        if slurm.has_gpu_files:
+            gpus = environment_of(tmp_path, node)["CUDA_VISIBLE_DEVICES"].split(",")
+            assert len(gpus) == (4, 2)[node]
+    assert (run_dir / "url").exists()
+
+
+ENGINE = """\
+#!/bin/bash
+me=$RECORD/$NODE_RANK-$CUDA_VISIBLE_DEVICES
+trap 'echo drained > "$me-drained"; exit 0' TERM
+printf '%s\\n' "$@" > "$me.tmp"; mv "$me.tmp" "$me"
+while :; do sleep 0.05; done
+"""
+
+
+def test_another_engine_runs_its_replicas_and_drains_on_every_node(
+    slurm: SlurmRig, tmp_path: Path
+) -> None:
+    made = plan((4, 4), tp=2, pp=1, environment=NCCL[:1], machines=cluster((8, 8)))
+    render(made, "vllm", tmp_path, on="slurm", port=9001)
+    command = tmp_path / "bin" / "vllm"
+    command.parent.mkdir()
+    command.write_text(ENGINE)
+    command.chmod(0o755)
+    path = f"{command.parent}:{os.environ['PATH']}"
+    job = slurm.submit(tmp_path / "rankwright.sbatch", {"PATH": path, "RECORD": str(tmp_path)})
+    started = [tmp_path / f"{node}-{gpus}" for node in (0, 1) for gpus in ("0,1", "2,3")]
+    wait_for(*started)
+    ports = [file.read_text().split("--port\n")[1].split()[0] for file in started]
+    assert ports == ["9001", "9002", "9003", "9004"]
+    urls = (tmp_path / "rankwright-logs" / job / "url").read_text().split()
+    assert [url.rpartition(":")[2] for url in urls] == ports
+    assert slurm.run("scancel", "--batch", "--signal=TERM", job).returncode == 0
+    ended = slurm.wait(job)
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output
+    assert all((tmp_path / f"{file.name}-drained").exists() for file in started)
+
+
+def test_an_mpi_engine_gets_a_task_a_rank_on_the_gpus_of_its_replica(
+    slurm: SlurmRig, tmp_path: Path
+) -> None:
+    made = plan((4, 4), tp=2, pp=2, environment=NCCL[:1], machines=cluster((8, 8)))
+    # The rig has no PMI: the tasks are there all the same.
+    render(made, "trtllm", tmp_path, on="slurm", mpi="none")
+    command = tmp_path / "bin" / "trtllm-llmapi-launch"
+    command.parent.mkdir()
+    command.write_text(
+        '#!/bin/sh\necho "$*" > "$RECORD/$SLURMD_NODENAME-$CUDA_VISIBLE_DEVICES-$SLURM_PROCID"\n'
+    )
+    command.chmod(0o755)
+    path = f"{command.parent}:{os.environ['PATH']}"
+    job = slurm.submit(tmp_path / "rankwright.sbatch", {"PATH": path, "RECORD": str(tmp_path)})
+    ended = slurm.wait(job)
+    assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output
+    ran = sorted(file.name for file in tmp_path.glob("rig*"))
+    assert ran == [f"rig{node}-0,1,2,3-{rank}" for node in (1, 2) for rank in range(4)]
+    words = (tmp_path / ran[0]).read_text().split()
+    assert words[:2] == ["trtllm-serve", "meta-llama/Llama-3.1-405B"]
+    assert (tmp_path / "rankwright-logs" / job / "parallel_config.yaml").exists()

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.templates.plans import cpu_plan, plan
+from tests.templates.plans import cpu_plan, mixed_plan, plan
 
 from rankwright.planner.plan import EnvironmentVariable, Plan
-from rankwright.templates import slurm_script
-from rankwright.templates.check import slurm_header
+from rankwright.templates import slurm_job
+from rankwright.templates.checks.sbatch import slurm_header, slurm_headers
 from rankwright.templates.render import render
-from rankwright.templates.slurm_script import describe_size
+from rankwright.templates.slurm_job import describe_size
 
 ALL_OPTIONS = {
     "name": "llama",
@@ -58,13 +58,28 @@ def test_a_cpu_plan_asks_for_no_gpus() -> None:
     assert header["cpus-per-task"] == "4"
 
 
-def test_nodes_with_unequal_counts_are_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"8 \+ 4 ranks on its 2 nodes.*--dp.*kubernetes"):
-        script(plan((8, 4), tp=4, pp=1))
+def test_nodes_with_unequal_counts_are_components_of_a_job() -> None:
+    first, second = slurm_headers(script(plan((8, 4, 4), tp=4, pp=1), partition="gpu"))
+    assert (first["nodes"], first["gpus-per-node"]) == ("1", "8")
+    assert (second["nodes"], second["gpus-per-node"]) == ("2", "4")
+    assert first["partition"] == second["partition"] == "gpu"
+    assert "requeue" in first
+    assert "requeue" not in second
+
+
+def test_unlike_gpus_are_asked_for_by_the_names_that_slurm_has_for_them() -> None:
+    made = mixed_plan()
+    types = "h100-sxm=h100,a100-sxm-80gb=a100"
+    counts = [header["gpus-per-node"] for header in slurm_headers(script(made, gpu_types=types))]
+    assert counts == ["h100:8", "a100:8"]
+    with pytest.raises(ValueError, match="set gpu_types, such as h100-sxm=TYPE,a100-sxm-80gb=TYPE"):
+        script(made)
+    with pytest.raises(ValueError, match="gpu_types names l4, the plan runs on h100-sxm"):
+        script(plan(), gpu_types="l4=l4")
 
 
 def test_a_script_larger_than_slurm_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_script, "MAX_SCRIPT_BYTES", 1000)
+    monkeypatch.setattr(slurm_job, "MAX_SCRIPT_BYTES", 1000)
     with pytest.raises(ValueError, match="Slurm takes 1000"):
         script(plan())
 
@@ -101,7 +116,7 @@ def test_the_environment_reaches_a_shell_as_it_is_in_the_plan(
     variables = tuple(
         EnvironmentVariable(name=name, value=value, reason=reason) for name, value in values.items()
     )
-    text = script(plan(environment=variables))
+    text = script(plan(environment=variables), health_check=False)
     exports = "\n".join(
         line for line in text.splitlines() if line.startswith(("  export ", "  # "))
     )

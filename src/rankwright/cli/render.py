@@ -18,6 +18,10 @@ def run(
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Write the files here; else print."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Around another engine: slurm. Without it, a script for every node."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,8 +30,8 @@ def run(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write PLAN as Slurm or Kubernetes files."""
-    files = render(read_plan(plan), target, output, **parse_settings(settings or []))
+    """Write PLAN as files for Slurm, Kubernetes or another engine."""
+    files = render(read_plan(plan), target, output, on=on, **parse_settings(settings or []))
     if as_json:
         print_json(dict(files))
     elif output is None:

@@ -1,0 +1,1 @@
+"""Other engines that a plan can be rendered for, one file each."""
