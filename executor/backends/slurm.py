@@ -17,7 +17,7 @@ from rankwright.planner.plan import Plan
 from rankwright.templates.layout import NodeShare, node_shares
 from rankwright.templates.options import SlurmOptions, parse_options
 from rankwright.templates.render import render
-from rankwright.templates.slurm_script import SLURM_FILE
+from rankwright.templates.slurm_job import SLURM_FILE
 
 INSTALL = (
     "run this on a login node, or install Slurm's client programs (Debian: `apt install "

@@ -187,7 +187,8 @@ def test_unlike_nodes_are_components_of_one_job_and_numbered_as_the_plan_numbers
     job, run_dir = submit(slurm, made, tmp_path, RECORD)
     ended = slurm.wait(job)
     assert (ended.state, ended.exit_code) == ("COMPLETED", 0), ended.output
-    hosts = re.findall(r"job \d+ on (\w+) (\w+), start", ended.output)
+    (output,) = tmp_path.glob("*.out")  # of the first component; the last one's would be found
+    hosts = re.findall(r"job \d+ on (\w+) (\w+), start", output.read_text())
     for node, name in enumerate(hosts[0]):
         assert options_of(tmp_path, node)["--node-rank"] == str(node)
         assert environment_of(tmp_path, node)["SLURMD_NODENAME"] == name
