@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from rankwright.kernels.decode_attention import decode_attention, decode_config
+from rankwright.kernels.decode_attention import decode_attention
+from rankwright.kernels.decode_config import decode_config
 from rankwright.kernels.prefill_attention import prefill_attention, prefill_config
 from rankwright.kernels.rms_norm import rms_norm
 from rankwright.kernels.rotary import rope_table, rotary_and_cache

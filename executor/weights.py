@@ -23,6 +23,7 @@ class WeightSource(Protocol):
         shape: tuple[int, ...],
         rows: Range | None = None,
         columns: Range | None = None,
+        depth: Range | None = None,
     ) -> torch.Tensor:
         """Return rows and columns of the tensor `name`, whose whole shape is `shape`.
 
@@ -31,6 +32,7 @@ class WeightSource(Protocol):
             shape: Shape that the model needs; another one in the checkpoint is an error.
             rows: Half-open range of dim 0; None: all.
             columns: Half-open range of dim 1; None: all.
+            depth: Half-open range of dim 2; None: all.
 
         Returns:
             The shard on the target device in the target dtype, owning its memory.
@@ -67,6 +69,7 @@ class SafetensorsSource:
         shape: tuple[int, ...],
         rows: Range | None = None,
         columns: Range | None = None,
+        depth: Range | None = None,
     ) -> torch.Tensor:
         """Return rows and columns of the tensor `name`; see `WeightSource.shard`.
 
@@ -87,9 +90,8 @@ class SafetensorsSource:
             raise ValueError(
                 f"{path}: tensor {name!r} has shape {found}, config.json asks for {shape}"
             )
-        index = [slice(*rows) if rows else slice(None)]
-        if len(shape) > 1:
-            index.append(slice(*columns) if columns else slice(None))
+        parts = (rows, columns, depth)[: len(shape)]
+        index = [slice(*part) if part else slice(None) for part in parts]
         return view[tuple(index)].to(self._device, self._dtype, copy=True).contiguous()
 
 
@@ -142,11 +144,11 @@ class DummySource:
         shape: tuple[int, ...],
         rows: Range | None = None,
         columns: Range | None = None,
+        depth: Range | None = None,
     ) -> torch.Tensor:
         """Return random rows and columns; see `WeightSource.shard`."""
-        extent = [_length(rows, shape[0])]
-        if len(shape) > 1:
-            extent.append(_length(columns, shape[1]))
+        parts = (rows, columns, depth)
+        extent = [_length(part, whole) for part, whole in zip(parts, shape, strict=False)]
         tensor = torch.empty(extent, dtype=self._dtype, device=self._device)
         if "norm" in name:
             return tensor.fill_(1.0)

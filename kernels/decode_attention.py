@@ -17,72 +17,27 @@ context merge their results by the log-sum-exp of the scores, which is returned 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import torch
 
+from rankwright.kernels.attention_plain import decode_attention_reference
 from rankwright.kernels.backend import (
     DOT_PRECISION,
     Backend,
-    ceil_div,
     jit,
     next_power_of_two,
     runs_triton,
     tl,
 )
-from rankwright.kernels.paged_cache import check_paged_cache, kv_heads_of_queries
-
-
-def decode_attention_reference(
-    q_BHD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables_BN: torch.Tensor,
-    context_lens_B: torch.Tensor,
-    scale: float,
-    window: int | None = None,
-    *,
-    windows_B: torch.Tensor | None = None,
-    group: int | None = None,
-    head_offset: int = 0,
-    lse_BH: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return softmax(q k^T * scale) v over each sequence's own blocks; zeros where it has none."""
-    _, num_kv_heads, block_tokens, _ = k_cache.shape
-    heads_H = kv_heads_of_queries(q_BHD.shape[1], num_kv_heads, group, head_offset, q_BHD.device)
-    out_BHD = torch.zeros_like(q_BHD)
-    if lse_BH is not None:
-        lse_BH.fill_(-math.inf)
-    for b, context in enumerate(context_lens_B.tolist()):
-        if context == 0:
-            continue
-        seen_here = window if windows_B is None else int(windows_B[b])
-        first = 0 if seen_here is None else max(0, context - seen_here)
-        first_block = first // block_tokens
-        blocks = block_tables_BN[b, first_block : ceil_div(context, block_tokens)].long()
-        seen = slice(first - first_block * block_tokens, context - first_block * block_tokens)
-        k_HLD, v_HLD = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[heads_H][:, seen].float()
-            for cache in (k_cache, v_cache)
-        )
-        scores_HL = (k_HLD @ q_BHD[b].float().unsqueeze(2)).squeeze(2) * scale
-        out_BHD[b] = (scores_HL.softmax(-1).unsqueeze(1) @ v_HLD).squeeze(1)
-        if lse_BH is not None:
-            lse_BH[b] = scores_HL.logsumexp(-1)
-    return out_BHD
-
-
-@jit()
-def _share(context, window, split, num_splits, TILE, MIN_TILES):
-    """Return first and last + 1 tile of a split, and how many splits have any."""
-    first_tile = tl.maximum(context - window, 0) // TILE
-    num_tiles = (context + TILE - 1) // TILE - first_tile
-    tiles_per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, MIN_TILES)
-    start = first_tile + split * tiles_per_split
-    stop = tl.minimum(start + tiles_per_split, first_tile + num_tiles)
-    active = (num_tiles + tiles_per_split - 1) // tiles_per_split
-    return start, stop, active
+from rankwright.kernels.decode_config import (
+    DecodeConfig,
+    decode_config,
+    decode_workspace_elements,
+    num_multiprocessors_of,
+)
+from rankwright.kernels.decode_merge import merge_splits, share
+from rankwright.kernels.paged_cache import check_paged_cache
 
 
 # The number of splits changes with the batch: compiled in, every new batch size would wait for the
@@ -95,6 +50,7 @@ def _decode_kernel(
     table_ptr,
     context_ptr,
     windows_ptr,
+    sinks_ptr,
     out_ptr,
     merged_lse_ptr,
     partial_ptr,
@@ -120,6 +76,7 @@ def _decode_kernel(
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOWS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     LN_2: tl.constexpr,
     IS_SPLIT: tl.constexpr,
@@ -132,7 +89,7 @@ def _decode_kernel(
     context = tl.load(context_ptr + batch)
     if HAS_WINDOWS:
         window = tl.load(windows_ptr + batch)
-    start, stop, _ = _share(context, window, split, num_splits, TILE, MIN_TILES)
+    start, stop, _ = share(context, window, split, num_splits, TILE, MIN_TILES)
     if IS_SPLIT:  # noqa: SIM102  (known when compiled; the other when run)
         if start >= stop:
             return  # the merge reads active splits only
@@ -184,6 +141,12 @@ def _decode_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         highest = new_highest
 
+    if HAS_SINKS and not IS_SPLIT:
+        sink = tl.load(sinks_ptr + head, mask=here, other=0.0).to(tl.float32) / LN_2
+        new_highest = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.exp2(sink - new_highest)
+        acc = acc * shrink[:, None]
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     row = batch * NUM_HEADS + head
     if IS_SPLIT:
@@ -197,131 +160,6 @@ def _decode_kernel(
             # Of an empty context `highest` is -inf, and so is the sum.
             lse = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * LN_2
             tl.store(merged_lse_ptr + row, lse, mask=here)
-
-
-@jit(do_not_specialize=("window", "num_splits"))
-def _merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    context_ptr,
-    windows_ptr,
-    out_ptr,
-    merged_lse_ptr,
-    window,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    HAS_WINDOWS: tl.constexpr,
-    RETURN_LSE: tl.constexpr,
-    LN_2: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-):
-    """Write the mean of a row's splits, weighted with their log-sum-exp."""
-    row = tl.program_id(0).to(tl.int64)
-    context = tl.load(context_ptr + row // NUM_HEADS)
-    if HAS_WINDOWS:
-        window = tl.load(windows_ptr + row // NUM_HEADS)
-    _, _, active = _share(context, window, 0, num_splits, TILE, MIN_TILES)
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_D)
-    lse = tl.load(lse_ptr + row * num_splits + s, mask=s < active, other=-float("inf"))
-    # An empty context has no maximum; 0 in its place keeps inf - inf out.
-    highest = tl.where(active > 0, tl.max(lse, axis=0), 0.0)
-    total = tl.sum(tl.exp2(lse - highest), axis=0)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, active, CHUNK):
-        c = first + tl.arange(0, CHUNK)
-        at = row * num_splits + c
-        chunk_lse = tl.load(lse_ptr + at, mask=c < active, other=-float("inf"))
-        part = tl.load(
-            partial_ptr + at[:, None] * HEAD_DIM + d[None, :],
-            mask=(c < active)[:, None] & (d < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        acc += tl.sum(part * tl.exp2(chunk_lse - highest)[:, None], axis=0)
-    total = tl.where(active > 0, total, 1.0)
-    out = acc / total
-    tl.store(out_ptr + row * HEAD_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
-    if RETURN_LSE:
-        merged = tl.where(active > 0, (highest + tl.log2(total)) * LN_2, -float("inf"))
-        tl.store(merged_lse_ptr + row, merged)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How the kernel is cut and compiled: `tile` tokens a loop iteration, `min_tiles` a split."""
-
-    tile: int
-    num_warps: int
-    num_stages: int
-    num_splits: int = 1
-    min_tiles: int = 1
-
-
-# (padded head dim, bytes a value), for sm_90. A program keeps (num_stages - 1) tiles of keys and
-# values in shared memory: 64 KB at (128, 2), so that two or three fit in the 227 KB of an H100 or
-# H200 (CUDA C programming guide, compute capability 9.0). A multiprocessor's share of their 3.0 and
-# 4.3 TB/s is 23 and 33 KB in a microsecond, about the latency of a load from a busy memory.
-_SHAPES: dict[tuple[int, int], DecodeConfig] = {
-    (64, 2): DecodeConfig(tile=64, num_warps=4, num_stages=4),
-    (128, 2): DecodeConfig(tile=64, num_warps=4, num_stages=3),
-    (256, 2): DecodeConfig(tile=32, num_warps=4, num_stages=3),
-    (64, 4): DecodeConfig(tile=64, num_warps=4, num_stages=3),
-    (128, 4): DecodeConfig(tile=32, num_warps=4, num_stages=3),
-    (256, 4): DecodeConfig(tile=16, num_warps=4, num_stages=3),
-}
-_PROGRAMS_PER_MULTIPROCESSOR = 2
-# The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
-_MAX_SPLITS = 128
-# Lanes of the merge, a warp at least: three widths to compile, whatever the batch. It adds up
-# `_MERGE_CHUNK` splits at a time, 8 KB of them at dimension 128.
-_MERGE_LANES = 32
-_MERGE_CHUNK = 16
-
-
-@lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter runs one program at a time; 4 lets its tests meet splits
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def decode_config(
-    batch: int,
-    num_kv_heads: int,
-    head_dim: int,
-    max_blocks: int,
-    block_tokens: int,
-    dtype: torch.dtype,
-    num_multiprocessors: int,
-) -> DecodeConfig:
-    """Return the launch configuration of a geometry: the same for every step of a CUDA graph.
-
-    Splits fill the GPU: the fewest whose programs come in waves at least 95 % as full as the best
-    number's. (FlashAttention-2's `num_splits_heuristic` asks for 85 %, which is 29 splits of a
-    sequence with 8 key/value heads on an H100: a context of 8192 tokens then takes rounds of 5
-    tiles, of 32 splits 4.)
-    """
-    shape = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
-    tile = min(shape.tile, block_tokens)
-    programs = max(batch * num_kv_heads, 1)
-    slots = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
-    # Past four waves the last, partly filled one no longer matters.
-    limit = 1 if programs >= 4 * slots else max(4, ceil_div(slots, programs))
-    limit = max(1, min(limit, _MAX_SPLITS, ceil_div(max_blocks * block_tokens, tile)))
-    waves = [programs * num_splits / slots for num_splits in range(1, limit + 1)]
-    fullness = [wave / math.ceil(wave) for wave in waves]
-    num_splits = 1 + next(i for i, full in enumerate(fullness) if full >= 0.95 * max(fullness))
-    return replace(shape, tile=tile, num_splits=num_splits)
-
-
-def decode_workspace_elements(batch: int, num_heads: int, head_dim: int, num_splits: int) -> int:
-    """Return the float32 values of scratch memory that `decode_attention` needs."""
-    return 0 if num_splits == 1 else batch * num_heads * num_splits * (head_dim + 1)
 
 
 def decode_attention(
@@ -339,6 +177,7 @@ def decode_attention(
     group: int | None = None,
     head_offset: int = 0,
     lse_BH: torch.Tensor | None = None,
+    sinks_H: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
@@ -361,6 +200,8 @@ def decode_attention(
         head_offset: Place of the first query head in the group of the first key/value head.
         lse_BH: float32, filled with the log-sum-exp of the scaled scores; -inf where the context is
             empty.
+        sinks_H: One more score a head, not scaled, that no value belongs to (gpt-oss); not together
+            with `lse_BH`, as parts of a context must share one sink.
         config: Overrides `decode_config` (for tuning).
         backend: What runs it, see `runs_triton`.
 
@@ -382,10 +223,16 @@ def decode_attention(
             f"decode_attention: log-sum-exp {tuple(lse_BH.shape)} of {lse_BH.dtype}; expected "
             f"contiguous float32 {tuple(q_BHD.shape[:2])}"
         )
+    if sinks_H is not None and (lse_BH is not None or sinks_H.shape != q_BHD.shape[1:2]):
+        raise ValueError(
+            f"decode_attention: sinks {tuple(sinks_H.shape)} for {q_BHD.shape[1]} heads; expected "
+            "one a head, and no log-sum-exp asked for"
+        )
     if not runs_triton(q_BHD, backend):
         return decode_attention_reference(
             q_BHD, k_cache, v_cache, block_tables_BN, context_lens_B, scale, window,
             windows_B=windows_B, group=group, head_offset=head_offset, lse_BH=lse_BH,
+            sinks_H=sinks_H,
         )  # fmt: skip
     batch, num_heads, head_dim = q_BHD.shape
     _, num_kv_heads, block_tokens, _ = k_cache.shape
@@ -404,7 +251,7 @@ def decode_attention(
             block_tables_BN.shape[1],
             block_tokens,
             k_cache.dtype,
-            _num_multiprocessors(q_BHD.device),
+            num_multiprocessors_of(q_BHD.device),
         )
     if num_splits is not None:
         config = replace(config, num_splits=num_splits)
@@ -422,24 +269,16 @@ def decode_attention(
     window = 2**31 - 1 if window is None else window
     block_d = max(16, next_power_of_two(head_dim))
     group = group or num_heads // num_kv_heads
-    shared = {
-        "TILE": config.tile,
-        "MIN_TILES": config.min_tiles,
-        "HAS_WINDOWS": windows_B is not None,
-        "RETURN_LSE": lse_BH is not None,
-        "LN_2": math.log(2),
-    }
-    windows_B = context_lens_B if windows_B is None else windows_B  # any pointer will do
-    merged_lse = workspace if lse_BH is None else lse_BH
     _decode_kernel[(num_kv_heads, num_splits, batch)](
         q_BHD,
         k_cache,
         v_cache,
         block_tables_BN,
         context_lens_B,
-        windows_B,
+        context_lens_B if windows_B is None else windows_B,  # any pointer will do
+        workspace if sinks_H is None else sinks_H,
         out_BHD,
-        merged_lse,
+        workspace if lse_BH is None else lse_BH,
         workspace,
         lse,
         scale * math.log2(math.e),
@@ -460,24 +299,23 @@ def decode_attention(
         PRECISION=DOT_PRECISION[q_BHD.dtype],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **shared,
+        TILE=config.tile,
+        MIN_TILES=config.min_tiles,
+        HAS_WINDOWS=windows_B is not None,
+        HAS_SINKS=sinks_H is not None,
+        RETURN_LSE=lse_BH is not None,
+        LN_2=math.log(2),
     )
     if num_splits > 1:
-        _merge_kernel[(batch * num_heads,)](
+        merge_splits(
             workspace,
             lse,
             context_lens_B,
-            windows_B,
             out_BHD,
-            merged_lse,
-            window,
-            num_splits,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_S=max(_MERGE_LANES, next_power_of_two(num_splits)),
-            CHUNK=_MERGE_CHUNK,
-            num_warps=4,
-            **shared,
+            config,
+            window=window,
+            windows_B=windows_B,
+            sinks_H=sinks_H,
+            lse_BH=lse_BH,
         )
     return out_BHD

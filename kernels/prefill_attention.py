@@ -12,120 +12,22 @@ groups: the first query head here is head `head_offset` of the first group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (PyTorch's own abbreviation)
-from torch.nn.attention.bias import causal_lower_right
 
-from rankwright.kernels.backend import (
-    DOT_PRECISION,
-    ceil_div,
-    jit,
-    next_power_of_two,
-    runs_triton,
-    tl,
+from rankwright.kernels.attention_plain import (
+    attend_sdpa,
+    one_by_one,
+    prefill_attention_reference,
 )
-from rankwright.kernels.paged_cache import check_paged_cache, kv_heads_of_queries
+from rankwright.kernels.backend import DOT_PRECISION, jit, next_power_of_two, runs_triton, tl
+from rankwright.kernels.paged_cache import check_paged_cache
 
 PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
-
-
-def _seen(num_queries: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return bool [Q, L]: which context tokens each query token attends to."""
-    position_Q1 = torch.arange(context - num_queries, context, device=device)[:, None]
-    token_L = torch.arange(context, device=device)
-    seen_QL = token_L <= position_Q1
-    return seen_QL if window is None else seen_QL & (token_L > position_Q1 - window)
-
-
-def _attend_explicitly(
-    q_HQD: torch.Tensor, k_HLD: torch.Tensor, v_HLD: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    seen_QL = _seen(q_HQD.shape[1], k_HLD.shape[1], window, q_HQD.device)
-    k_HLD, v_HLD = (x.repeat_interleave(len(q_HQD) // len(x), 0) for x in (k_HLD, v_HLD))
-    scores_HQL = q_HQD.float() @ k_HLD.float().transpose(1, 2) * scale
-    weights_HQL = scores_HQL.masked_fill(~seen_QL, -math.inf).softmax(-1)
-    return (weights_HQL @ v_HLD.float()).to(q_HQD.dtype)
-
-
-def _attend_sdpa(
-    q_HQD: torch.Tensor, k_HLD: torch.Tensor, v_HLD: torch.Tensor, scale: float, window: int | None
-) -> torch.Tensor:
-    num_queries, context = q_HQD.shape[1], k_HLD.shape[1]
-    whole = window is None or window >= context
-    mask: torch.Tensor | None = None
-    if whole and num_queries == context:
-        pass
-    elif whole and q_HQD.is_cuda:
-        mask = causal_lower_right(num_queries, context)  # lets PyTorch choose FlashAttention
-    else:
-        mask = _seen(num_queries, context, window, q_HQD.device)
-    return F.scaled_dot_product_attention(
-        q_HQD[None],
-        k_HLD[None],
-        v_HLD[None],
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=len(q_HQD) != len(k_HLD),
-    )[0]
-
-
-def _one_by_one(
-    attend: Callable[..., torch.Tensor],
-    q_THD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables_BN: torch.Tensor,
-    query_starts: Sequence[int],
-    context_lens: Sequence[int],
-    scale: float,
-    window: int | None,
-    group: int | None,
-    head_offset: int,
-) -> torch.Tensor:
-    """Return `attend` of every sequence, over keys and values copied out of its blocks."""
-    num_kv_heads, block_tokens = k_cache.shape[1:3]
-    heads: torch.Tensor | slice = slice(None)  # whole groups: `attend` shares their keys out
-    if group is not None and q_THD.shape[1] != group * num_kv_heads:
-        heads = kv_heads_of_queries(q_THD.shape[1], num_kv_heads, group, head_offset, q_THD.device)
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    for b, context in enumerate(context_lens):
-        start, stop = query_starts[b], query_starts[b + 1]
-        if start == stop:
-            continue
-        blocks = block_tables_BN[b, : ceil_div(context, block_tokens)].long()
-        k_HLD, v_HLD = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[heads, :context]
-            for cache in (k_cache, v_cache)
-        )
-        out_HQD = attend(q_THD[start:stop].transpose(0, 1), k_HLD, v_HLD, scale, window)
-        out_THD[start:stop] = out_HQD.transpose(0, 1)
-    return out_THD
-
-
-def prefill_attention_reference(
-    q_THD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_tables_BN: torch.Tensor,
-    query_starts: Sequence[int],
-    context_lens: Sequence[int],
-    scale: float,
-    window: int | None = None,
-    *,
-    group: int | None = None,
-    head_offset: int = 0,
-) -> torch.Tensor:
-    """Return softmax(q k^T * scale, masked) v of each sequence, every score written out."""
-    return _one_by_one(
-        _attend_explicitly, q_THD, k_cache, v_cache, block_tables_BN,
-        query_starts, context_lens, scale, window, group, head_offset,
-    )  # fmt: skip
 
 
 @jit()
@@ -202,6 +104,7 @@ def _prefill_kernel(
     v_ptr,
     table_ptr,
     work_ptr,
+    sinks_ptr,
     out_ptr,
     scale_log2,
     window,
@@ -223,6 +126,8 @@ def _prefill_kernel(
     BLOCK_TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    LN_2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Heads run fastest, so that the heads of a group read their keys and values from L2.
@@ -269,6 +174,12 @@ def _prefill_kernel(
         scale_log2, position, window, context,
         HEAD_DIM, BLOCK_D, BLOCK_TOKENS, TILE, True, PRECISION,
     )  # fmt: skip
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) / LN_2
+        new_highest = tl.maximum(highest, sink)
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.exp2(sink - new_highest)
+        acc = acc * shrink[:, None]
     out_at = out_ptr + (row[:, None] * NUM_HEADS + head) * HEAD_DIM + d[None, :]
     # Rows past the last may lie beyond every window; nothing of them is stored.
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -365,6 +276,7 @@ def prefill_attention(
     *,
     group: int | None = None,
     head_offset: int = 0,
+    sinks_H: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
     backend: PrefillBackend = "auto",
 ) -> torch.Tensor:
@@ -382,6 +294,7 @@ def prefill_attention(
         window: Each token attends to the last `window` tokens up to itself; None: to all.
         group: Query heads that share a key/value head; None: `H / K`.
         head_offset: Place of the first query head in the group of the first key/value head.
+        sinks_H: One more score a head, not scaled, that no value belongs to (gpt-oss).
         config: Overrides `prefill_config` (for tuning).
         backend: "sdpa" copies each sequence's keys and values out of the cache and calls PyTorch;
             "auto" runs it on the CPU and Triton on a GPU; else see `runs_triton`.
@@ -391,15 +304,25 @@ def prefill_attention(
     """
     check_paged_cache("prefill_attention", q_THD, k_cache, v_cache, window, group, head_offset)
     _check_lengths(len(q_THD), len(block_tables_BN), query_starts, context_lens)
-    if backend == "sdpa" or (backend == "auto" and not runs_triton(q_THD, backend)):
-        return _one_by_one(
-            _attend_sdpa, q_THD, k_cache, v_cache, block_tables_BN,
+    if sinks_H is not None and sinks_H.shape != q_THD.shape[1:2]:
+        raise ValueError(
+            f"prefill_attention: sinks {tuple(sinks_H.shape)}; expected one for each of "
+            f"{q_THD.shape[1]} heads"
+        )
+    if backend == "auto" and not runs_triton(q_THD, backend):
+        # PyTorch's own attention knows no sinks.
+        backend = "sdpa" if sinks_H is None else "reference"
+    if backend == "sdpa":
+        if sinks_H is not None:
+            raise ValueError("prefill_attention: backend 'sdpa' has no sinks; use 'reference'")
+        return one_by_one(
+            attend_sdpa, q_THD, k_cache, v_cache, block_tables_BN,
             query_starts, context_lens, scale, window, group, head_offset,
         )  # fmt: skip
     if not runs_triton(q_THD, backend):
         return prefill_attention_reference(
             q_THD, k_cache, v_cache, block_tables_BN, query_starts, context_lens, scale, window,
-            group=group, head_offset=head_offset,
+            group=group, head_offset=head_offset, sinks_H=sinks_H,
         )  # fmt: skip
     num_tokens, num_heads, head_dim = q_THD.shape
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
@@ -420,6 +343,7 @@ def prefill_attention(
         v_cache,
         block_tables_BN,
         work,
+        work if sinks_H is None else sinks_H,
         out_THD,
         scale * math.log2(math.e),
         2**31 - 1 if window is None else window,  # positions never get this far apart
@@ -436,6 +360,8 @@ def prefill_attention(
         BLOCK_TOKENS=block_tokens,
         TILE=config.tile,
         HAS_WINDOW=window is not None,
+        HAS_SINKS=sinks_H is not None,
+        LN_2=math.log(2),
         PRECISION=DOT_PRECISION[q_THD.dtype],
         num_warps=config.num_warps,
         num_stages=config.num_stages,

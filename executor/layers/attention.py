@@ -60,6 +60,11 @@ class PagedAttention:
         if attention.qk_norm:
             self._q_norm_D = source.shard(f"{prefix}.q_norm.weight", (dim,))
             self._k_norm_D = source.shard(f"{prefix}.k_norm.weight", (dim,))
+        self._sinks_H = None
+        if attention.sinks:
+            self._sinks_H = source.shard(
+                f"{prefix}.sinks", (attention.num_heads,), (first_q, last_q)
+            )
         self._output = RowParallelLinear(
             source,
             mesh,
@@ -100,6 +105,7 @@ class PagedAttention:
                     context.context_lens_S[:decodes],
                     self._scale,
                     window=self._window,
+                    sinks_H=self._sinks_H,
                 )
             )
         if len(context.prefill_context_lens):
@@ -113,6 +119,7 @@ class PagedAttention:
                     context.prefill_context_lens,
                     self._scale,
                     window=self._window,
+                    sinks_H=self._sinks_H,
                 )
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

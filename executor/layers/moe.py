@@ -9,11 +9,12 @@ import torch
 from torch.nn.functional import linear
 
 from rankwright.cost_model.model_spec import FeedForward, Router
+from rankwright.executor.layers.expert_weights import load_experts
 from rankwright.executor.layers.feed_forward import GatedMlp
 from rankwright.executor.mesh import Mesh
-from rankwright.executor.models.names import ExpertNames
-from rankwright.executor.weights import Range, WeightSource
-from rankwright.kernels.moe_experts import Experts, run_experts
+from rankwright.executor.models.names import ExpertNames, PackedExpertNames
+from rankwright.executor.weights import WeightSource
+from rankwright.kernels.moe_experts import run_experts
 from rankwright.kernels.moe_routing import RoutingRule, route
 
 
@@ -25,7 +26,7 @@ class MoeBlock:
         source: WeightSource,
         mesh: Mesh,
         block: FeedForward,
-        names: ExpertNames,
+        names: ExpertNames | PackedExpertNames,
         *,
         layer: int,
         hidden_size: int,
@@ -46,10 +47,11 @@ class MoeBlock:
         self.experts = load_experts(
             source,
             names,
+            block,
             layer=layer,
             experts=mesh.place.experts,
             columns=mesh.place.ffn_columns,
-            shape=(hidden_size, block.intermediate_size),
+            hidden_size=hidden_size,
         )
         self.shared: GatedMlp | None = None
         if block.shared_intermediate_size:
@@ -90,46 +92,3 @@ def routing_rule(router: Router, top_k: int) -> RoutingRule:
         groups_per_token=router.groups_per_token,
         group_score=router.group_score,
     )
-
-
-def load_experts(
-    source: WeightSource,
-    names: ExpertNames,
-    *,
-    layer: int,
-    experts: Range,
-    columns: Range,
-    shape: tuple[int, int],
-) -> Experts:
-    """Return this rank's columns of its experts, packed for the grouped products.
-
-    Matrices come one by one, so that beside the packed tensors one of them exists at a time.
-
-    Args:
-        source: Where the weights come from.
-        names: Of the experts' tensors.
-        layer: Number of the layer.
-        experts: Which of them.
-        columns: Which columns of each.
-        shape: Hidden size and whole width of an expert.
-    """
-    hidden_size, whole_width = shape
-    num_slots, width = experts[1] - experts[0], columns[1] - columns[0]
-    gate_up: torch.Tensor | None = None
-    down: torch.Tensor | None = None
-    for slot, expert in enumerate(range(*experts)):
-        at = {"layer": layer, "expert": expert}
-        for half, name in enumerate((names.gate, names.up)):
-            rows = source.shard(f"{name.format(**at)}.weight", (whole_width, hidden_size), columns)
-            if gate_up is None:
-                gate_up = rows.new_empty(num_slots, 2 * width, hidden_size)
-            gate_up[slot, half * width : (half + 1) * width] = rows
-        part = source.shard(
-            f"{names.down.format(**at)}.weight", (hidden_size, whole_width), None, columns
-        )
-        if down is None:
-            down = part.new_empty(num_slots, hidden_size, width)
-        down[slot] = part
-    assert gate_up is not None, "a rank without experts"
-    assert down is not None
-    return Experts(gate_up, down)

@@ -10,6 +10,7 @@ from rankwright.executor.models.names import TensorNames
 
 # Architecture in config.json -> module that holds its `NAMES`.
 FAMILIES: dict[str, str] = {
+    "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",

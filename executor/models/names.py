@@ -20,6 +20,21 @@ class ExpertNames:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackedExpertNames:
+    """Names of a MoE block whose experts are packed into one tensor a kind, as gpt-oss does.
+
+    `gate_up` is [experts, inputs, 2 x width] with gate and up columns in turn, `down` is
+    [experts, width, outputs]; their biases end in `_bias`.
+    """
+
+    router: str
+    gate_up: str
+    down: str
+    correction: None = None
+    shared: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
     """Names in the checkpoint; `{layer}` stands for the layer's number."""
 
@@ -30,4 +45,4 @@ class TensorNames:
     feed_forward: str
     attention_norm: str
     feed_forward_norm: str
-    experts: ExpertNames | None = None
+    experts: ExpertNames | PackedExpertNames | None = None

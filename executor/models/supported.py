@@ -6,7 +6,7 @@ from rankwright.executor.models import FAMILIES, tensor_names
 from rankwright.planner.plan import Plan
 
 DTYPES = ("float32", "bfloat16", "float16")
-_ACTIVATIONS = ("silu", "swish")
+_ACTIVATIONS = {"dense": ("silu",), "moe": ("silu", "clamped_swiglu")}
 
 
 def check_supported(plan: Plan) -> None:
@@ -37,9 +37,8 @@ def _layer_reason(layer: Layer) -> str | None:
     attention, block = layer.attention, layer.feed_forward
     found = {
         "latent attention (MLA)": attention.kind == "mla",
-        "attention sinks": attention.sinks,
         "values and keys of different widths": attention.value_head_dim != attention.head_dim,
-        f"activation {block.activation!r}": block.activation not in _ACTIVATIONS,
+        f"activation {block.activation!r}": block.activation not in _ACTIVATIONS[block.kind],
     }
     return next((name for name, present in found.items() if present), None)
 

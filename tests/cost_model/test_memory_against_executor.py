@@ -23,7 +23,7 @@ DENSE = [name for name in FAMILY_CONFIGS if name.startswith(("llama", "mistral",
     "qwen3",
     "qwen3 with biases",
 ]
-MOE = ["mixtral", "qwen3_moe"]
+MOE = ["mixtral", "qwen3_moe", "gpt_oss"]
 BLOCK_TOKENS = 16
 SPLITS = [(1, 1, 1), (2, 1, 1), (1, 1, 3), (2, 1, 2), (6, 1, 1)]  # tp, ep, pp
 MOE_SPLITS = [(1, 1, 1), (2, 2, 1), (6, 3, 1), (2, 2, 2)]
@@ -47,9 +47,10 @@ class CountingSource:
         shape: tuple[int, ...],
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
+        depth: tuple[int, int] | None = None,
     ) -> object:
         extent = list(shape)
-        for dim, part in enumerate((rows, columns)):
+        for dim, part in enumerate((rows, columns, depth)):
             if part is not None:
                 extent[dim] = part[1] - part[0]
         tensor = torch.empty(extent, dtype=torch.bfloat16, device="meta")

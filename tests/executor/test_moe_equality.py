@@ -32,6 +32,23 @@ MOE_MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "gpt_oss": {
+        "vocab_size": 101,
+        "head_dim": 16,
+        "intermediate_size": 22,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+        "pad_token_id": 0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 64,
+            "truncate": False,
+        },
+    },
     "qwen3_moe, weights as they are": {
         "model_type": "qwen3_moe",
         "vocab_size": 90,
@@ -88,7 +105,7 @@ def run_tokens(pool: Ranks, reference: Reference, **split: Any) -> None:
         assert tokens[name] == reference.greedy(text, 48)
 
 
-WHOLE = [(model, split) for model in ("mixtral", "qwen3_moe") for split in SPLITS]
+WHOLE = [(model, split) for model in ("mixtral", "qwen3_moe", "gpt_oss") for split in SPLITS]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwright.kernels.decode_attention import (
+from rankwright.kernels.decode_attention import decode_attention
+from rankwright.kernels.decode_config import (
     DecodeConfig,
-    decode_attention,
     decode_config,
     decode_workspace_elements,
 )
@@ -105,6 +105,37 @@ def test_equal_scores_give_the_mean_of_the_values() -> None:
 def test_reference_equals_sdpa(window: int | None, assert_close: Close) -> None:
     case = Case([1, 17, 0, 48, 33], 6, 2, 80, torch.float32, "cpu")
     assert_close(case.run("reference", window=window), case.sdpa(window))
+
+
+def test_a_sink_takes_its_share_of_the_weight() -> None:
+    # Two tokens of score 0 and a sink of log 2: half of the weight is the sink's.
+    k, v = torch.zeros(1, 1, 16, 64), torch.ones(1, 1, 16, 64)
+    tables, contexts = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    sinks = torch.tensor([2.0]).log()
+    out = decode_attention(torch.randn(1, 1, 64), k, v, tables, contexts, 1.0, sinks_H=sinks)
+    torch.testing.assert_close(out, torch.full((1, 1, 64), 0.5))
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_kernel_with_sinks_equals_reference(
+    num_splits: int, window: int | None, device: str, assert_close: Close
+) -> None:
+    case = Case([1, 70, 0, 33], 6, 2, 64, torch.float32, device)
+    # From far below every score to far above.
+    sinks = torch.tensor([-1e4, -1.0, 0.0, 1.0, 3.0, 60.0], device=device)
+    out = case.run("triton", num_splits=num_splits, window=window, sinks_H=sinks)
+    assert_close(out, case.run("reference", window=window, sinks_H=sinks))
+    assert_close(out[:, 0], case.sdpa(window)[:, 0])
+    assert not out[2].any()
+    assert out[0, 5].norm() < 1e-20
+
+
+def test_sinks_with_a_log_sum_exp_are_refused() -> None:
+    case = Case([5], 2, 2, 64, torch.float32, "cpu")
+    for sinks, lse in ((torch.zeros(2), torch.zeros(1, 2)), (torch.zeros(3), None)):
+        with pytest.raises(ValueError, match=r"sinks \(\d,\) for 2 heads"):
+            case.run("reference", sinks_H=sinks, lse_BH=lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

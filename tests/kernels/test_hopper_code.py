@@ -19,8 +19,8 @@ from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
-    decode_attention, moe_align, moe_configs, moe_experts, moe_routing, prefill_attention, rms_norm,
-    rotary, sampling, swiglu,
+    decode_attention, decode_config, decode_merge, moe_align, moe_configs, moe_experts,
+    moe_routing, prefill_attention, rms_norm, rotary, sampling, swiglu,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -66,13 +66,14 @@ found["sample"] = resources(
     sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK,
     MULTIPLY_1=sampling._MULTIPLY_1, MULTIPLY_2=sampling._MULTIPLY_2,
     WEYL=sampling._WEYL, BELOW_ONE=sampling._BELOW_ONE)
-cut = dict(TILE=64, MIN_TILES=1, HAS_WINDOWS=False, RETURN_LSE=False, LN_2=0.693)
+cut = dict(
+    TILE=64, MIN_TILES=1, HAS_WINDOWS=False, HAS_SINKS=True, RETURN_LSE=False, LN_2=0.693)
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
 found["merge"] = resources(
-    decode_attention._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16,
+    decode_merge._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16,
     **cut, **dims)
 import torch
-shape = decode_attention.decode_config(1, 8, 128, 128, 64, torch.bfloat16, 132)
+shape = decode_config.decode_config(1, 8, 128, 128, 64, torch.bfloat16, 132)
 paged = dict(GROUP=4, HEAD_OFFSET=0, BLOCK_TOKENS=64, PRECISION="tf32", **dims)
 loose = ["window", "table_stride", "num_splits"]
 found["decode"] = resources(
@@ -81,7 +82,8 @@ found["decode"] = resources(
 shape = prefill_attention.prefill_config(4096, 128, 64, torch.bfloat16)
 found["prefill"] = resources(
     prefill_attention._prefill_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
-    BLOCK_M=shape.block_m, TILE=shape.tile, HAS_WINDOW=False, **paged)
+    BLOCK_M=shape.block_m, TILE=shape.tile, HAS_WINDOW=False, HAS_SINKS=True, LN_2=0.693,
+    **paged)
 found["route"] = resources(
     moe_routing._route_kernel, 1, 1, ["scale"], ["first_slot", "num_slots"], TOP_K=8, NUM_GROUPS=8,
     GROUP_SIZE=32, GROUPS_PER_TOKEN=4, MAX_REPLICAS=2, BLOCK_G=8, BLOCK_S=32, BLOCK_K=8,

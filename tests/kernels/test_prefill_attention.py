@@ -113,6 +113,30 @@ def test_references_equal_one_call_a_token(
     assert_close(case.run(backend, window=window), case.token_by_token(window))
 
 
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_sinks_are_one_more_score_a_head(
+    chunk: str, window: int | None, device: str, assert_close: Close
+) -> None:
+    case = Case(*CHUNKS[chunk], 4, 2, 32, torch.float32, device)
+    none = torch.full((4,), -1e4, device=device)
+    assert_close(case.run("reference", window=window, sinks_H=none), case.token_by_token(window))
+    sinks = torch.tensor([-1e4, -1.0, 1.0, 60.0], device=device)
+    expected = case.run("reference", window=window, sinks_H=sinks)
+    assert expected[:, 3].norm() < 1e-20
+    assert_close(case.run("auto", window=window, sinks_H=sinks), expected)
+    out = case.run("triton", window=window, sinks_H=sinks, config=SMALL)
+    assert_close(out, expected)
+
+
+def test_sinks_that_cannot_be_are_refused() -> None:
+    case = Case([3], [3], 2, 2, 32, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"'sdpa' has no sinks"):
+        case.run("sdpa", sinks_H=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"sinks \(3,\)"):
+        case.run("reference", sinks_H=torch.zeros(3))
+
+
 @pytest.mark.parametrize("window", [None, 1, 9, 100])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_kernel_equals_reference(

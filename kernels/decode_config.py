@@ -1,0 +1,81 @@
+"""How decode attention is cut and compiled, by geometry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from rankwright.kernels.backend import ceil_div, next_power_of_two
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the kernel is cut and compiled: `tile` tokens a loop iteration, `min_tiles` a split."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    num_splits: int = 1
+    min_tiles: int = 1
+
+
+# (padded head dim, bytes a value), for sm_90. A program keeps (num_stages - 1) tiles of keys and
+# values in shared memory: 64 KB at (128, 2), so that two or three fit in the 227 KB of an H100 or
+# H200 (CUDA C programming guide, compute capability 9.0). A multiprocessor's share of their 3.0 and
+# 4.3 TB/s is 23 and 33 KB in a microsecond, about the latency of a load from a busy memory.
+_SHAPES: dict[tuple[int, int], DecodeConfig] = {
+    (64, 2): DecodeConfig(tile=64, num_warps=4, num_stages=4),
+    (128, 2): DecodeConfig(tile=64, num_warps=4, num_stages=3),
+    (256, 2): DecodeConfig(tile=32, num_warps=4, num_stages=3),
+    (64, 4): DecodeConfig(tile=64, num_warps=4, num_stages=3),
+    (128, 4): DecodeConfig(tile=32, num_warps=4, num_stages=3),
+    (256, 4): DecodeConfig(tile=16, num_warps=4, num_stages=3),
+}
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+# The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
+_MAX_SPLITS = 128
+
+
+@lru_cache
+def num_multiprocessors_of(device: torch.device) -> int:
+    """Return the multiprocessors of a device."""
+    if device.type != "cuda":
+        return 4  # the interpreter runs one program at a time; 4 lets its tests meet splits
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_config(
+    batch: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_blocks: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    num_multiprocessors: int,
+) -> DecodeConfig:
+    """Return the launch configuration of a geometry: the same for every step of a CUDA graph.
+
+    Splits fill the GPU: the fewest whose programs come in waves at least 95 % as full as the best
+    number's. (FlashAttention-2's `num_splits_heuristic` asks for 85 %, which is 29 splits of a
+    sequence with 8 key/value heads on an H100: a context of 8192 tokens then takes rounds of 5
+    tiles, of 32 splits 4.)
+    """
+    shape = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
+    tile = min(shape.tile, block_tokens)
+    programs = max(batch * num_kv_heads, 1)
+    slots = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
+    # Past four waves the last, partly filled one no longer matters.
+    limit = 1 if programs >= 4 * slots else max(4, ceil_div(slots, programs))
+    limit = max(1, min(limit, _MAX_SPLITS, ceil_div(max_blocks * block_tokens, tile)))
+    waves = [programs * num_splits / slots for num_splits in range(1, limit + 1)]
+    fullness = [wave / math.ceil(wave) for wave in waves]
+    num_splits = 1 + next(i for i, full in enumerate(fullness) if full >= 0.95 * max(fullness))
+    return replace(shape, tile=tile, num_splits=num_splits)
+
+
+def decode_workspace_elements(batch: int, num_heads: int, head_dim: int, num_splits: int) -> int:
+    """Return the float32 values of scratch memory that `decode_attention` needs."""
+    return 0 if num_splits == 1 else batch * num_heads * num_splits * (head_dim + 1)
