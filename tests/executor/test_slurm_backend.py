@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tests.executor.command import ROOT, command, complete
 from tests.executor.conftest import Reference
 from tests.executor.plans import cpu_plan, two_nodes
 from tests.executor.tiny_tokenizer import write_tokenizer
-from tests.templates.plans import plan as gpu_plan
+from tests.templates.plans import NCCL, plan
 from tests.templates.slurm_rig.rig import SlurmRig
 
 from rankwright.cli import main
@@ -30,6 +30,12 @@ from rankwright.executor.tokenizer import HubTokenizer
 from rankwright.planner.plan import Plan
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def gpu_plan(ranks_of_nodes: Sequence[int] = (8, 8), *, tp: int = 8, pp: int = 2) -> Plan:
+    """Without the ports of a fabric, which the rig has not."""
+    return plan(ranks_of_nodes, tp=tp, pp=pp, environment=NCCL[:1])
+
 
 # What a launcher says and does, without a model.
 SERVE = """\
