@@ -12,7 +12,7 @@ from rankwright.cost_model.dtypes import num_bytes
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.prediction import MemoryPart
-from rankwright.cost_model.shards import even_range, head_ranges, range_size
+from rankwright.cost_model.shards import column_range, head_ranges, range_size
 from rankwright.cost_model.split import Split
 
 AttentionSplit = Literal["tp", "dp"]
@@ -77,7 +77,7 @@ def layer_weight_bytes(
 
 def embedding_weight_bytes(spec: ModelSpec, *, tp: int, tp_rank: int = 0) -> int:
     """Return the bytes of one rank's rows of the embedding, on the first stage."""
-    rows = range_size(even_range(spec.vocab_size, tp, tp_rank))
+    rows = range_size(column_range(spec.vocab_size, tp, tp_rank))
     return tensor_bytes(
         Tensor("embedding", "embedding", rows, spec.hidden_size), spec.weight_dtypes
     )
@@ -89,7 +89,7 @@ def head_weight_bytes(spec: ModelSpec, *, tp: int, tp_rank: int = 0) -> int:
     With tied embeddings and one stage these are the embedding's own bytes: count one of the two,
     as `stage_weight_bytes` does.
     """
-    rows = range_size(even_range(spec.vocab_size, tp, tp_rank))
+    rows = range_size(column_range(spec.vocab_size, tp, tp_rank))
     group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
     return tensor_bytes(Tensor("head", group, rows, spec.hidden_size), spec.weight_dtypes)
 
@@ -212,9 +212,9 @@ def _feed_forward_values(layer: Layer, hidden_size: int, *, tp: int, ep: int) ->
     """Return the values of a token that live at once in the feed-forward block."""
     block = layer.feed_forward
     if block.kind == "dense":
-        return 3 * range_size(even_range(block.intermediate_size, tp, 0))
-    columns = range_size(even_range(block.intermediate_size, tp // ep, 0))
-    shared = 3 * range_size(even_range(block.shared_intermediate_size, tp, 0))
+        return 3 * range_size(column_range(block.intermediate_size, tp, 0))
+    columns = range_size(column_range(block.intermediate_size, tp // ep, 0))
+    shared = 3 * range_size(column_range(block.shared_intermediate_size, tp, 0))
     # Logits; of each pair of token and expert its weight, slot, place and padding, 4 bytes each.
     routing = block.num_experts + 16 * block.experts_per_token
     return block.experts_per_token * (hidden_size + columns) + hidden_size + routing + shared

@@ -16,7 +16,7 @@ from rankwright.cost_model.efficiency import Efficiency, find_efficiency
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.prediction import Bound
-from rankwright.cost_model.shards import even_range, head_ranges, range_size
+from rankwright.cost_model.shards import column_range, even_range, head_ranges, range_size
 from rankwright.topology.cluster import Gpu
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 
@@ -217,7 +217,7 @@ class LayerModel:
         )
         self._output = _product(spec, "o projection", tensors, ("o", "kv_b"), launches)
         width = block.intermediate_size if block.kind == "dense" else block.shared_intermediate_size
-        self._columns = range_size(even_range(width, tp, 0))
+        self._columns = range_size(column_range(width, tp, 0))
         self._mlp: _Product | None = None
         if self._columns:
             kind = "mlp" if block.kind == "dense" else "shared"
@@ -229,7 +229,7 @@ class LayerModel:
             names = ("expert gate", "expert up", "expert down")
             self._experts = _product(spec, "experts", tensors, names, 2)
             self._local_experts = range_size(even_range(block.num_experts, ep, 0))
-            self._expert_columns = range_size(even_range(block.intermediate_size, tp // ep, 0))
+            self._expert_columns = range_size(column_range(block.intermediate_size, tp // ep, 0))
         # Rotary and KV write; activation; the two norms; the norm of query and key heads.
         self._launches = 2 + (0 if fused_norms else 2) + (1 if heads.qk_norm else 0)
 
@@ -348,7 +348,7 @@ def embedding_op(spec: ModelSpec, tokens: StepTokens) -> Op:
 
 def logits_op(spec: ModelSpec, tokens: StepTokens, *, tp: int) -> Op:
     """Return the final norm and head of the last stage, for tokens that are sampled from."""
-    rows = range_size(even_range(spec.vocab_size, tp, 0))
+    rows = range_size(column_range(spec.vocab_size, tp, 0))
     group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
     head = Tensor("head", group, rows, spec.hidden_size)
     weights = tensor_bytes(head, spec.weight_dtypes)

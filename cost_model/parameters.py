@@ -11,7 +11,7 @@ from typing import Literal
 
 from rankwright.cost_model.dtypes import BITS, Dtype, num_bytes
 from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, ModelSpec, WeightDtypes
-from rankwright.cost_model.shards import even_range, head_ranges, range_size
+from rankwright.cost_model.shards import column_range, even_range, head_ranges, range_size
 
 Group = Literal["attention", "feed_forward", "embedding", "head", "other"]
 
@@ -151,7 +151,7 @@ def _mlp_tensors(
     rank: int,
     copies: int = 1,
 ) -> Iterator[Tensor]:
-    columns = range_size(even_range(width, tp, rank))
+    columns = range_size(column_range(width, tp, rank))
     yield Tensor(f"{name} gate", "feed_forward", columns, hidden, copies)
     yield Tensor(f"{name} up", "feed_forward", columns, hidden, copies)
     yield Tensor(f"{name} down", "feed_forward", hidden, columns, copies)

@@ -4,9 +4,18 @@ The one place where a split becomes index ranges: memory, plan and executor all 
 functions, so that what is predicted is what is loaded. Ranges are half-open.
 """
 
+from functools import lru_cache
+
 from rankwright.cost_model.model_spec import Attention, ModelSpec
 
 Range = tuple[int, int]  # first, one past the last
+
+# Columns that ranks cannot share evenly are cut in units of up to this many, so that each rank's
+# matrices keep sides that tensor cores and 16-byte loads like: cuBLAS falls back to slower kernels
+# where a side is no multiple of 8 values of two bytes.
+_COLUMN_UNIT = 64
+# A unit is at most this part of what a rank gets, so that ranks differ by that little.
+_UNITS_PER_RANK = 32
 
 
 def even_range(total: int, parts: int, index: int) -> Range:
@@ -36,44 +45,98 @@ def range_size(bounds: Range) -> int:
     return bounds[1] - bounds[0]
 
 
-def head_ranges(attention: Attention, tp: int, tp_rank: int) -> tuple[Range, Range]:
-    """Return the query heads and the KV heads of one rank.
+def column_range(total: int, parts: int, index: int) -> Range:
+    """Return the part `index` of `total` rows or columns of a matrix, cut for matrix products.
 
-    Query head `i` reads KV head `i // (num_heads // num_kv_heads)`. With more ranks than KV heads,
-    `tp // num_kv_heads` neighbours hold the same KV head. MLA has one latent for all heads, which
-    every rank holds: its KV range is `(0, 1)`.
+    Even where it can be; else in units, of which the first parts get one more.
+
+    >>> [column_range(14336, 3, index) for index in range(3)]
+    [(0, 4800), (4800, 9600), (9600, 14336)]
+    """
+    unit = _COLUMN_UNIT
+    while unit > 1 and (total % unit or unit * _UNITS_PER_RANK * parts > total):
+        unit //= 2
+    if total % parts == 0:
+        unit = 1
+    start, stop = even_range(total // unit, parts, index)
+    return start * unit, stop * unit
+
+
+def head_ranges(attention: Attention, tp: int, tp_rank: int) -> tuple[Range, Range]:
+    """Return the query heads and the KV heads of one rank; no rank has more than rank 0.
+
+    Query head `i` reads KV head `i // (num_heads // num_kv_heads)`. A rank holds the KV heads that
+    its query heads read: as few as can be on the rank with most, because every token is cached for
+    each; then as few query heads as can be. So a group of query heads may be cut between ranks,
+    which both hold its KV head. MLA has one latent for all heads, which every rank holds: its KV
+    range is `(0, 1)`.
 
     >>> gqa = Attention(kind="gqa", num_heads=32, num_kv_heads=8, head_dim=128, value_head_dim=128)
     >>> head_ranges(gqa, 4, 1)
     ((8, 16), (2, 4))
     >>> head_ranges(gqa, 16, 3)
     ((6, 8), (1, 2))
+    >>> [head_ranges(gqa, 6, rank) for rank in (0, 1, 5)]
+    [((0, 6), (0, 2)), ((6, 12), (1, 3)), ((27, 32), (6, 8))]
 
     Raises:
-        ValueError: these heads cannot be cut over `tp` ranks.
+        ValueError: There are more ranks than heads, or no such rank.
     """
-    reason = _cannot_cut(attention, tp)
-    if reason is not None:
-        raise ValueError(reason)
-    query = even_range(attention.num_heads, tp, tp_rank)
+    num_heads = attention.num_heads
+    if tp > num_heads:
+        raise ValueError(_too_many(tp, num_heads))
     if attention.kind == "mla":
-        return query, (0, 1)
-    group = attention.num_heads // attention.num_kv_heads
+        return even_range(num_heads, tp, tp_rank), (0, 1)
+    if not 0 <= tp_rank < tp:
+        raise ValueError(f"part {tp_rank} of {tp}: expected 0 <= part < parts")
+    group = num_heads // attention.num_kv_heads
+    query = _query_ranges(num_heads, group, tp)[tp_rank]
     return query, (query[0] // group, (query[1] - 1) // group + 1)
+
+
+@lru_cache(maxsize=4096)
+def _query_ranges(num_heads: int, group: int, tp: int) -> tuple[Range, ...]:
+    """Return the query heads of every rank."""
+    even = tuple(even_range(num_heads, tp, rank) for rank in range(tp))
+    most_groups = -(-(num_heads // group) // tp)
+    if all(_groups_of(part, group) <= most_groups for part in even):
+        return even
+    for most_heads in range(-(-num_heads // tp), most_groups * group + 1):
+        parts = _filled(num_heads, group, tp, most_groups, most_heads)
+        if parts[-1][1] == num_heads:
+            return parts
+    raise AssertionError("whole groups always fit")
+
+
+def _filled(
+    num_heads: int, group: int, tp: int, most_groups: int, most_heads: int
+) -> tuple[Range, ...]:
+    """Return ranges that take what they may, one after another, and leave a head for each other."""
+    parts: list[Range] = []
+    start = 0
+    for rank in range(tp):
+        last_group = start // group + most_groups
+        stop = min(start + most_heads, last_group * group, num_heads - (tp - 1 - rank))
+        parts.append((start, stop))
+        start = stop
+    return tuple(parts)
+
+
+def _groups_of(heads: Range, group: int) -> int:
+    return (heads[1] - 1) // group + 1 - heads[0] // group
 
 
 def tp_is_legal(spec: ModelSpec, tp: int) -> str | None:
     """Return why `spec` cannot be cut over `tp` ranks, or None where it can.
 
-    Heads must divide: `tp` divides the query heads, and the KV heads are a multiple or a divisor of
-    `tp`. Vocabulary and feed-forward columns may be uneven, but each rank needs one at least.
+    Nothing needs to divide, but each rank needs one at least of query heads, feed-forward columns
+    and vocabulary rows.
     """
     if tp < 1:
         return f"tp={tp}: expected 1 or more"
     for run in spec.layer_runs:
-        reason = _cannot_cut(run.layer.attention, tp)
-        if reason is not None:
-            return reason
+        if tp > run.layer.attention.num_heads:
+            return _too_many(tp, run.layer.attention.num_heads)
         block = run.layer.feed_forward
         columns = min(block.intermediate_size, block.shared_intermediate_size or tp)
         if columns < tp:
@@ -83,10 +146,5 @@ def tp_is_legal(spec: ModelSpec, tp: int) -> str | None:
     return None
 
 
-def _cannot_cut(attention: Attention, tp: int) -> str | None:
-    num_heads, num_kv_heads = attention.num_heads, attention.num_kv_heads
-    if num_heads % tp:
-        return f"tp={tp} does not divide the {num_heads} query heads"
-    if attention.kind != "mla" and num_kv_heads % tp and tp % num_kv_heads:
-        return f"tp={tp} is neither a divisor nor a multiple of the {num_kv_heads} KV heads"
-    return None
+def _too_many(tp: int, num_heads: int) -> str:
+    return f"tp={tp} leaves ranks without any of the {num_heads} query heads"

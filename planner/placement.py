@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 from rankwright.cost_model.layout import SlotKind, replica_slots
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas
-from rankwright.cost_model.shards import even_range, head_ranges
+from rankwright.cost_model.shards import column_range, even_range, head_ranges
 from rankwright.cost_model.split import Split
 from rankwright.planner.plan import Range, RankPlan
 
@@ -91,11 +91,11 @@ def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, ...]:
     heads_tp, heads_rank = (1, 0) if split.attention == "dp" else (split.tp, tp_rank)
     query_heads, kv_heads = head_ranges(layers[0].attention, heads_tp, heads_rank)
     moe = next((layer.feed_forward for layer in layers if layer.feed_forward.kind == "moe"), None)
-    vocab = even_range(model.vocab_size, split.tp, tp_rank)
+    vocab = column_range(model.vocab_size, split.tp, tp_rank)
     if moe is None:
-        columns = even_range(layers[0].feed_forward.intermediate_size, split.tp, tp_rank)
+        columns = column_range(layers[0].feed_forward.intermediate_size, split.tp, tp_rank)
         return query_heads, kv_heads, columns, (0, 0), vocab
     ep_rank, moe_tp_rank = divmod(tp_rank, split.moe_tp)
-    columns = even_range(moe.intermediate_size, split.moe_tp, moe_tp_rank)
+    columns = column_range(moe.intermediate_size, split.moe_tp, moe_tp_rank)
     experts = even_range(moe.num_experts, split.ep, ep_rank)
     return query_heads, kv_heads, columns, experts, vocab

@@ -41,6 +41,9 @@ class PagedAttention:
         self._cache = cache
         self._num_heads = last_q - first_q
         self._num_kv_heads = last_kv - first_kv
+        # Ranks that share the heads unevenly hold parts of groups.
+        self._group = attention.num_heads // attention.num_kv_heads
+        self._head_offset = first_q - first_kv * self._group
         self._head_dim = dim
         self._scale = dim**-0.5
         self._window = attention.sliding_window
@@ -106,6 +109,8 @@ class PagedAttention:
                     self._scale,
                     window=self._window,
                     sinks_H=self._sinks_H,
+                    group=self._group,
+                    head_offset=self._head_offset,
                 )
             )
         if len(context.prefill_context_lens):
@@ -120,6 +125,8 @@ class PagedAttention:
                     self._scale,
                     window=self._window,
                     sinks_H=self._sinks_H,
+                    group=self._group,
+                    head_offset=self._head_offset,
                 )
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -5,7 +5,7 @@ Shape letters: T tokens, D hidden.
 
 import torch
 
-from rankwright.cost_model.shards import even_range
+from rankwright.cost_model.shards import column_range
 from rankwright.executor.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.weights import Range, WeightSource
@@ -70,4 +70,4 @@ def dense_columns(mesh: Mesh, intermediate_size: int) -> Range:
     """
     if mesh.place.experts == (0, 0):
         return mesh.place.ffn_columns
-    return even_range(intermediate_size, mesh.tp.size, mesh.place.tp_rank)
+    return column_range(intermediate_size, mesh.tp.size, mesh.place.tp_rank)

@@ -17,6 +17,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": {"tp": 2},
     "TP4": {"tp": 4},
+    "uneven TP3": {"tp": 3},
     "PP2": {"pp": 2},
     "uneven PP3": {"pp": 3, "stage_layers": (1, 2, 1)},
     "TP2 PP2": {"tp": 2, "pp": 2},
@@ -50,7 +51,8 @@ def test_logits_equal_transformers(
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
-    ("split", "ahead"), [("TP1", 0), ("TP2 PP2", 0), ("uneven PP3", 0), ("DP2", 0), ("TP2", 1)]
+    ("split", "ahead"),
+    [("TP1", 0), ("TP2 PP2", 0), ("uneven TP3", 0), ("uneven PP3", 0), ("DP2", 0), ("TP2", 1)],
 )
 def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
     references: dict[str, Reference], pool: Ranks, model: str, split: str, ahead: int
@@ -123,7 +125,10 @@ def test_seeded_sampling_does_not_depend_on_the_split_or_the_batch(
 
 
 SMOLLM2_SPLITS: dict[str, dict[str, Any]] = {
+    "TP2": {"tp": 2},
     "TP3": {"tp": 3},
+    "TP4": {"tp": 4},
+    "TP5": {"tp": 5},
     "PP2": {"pp": 2},
     "TP3 PP2": {"tp": 3, "pp": 2},
     "DP2": {"dp": 2},
