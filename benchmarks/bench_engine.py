@@ -30,14 +30,15 @@ from rankwright.planner.plan import Plan
 from replica import add_arguments, describe, name_of, run, show, start
 from result import write_result
 
-# (batch, prompt tokens, output tokens)
+# (batch, prompt tokens, output tokens); enough tokens that the first request still decodes when the
+# last one's prompt is done.
 SCENARIOS = (
     (1, 512, 128),
     (8, 512, 96),
     (32, 512, 64),
     (64, 512, 64),
-    (128, 512, 64),
-    (256, 512, 64),
+    (128, 512, 128),
+    (256, 512, 192),
 )
 PREFILLS = (512, 2048, 4096, 8000)
 # Prompts of equal length at once, one token each: (prompts, tokens).

@@ -34,13 +34,22 @@ class Timeline:
     tokens: dict[str, list[float]] = field(default_factory=dict)
 
     def decode_step_s(self) -> float:
-        """Median time between tokens while every request of the batch is decoding."""
+        """Median time between tokens while every request of the batch is decoding.
+
+        Raises:
+            ValueError: The first was done before the last began.
+        """
         start = max(times[0] for times in self.tokens.values())
         stop = min(times[-1] for times in self.tokens.values())
         gaps = []
         for times in self.tokens.values():
             inside = [moment for moment in times if start < moment <= stop]
             gaps += [after - before for before, after in itertools.pairwise(inside)]
+        if not gaps:
+            raise ValueError(
+                f"no step decoded all {len(self.tokens)} requests at once; ask for more output "
+                "tokens, or for fewer requests"
+            )
         return statistics.median(gaps)
 
     def total_s(self) -> float:
