@@ -19,6 +19,7 @@ from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.runner import Runner
 from rankwright.executor.weights import DummySource
+from rankwright.executor.worker import rank_device
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.topology.probe import probe
@@ -62,7 +63,7 @@ def start(arguments: argparse.Namespace) -> Replica:
         pins=Pins(tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, ep=arguments.ep),
     )
     rank = int(os.environ["RANK"])
-    device = torch.device("cuda", plan.ranks[rank].gpu)
+    device = rank_device(plan, rank)
     torch.cuda.set_device(device)
     bytes_per_s = copy_bytes_per_s(device)
     torch.cuda.empty_cache()

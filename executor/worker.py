@@ -65,7 +65,7 @@ def run(
     """Load rank `rank` of the plan and serve until stopped."""
     started = time.monotonic()
     plan = read_plan(plan_path)
-    device = _device(plan, rank, device_kind)
+    device = rank_device(plan, rank, device_kind)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
@@ -123,7 +123,12 @@ def eos_token_ids(plan: Plan, folder: Path | None) -> tuple[int, ...]:
     return plan.model.eos_token_ids
 
 
-def _device(plan: Plan, rank: int, kind: str) -> torch.device:
+def rank_device(plan: Plan, rank: int, kind: str = "auto") -> torch.device:
+    """Return the device of `rank` as torch calls it; `kind` is auto, or cpu for any plan.
+
+    Raises:
+        ValueError: Torch does not see the planned GPU.
+    """
     place = plan.ranks[rank]
     gpus = {gpu.index: gpu.device for gpu in plan.cluster.node(place.node).gpus}
     if kind == "cpu" or (kind == "auto" and gpus[place.gpu] == "cpu"):
