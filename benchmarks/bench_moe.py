@@ -226,6 +226,7 @@ def main() -> int:
     """Return the exit status: 1 where a shape failed its check, 4 without a GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--tokens", type=int, nargs="+", default=DECODE_TOKENS + PREFILL_TOKENS)
     parser.add_argument("--tune", action="store_true", help="look for better configurations")
     parser.add_argument("--seconds", type=float, default=400, help="stop tuning after so long")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
@@ -246,7 +247,7 @@ def main() -> int:
     for shape in SHAPES:
         if arguments.only not in shape.name:
             continue
-        for tokens in DECODE_TOKENS + PREFILL_TOKENS:
+        for tokens in arguments.tokens:
             if not arguments.tune:
                 rows.append(measure(shape, tokens, rates))
                 print(line(rows[-1]), flush=True)

@@ -15,7 +15,7 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
 from rankwright.executor.drawn import Drawn
 from rankwright.executor.forward_context import ForwardContext
-from rankwright.executor.kv_cache import allocate
+from rankwright.executor.kv_cache import allocate, cache_head_dim
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.models import tensor_names
 from rankwright.executor.models.decoder import DecoderStage
@@ -65,13 +65,14 @@ class Runner:
             num_blocks=plan.kv_cache.num_blocks,
             num_kv_heads=last_kv - first_kv,
             block_tokens=self._block_tokens,
-            head_dim=attention.head_dim,
+            head_dim=cache_head_dim(attention),
             dtype=dtype,
             device=mesh.device,
+            latent=attention.kv_lora_rank,
         )
         scaling = None if spec.rope.scaling is None else dict(spec.rope.scaling)
         self._cos_sin_PD = rope_table(
-            attention.head_dim,
+            attention.rope_head_dim or attention.head_dim,
             plan.limits.max_model_len,
             spec.rope.theta,
             scaling,

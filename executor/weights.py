@@ -24,6 +24,7 @@ class WeightSource(Protocol):
         rows: Range | None = None,
         columns: Range | None = None,
         depth: Range | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return rows and columns of the tensor `name`, whose whole shape is `shape`.
 
@@ -33,6 +34,7 @@ class WeightSource(Protocol):
             rows: Half-open range of dim 0; None: all.
             columns: Half-open range of dim 1; None: all.
             depth: Half-open range of dim 2; None: all.
+            dtype: In place of the target dtype.
 
         Returns:
             The shard on the target device in the target dtype, owning its memory.
@@ -70,6 +72,7 @@ class SafetensorsSource:
         rows: Range | None = None,
         columns: Range | None = None,
         depth: Range | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return rows and columns of the tensor `name`; see `WeightSource.shard`.
 
@@ -92,7 +95,8 @@ class SafetensorsSource:
             )
         parts = (rows, columns, depth)[: len(shape)]
         index = [slice(*part) if part else slice(None) for part in parts]
-        return view[tuple(index)].to(self._device, self._dtype, copy=True).contiguous()
+        part = view[tuple(index)]
+        return part.to(self._device, dtype or self._dtype, copy=True).contiguous()
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -145,11 +149,12 @@ class DummySource:
         rows: Range | None = None,
         columns: Range | None = None,
         depth: Range | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return random rows and columns; see `WeightSource.shard`."""
         parts = (rows, columns, depth)
         extent = [_length(part, whole) for part, whole in zip(parts, shape, strict=False)]
-        tensor = torch.empty(extent, dtype=self._dtype, device=self._device)
+        tensor = torch.empty(extent, dtype=dtype or self._dtype, device=self._device)
         if "norm" in name:
             return tensor.fill_(1.0)
         return tensor.normal_(0, self.STANDARD_DEVIATION, generator=self._generator)

@@ -34,6 +34,12 @@ _SHAPES: dict[tuple[int, int], DecodeConfig] = {
     (128, 4): DecodeConfig(tile=32, num_warps=4, num_stages=3),
     (256, 4): DecodeConfig(tile=16, num_warps=4, num_stages=3),
 }
+# Of latent attention, by bytes a value: a tile of 32 latents of 576 columns is 36 KB in bfloat16,
+# and 32 heads by 512 columns are 64 registers a thread of 8 warps.
+_MLA_SHAPES = {
+    2: DecodeConfig(tile=32, num_warps=8, num_stages=3),
+    4: DecodeConfig(tile=16, num_warps=8, num_stages=2),
+}
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 # The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
 _MAX_SPLITS = 128
@@ -64,8 +70,26 @@ def decode_config(
     tiles, of 32 splits 4.)
     """
     shape = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
+    return _with_splits(shape, batch * num_kv_heads, max_blocks, block_tokens, num_multiprocessors)
+
+
+def mla_decode_config(
+    programs: int, max_blocks: int, block_tokens: int, dtype: torch.dtype, num_multiprocessors: int
+) -> DecodeConfig:
+    """Return the launch configuration of latent attention, whose programs take blocks of heads."""
+    shape = _MLA_SHAPES[dtype.itemsize]
+    return _with_splits(shape, programs, max_blocks, block_tokens, num_multiprocessors)
+
+
+def _with_splits(
+    shape: DecodeConfig,
+    programs: int,
+    max_blocks: int,
+    block_tokens: int,
+    num_multiprocessors: int,
+) -> DecodeConfig:
     tile = min(shape.tile, block_tokens)
-    programs = max(batch * num_kv_heads, 1)
+    programs = max(programs, 1)
     slots = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
     # Past four waves the last, partly filled one no longer matters.
     limit = 1 if programs >= 4 * slots else max(4, ceil_div(slots, programs))

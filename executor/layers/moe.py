@@ -35,6 +35,7 @@ class MoeBlock:
         self._num_experts = block.num_experts
         self._rule = routing_rule(block.router, block.experts_per_token)
         self._first_slot = mesh.place.experts[0]
+        self._float32_router = names.float32_router
         router = names.router.format(layer=layer)
         shape = (block.num_experts, hidden_size)
         self.router_ED = source.shard(f"{router}.weight", shape)
@@ -43,7 +44,10 @@ class MoeBlock:
         )
         self.correction_E = None
         if names.correction is not None and block.router.correction_bias:
-            self.correction_E = source.shard(names.correction.format(layer=layer), shape[:1])
+            # Differences between experts are far below the bias itself.
+            self.correction_E = source.shard(
+                names.correction.format(layer=layer), shape[:1], dtype=torch.float32
+            )
         self.experts = load_experts(
             source,
             names,
@@ -69,7 +73,7 @@ class MoeBlock:
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D], equal on every rank of the group."""
         weights_TK, slots_TK = route(
-            linear(x_TD, self.router_ED, self.router_bias_E),
+            self._router_logits(x_TD),
             self._rule,
             first_slot=self._first_slot,
             num_slots=self.experts.num_slots,
@@ -79,6 +83,11 @@ class MoeBlock:
         if self.shared is not None:
             y_TD += self.shared(x_TD)
         return self._mesh.all_reduce(y_TD)
+
+    def _router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if self._float32_router:
+            return linear(x_TD.float(), self.router_ED.float())
+        return linear(x_TD, self.router_ED, self.router_bias_E)
 
 
 def routing_rule(router: Router, top_k: int) -> RoutingRule:

@@ -10,6 +10,8 @@ from rankwright.executor.models.names import TensorNames
 
 # Architecture in config.json -> module that holds its `NAMES`.
 FAMILIES: dict[str, str] = {
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
     "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

@@ -15,6 +15,7 @@ from rankwright.executor.kv_cache import LayerCache
 from rankwright.executor.layers.attention import PagedAttention
 from rankwright.executor.layers.embedding import VocabularyEmbedding, VocabularyHead
 from rankwright.executor.layers.feed_forward import GatedMlp
+from rankwright.executor.layers.mla import LatentAttention
 from rankwright.executor.layers.moe import MoeBlock
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.models.names import TensorNames
@@ -41,15 +42,7 @@ class DecoderLayer:
         self.feed_forward_norm_D = source.shard(
             names.feed_forward_norm.format(layer=index), (hidden,)
         )
-        self.attention = PagedAttention(
-            source,
-            mesh,
-            layer.attention,
-            cache,
-            prefix=names.attention.format(layer=index),
-            hidden_size=hidden,
-            norm_eps=spec.norm_eps,
-        )
+        self.attention = _attention(source, mesh, names, spec, layer, index, cache)
         self.feed_forward = _feed_forward(source, mesh, names, spec, layer, index)
 
     def __call__(
@@ -63,6 +56,37 @@ class DecoderLayer:
         x_TD = self.attention(x_TD, context)
         x_TD = rms_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD=residual_TD)
         return self.feed_forward(x_TD)
+
+
+def _attention(
+    source: WeightSource,
+    mesh: Mesh,
+    names: TensorNames,
+    spec: ModelSpec,
+    layer: Layer,
+    index: int,
+    cache: LayerCache,
+) -> PagedAttention | LatentAttention:
+    prefix = names.attention.format(layer=index)
+    if layer.attention.kind == "mla":
+        return LatentAttention(
+            source,
+            mesh,
+            layer.attention,
+            spec.rope,
+            cache,
+            prefix=prefix,
+            hidden_size=spec.hidden_size,
+        )
+    return PagedAttention(
+        source,
+        mesh,
+        layer.attention,
+        cache,
+        prefix=prefix,
+        hidden_size=spec.hidden_size,
+        norm_eps=spec.norm_eps,
+    )
 
 
 def _feed_forward(

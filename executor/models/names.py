@@ -17,6 +17,7 @@ class ExpertNames:
     down: str
     correction: str | None = None  # added to the scores for the choice
     shared: str | None = None  # prefix of the experts that every token takes
+    float32_router: bool = False  # logits in float32, as the family's own code has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class PackedExpertNames:
     down: str
     correction: None = None
     shared: None = None
+    float32_router: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

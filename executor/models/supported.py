@@ -36,8 +36,8 @@ def check_supported(plan: Plan) -> None:
 def _layer_reason(layer: Layer) -> str | None:
     attention, block = layer.attention, layer.feed_forward
     found = {
-        "latent attention (MLA)": attention.kind == "mla",
-        "values and keys of different widths": attention.value_head_dim != attention.head_dim,
+        "values and keys of different widths": attention.kind != "mla"
+        and attention.value_head_dim != attention.head_dim,
         f"activation {block.activation!r}": block.activation not in _ACTIVATIONS[block.kind],
     }
     return next((name for name, present in found.items() if present), None)

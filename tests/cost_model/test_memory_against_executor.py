@@ -23,7 +23,14 @@ DENSE = [name for name in FAMILY_CONFIGS if name.startswith(("llama", "mistral",
     "qwen3",
     "qwen3 with biases",
 ]
-MOE = ["mixtral", "qwen3_moe", "gpt_oss"]
+MOE = [
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek v2",
+    "deepseek v2 with q_lora and biases",
+    "deepseek v3",
+]
 BLOCK_TOKENS = 16
 SPLITS = [(1, 1, 1), (2, 1, 1), (1, 1, 3), (2, 1, 2), (6, 1, 1)]  # tp, ep, pp
 MOE_SPLITS = [(1, 1, 1), (2, 2, 1), (6, 3, 1), (2, 2, 2)]
@@ -48,12 +55,13 @@ class CountingSource:
         rows: tuple[int, int] | None = None,
         columns: tuple[int, int] | None = None,
         depth: tuple[int, int] | None = None,
+        dtype: object = None,
     ) -> object:
         extent = list(shape)
         for dim, part in enumerate((rows, columns, depth)):
             if part is not None:
                 extent[dim] = part[1] - part[0]
-        tensor = torch.empty(extent, dtype=torch.bfloat16, device="meta")
+        tensor = torch.empty(extent, dtype=dtype or torch.bfloat16, device="meta")
         self.num_bytes += tensor.nbytes
         return tensor
 
@@ -69,9 +77,10 @@ def test_every_rank_loads_what_is_predicted(family: str, tp: int, ep: int, pp: i
             num_blocks=5,
             num_kv_heads=place.kv_heads[1] - place.kv_heads[0],
             block_tokens=BLOCK_TOKENS,
-            head_dim=spec.layers[0].attention.head_dim,
+            head_dim=kv_cache.cache_head_dim(spec.layers[0].attention),
             dtype=torch.bfloat16,
             device=torch.device("meta"),
+            latent=spec.layers[0].attention.kv_lora_rank,
         )
         mesh = SimpleNamespace(
             place=place,
@@ -84,7 +93,11 @@ def test_every_rank_loads_what_is_predicted(family: str, tp: int, ep: int, pp: i
         assert source.num_bytes == stage_weight_bytes(
             spec, plan.split, stage=place.stage, tp_rank=place.tp_rank
         )
-        cache_bytes = sum(cache.keys.nbytes + cache.values.nbytes for cache in caches)
+        cache_bytes = sum(
+            tensor.untyped_storage().nbytes()
+            for cache in caches
+            for tensor in ((cache.keys,) if cache.values._is_view() else (cache.keys, cache.values))
+        )
         assert cache_bytes == 5 * BLOCK_TOKENS * stage_kv_bytes_per_token(
             spec, plan.split, stage=place.stage
         )

@@ -96,6 +96,9 @@ def make_reference(folder: Path, seed: int, options: dict[str, Any]) -> Referenc
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name or parameter_name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for buffer_name, buffer in model.named_buffers():
+            if buffer_name.endswith("correction_bias"):  # DeepSeek-V3's, of the size of its scores
+                buffer.add_(torch.rand_like(buffer) * 0.5)
     model.save_pretrained(folder)
     return Reference(folder, model, config.vocab_size)
 

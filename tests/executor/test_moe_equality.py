@@ -49,6 +49,51 @@ MOE_MODELS: dict[str, dict[str, Any]] = {
             "truncate": False,
         },
     },
+    "deepseek_v2": {
+        "vocab_size": 97,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 8,
+        "q_lora_rank": None,
+        "kv_lora_rank": 20,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "head_dim": 6,
+        "v_head_dim": 12,
+        "moe_intermediate_size": 22,
+        "n_routed_experts": 12,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.8,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "deepseek_v3": {
+        "vocab_size": 97,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 28,
+        "kv_lora_rank": 20,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 12,
+        "attention_bias": True,
+        "moe_intermediate_size": 22,
+        "n_routed_experts": 12,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+    },
     "qwen3_moe, weights as they are": {
         "model_type": "qwen3_moe",
         "vocab_size": 90,
@@ -105,7 +150,11 @@ def run_tokens(pool: Ranks, reference: Reference, **split: Any) -> None:
         assert tokens[name] == reference.greedy(text, 48)
 
 
-WHOLE = [(model, split) for model in ("mixtral", "qwen3_moe", "gpt_oss") for split in SPLITS]
+WHOLE = [
+    (model, split)
+    for model in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+    for split in SPLITS
+]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
     decode_attention, decode_config, decode_merge, moe_align, moe_configs, moe_experts,
-    moe_routing, prefill_attention, rms_norm, rotary, sampling, swiglu,
+    mla_attention, mla_rotary, moe_routing, prefill_attention, rms_norm, rotary, sampling, swiglu,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -89,6 +89,14 @@ found["route"] = resources(
     GROUP_SIZE=32, GROUPS_PER_TOKEN=4, MAX_REPLICAS=2, BLOCK_G=8, BLOCK_S=32, BLOCK_K=8,
     SIGMOID=True, NORMALIZE=True, TOP2=True, HAS_CORRECTION=True, HAS_TABLE=True, HAS_LOAD=True,
     TINY=1e-20)
+shape = decode_config.mla_decode_config(16, 128, 64, torch.bfloat16, 132)
+found["mla"] = resources(
+    mla_attention._mla_decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
+    NUM_HEADS=16, LATENT=512, ROTARY=64, BLOCK_H=32, BLOCK_L=512, BLOCK_R=64, BLOCK_TOKENS=64,
+    TILE=shape.tile, IS_SPLIT=True, MIN_TILES=1, PRECISION="tf32")
+found["mla rotary"] = resources(
+    mla_rotary._mla_rotary_kernel, 2, 1, ["eps"], [], NUM_HEADS=16, HEAD_DIM=192, LATENT=512,
+    HALF=32, BLOCK_TOKENS=64, BLOCK_H=16, BLOCK_L=512, BLOCK_R=32)
 found["count"] = resources(moe_align._count_kernel, 4, 1, [], ["num_pairs"], BLOCK=1024)
 found["place"] = resources(
     moe_align._place_kernel, 4, 1, [], ["num_pairs", "max_blocks"], NUM_SLOTS=128, BLOCK_S=128,
@@ -131,6 +139,9 @@ def compiled() -> dict[str, Any]:
         ("prefill", "cp.async.cg.shared.global"),
         ("prefill", "wgmma.mma_async"),  # Hopper's own; mma.sync has half its rate
         ("sum", "ld.global.v4.b32"),
+        ("mla", "cp.async.cg.shared.global"),
+        ("mla", "mma.sync.aligned.m16n8k16"),
+        ("mla rotary", "ld.global.v4.b32"),
         ("gate_up 16", "cp.async.cg.shared.global"),
         ("down 16", "cp.async.cg.shared.global"),
         ("gate_up 128", "wgmma.mma_async"),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.conftest import DEVICE
 
 from rankwright.kernels.moe_align import align, max_blocks
 from rankwright.kernels.moe_configs import ExpertsConfig, Tile, experts_config, rule_config
@@ -81,7 +82,7 @@ def test_clamped_activation_by_hand() -> None:
 def test_alignment_holds_each_pair_of_this_rank_once(
     slots: list[int], num_slots: int, rows: int
 ) -> None:
-    found = torch.tensor(slots, dtype=torch.int32).view(-1, 1)
+    found = torch.tensor(slots, dtype=torch.int32, device=DEVICE).view(-1, 1)
     if not slots:
         return
     ours = align(found, num_slots, rows, backend="triton")
