@@ -32,7 +32,9 @@ class StageCosts:
     budget_bytes: float
 
 
-def balance_layers(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
+def balance_layers(
+    stages: Sequence[StageCosts], others: Sequence[StageCosts] = (), limit_s: float = inf
+) -> tuple[int, ...] | None:
     """Return the layers of each stage that make the slowest stage fastest; None if none fits.
 
     Starts from a time that no cut can beat, and raises it to the next time at which some stage
@@ -42,31 +44,70 @@ def balance_layers(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
     >>> stage = StageCosts([1.0] * 7, 0.0, [1.0] * 7, 0.0, 9.0)
     >>> balance_layers([stage, stage])
     (4, 3)
+
+    Args:
+        stages: What each stage costs.
+        others: The same stages in another kind of step.
+        limit_s: In which no stage may take longer than this.
     """
     num_layers = len(stages[0].layer_s)
     if len(stages) > num_layers or _too_large(stages):
         return None
     if len(stages) == 1:
-        return (num_layers,)
-    sums: dict[int, list[float]] = {}
-    for stage in stages:
-        for values in (stage.layer_s, stage.layer_bytes):
-            if id(values) not in sums:
-                sums[id(values)] = [0.0, *accumulate(values)]
-    seconds = [sums[id(stage.layer_s)] for stage in stages]
-    sizes = [sums[id(stage.layer_bytes)] for stage in stages]
-    limit_s = _least_s(stages)
-    while limit_s < inf:
-        reach, next_s = _fill(stages, seconds, sizes, limit_s)
+        within = not others or slowest_s(others, (num_layers,)) <= limit_s * _ROUNDING
+        return (num_layers,) if within else None
+    search = _Search(stages, others, limit_s)
+    stage_s = _least_s(stages)
+    while stage_s < inf:
+        reach, next_s = search.fill(stage_s)
         if reach is not None:
             filled = tuple(end - start for start, end in pairwise(reach))
-            return _even_cut(stages, seconds, sizes, reach, limit_s) or filled
+            return search.even_cut(reach, stage_s) or filled
         if next_s < 0:
-            cut, next_s = _any_cut(stages, seconds, sizes, limit_s)
+            cut, next_s = search.any_cut(stage_s)
             if cut is not None:
                 return cut
-        limit_s = next_s
+        stage_s = next_s
     return None
+
+
+def balance_both(
+    stages: Sequence[StageCosts], others: Sequence[StageCosts]
+) -> list[tuple[int, ...]]:
+    """Return the cuts of which none is faster in one kind of step without being slower in another.
+
+    A step with prompts and one without weigh head, embedding and layers differently, so that no one
+    cut need be best in both. Empty where none fits.
+
+    Args:
+        stages: What each stage costs in one kind of step.
+        others: What it costs in the other; bytes and budgets are the same.
+    """
+    best_in_other = balance_layers(others)
+    if best_in_other is None:
+        return []
+    least_s = slowest_s(others, best_in_other)
+    cuts: list[tuple[int, ...]] = []
+    cut = balance_layers(stages)
+    while cut is not None and len(cuts) < _MOST_CUTS:
+        if slowest_s(others, cut) > least_s * _ROUNDING:
+            # Of those as fast, the one that is fastest in the other kind.
+            cut = balance_layers(others, stages, slowest_s(stages, cut)) or cut
+        cuts.append(cut)
+        reached_s = slowest_s(others, cut)
+        if reached_s <= least_s * _ROUNDING:
+            break
+        cut = balance_layers(stages, others, reached_s * (1 - 1e-9))
+    return cuts
+
+
+def slowest_s(stages: Sequence[StageCosts], cut: Sequence[int]) -> float:
+    """Return the seconds of the slowest stage."""
+    start, found = 0, 0.0
+    for stage, count in zip(stages, cut, strict=True):
+        found = max(found, sum(stage.layer_s[start : start + count]) + stage.extra_s)
+        start += count
+    return found
 
 
 def _too_large(stages: Sequence[StageCosts]) -> bool:
@@ -84,110 +125,115 @@ def _least_s(stages: Sequence[StageCosts]) -> float:
     return work_s / len(stages) / _ROUNDING
 
 
+# Cuts kept of those between the best for one kind of step and the best for another: layers are few
+# and alike, so that there are hardly ever more than three.
+_MOST_CUTS = 16
 _ROUNDING = 1 + 1e-12  # a stage exactly at the limit is within it, whatever the last bit says
 
 
-def _fill(
-    stages: Sequence[StageCosts],
-    seconds: Sequence[list[float]],
-    sizes: Sequence[list[float]],
-    limit_s: float,
-) -> tuple[list[int] | None, float]:
-    """Return how far the stages reach, each filled as far as time and memory allow.
+class _Search:
+    """One problem, with the sums that every look at it needs.
 
-    `reach[s]` is the first layer that stages before `s` cannot take. None stands for layers left
-    over; then the second value is the least time that lets some stage take one more. It is negative
-    where a stage got no layer at all, which filling the stages before it less might change.
+    `seconds[s]` are the seconds of stage `s` up to each layer; `bounds[s]` are sums of what else is
+    limited (bytes, seconds of another kind of step), with the room that the stage has for it.
     """
-    num_layers, num_stages = len(stages[0].layer_s), len(stages)
-    reach, next_s = [0], inf
-    for index, (stage, total, size) in enumerate(zip(stages, seconds, sizes, strict=True)):
-        start = reach[-1]
-        room = size[start] + stage.budget_bytes - stage.extra_bytes
-        latest = min(bisect_right(size, room) - 1, num_layers - (num_stages - 1 - index))
-        time_left = total[start] + limit_s * _ROUNDING - stage.extra_s
-        end = min(bisect_right(total, time_left) - 1, latest)
-        if end < latest:
-            one_more = max(end, start) + 1
-            next_s = min(next_s, total[one_more] - total[start] + stage.extra_s)
-        if end <= start:
-            return None, -1.0
-        reach.append(end)
-    return (reach if reach[-1] == num_layers else None), next_s
 
+    def __init__(
+        self, stages: Sequence[StageCosts], others: Sequence[StageCosts], limit_s: float
+    ) -> None:
+        self._stages = stages
+        self._num_layers = len(stages[0].layer_s)
+        sums: dict[int, list[float]] = {}
 
-def _even_cut(
-    stages: Sequence[StageCosts],
-    seconds: Sequence[list[float]],
-    sizes: Sequence[list[float]],
-    reach: Sequence[int],
-    limit_s: float,
-) -> tuple[int, ...] | None:
-    """Return a cut within the limits whose stages have as equal numbers of layers as they allow.
+        def up_to(values: Sequence[float]) -> list[float]:
+            if id(values) not in sums:
+                sums[id(values)] = [0.0, *accumulate(values)]
+            return sums[id(values)]
 
-    None where an even share would leave an earlier stage without a layer that it can take.
-    """
-    ends = [reach[-1]]
-    for index in range(len(stages) - 1, 0, -1):
-        end = ends[-1]
-        earliest = _earliest_start(stages[index], seconds[index], sizes[index], end, limit_s)
-        even = end - end // (index + 1)
-        ends.append(max(earliest, min(reach[index], even)))
-        if ends[-1] >= end:
+        self._seconds = [up_to(stage.layer_s) for stage in stages]
+        self._bounds = [
+            [(up_to(stage.layer_bytes), stage.budget_bytes - stage.extra_bytes)] for stage in stages
+        ]
+        for bounds, other in zip(self._bounds, others, strict=False):
+            bounds.append((up_to(other.layer_s), limit_s * _ROUNDING - other.extra_s))
+
+    def fill(self, stage_s: float) -> tuple[list[int] | None, float]:
+        """Return how far the stages reach, each filled as far as time and memory allow.
+
+        `reach[s]` is the first layer that stages before `s` cannot take. None stands for layers
+        left over; then the second value is the least time that lets some stage take one more. It is
+        negative where a stage got no layer at all, which filling those before it less might change.
+        """
+        num_stages = len(self._stages)
+        reach, next_s = [0], inf
+        for index in range(num_stages):
+            start = reach[-1]
+            end, more_s = self._end(index, start, stage_s, num_stages - 1 - index)
+            next_s = min(next_s, more_s)
+            if end <= start:
+                return None, -1.0
+            reach.append(end)
+        return (reach if reach[-1] == self._num_layers else None), next_s
+
+    def even_cut(self, reach: Sequence[int], stage_s: float) -> tuple[int, ...] | None:
+        """Return a cut within the limits with numbers of layers as equal as they allow.
+
+        None where an even share would leave an earlier stage without a layer that it can take.
+        """
+        ends = [reach[-1]]
+        for index in range(len(self._stages) - 1, 0, -1):
+            end = ends[-1]
+            even = end - end // (index + 1)
+            ends.append(max(self._start(index, end, stage_s), min(reach[index], even)))
+            if ends[-1] >= end:
+                return None
+        ends.reverse()
+        if self._start(0, ends[0], stage_s) > 0:
             return None
-    ends.reverse()
-    if _earliest_start(stages[0], seconds[0], sizes[0], ends[0], limit_s) > 0:
-        return None
-    return tuple(end - start for start, end in pairwise([0, *ends]))
+        return tuple(end - start for start, end in pairwise([0, *ends]))
 
+    def any_cut(self, stage_s: float) -> tuple[tuple[int, ...] | None, float]:
+        """Return a cut within the limits, and else the least time that lets a stage take one more.
 
-def _any_cut(
-    stages: Sequence[StageCosts],
-    seconds: Sequence[list[float]],
-    sizes: Sequence[list[float]],
-    limit_s: float,
-) -> tuple[tuple[int, ...] | None, float]:
-    """Return a cut within the limits, and else the least time that lets any stage take one more.
+        Follows every layer at which a stage may end, where `fill` follows the last one only. Needed
+        when layers or budgets differ so much that a stage can take some layers and not others.
+        """
+        came_from: list[dict[int, int]] = []
+        starts, next_s = [0], inf
+        for index in range(len(self._stages)):
+            before: dict[int, int] = {}
+            for start in starts:
+                if start == self._num_layers:
+                    continue
+                end, more_s = self._end(index, start, stage_s, 0)
+                next_s = min(next_s, more_s)
+                for stop in range(start + 1, end + 1):
+                    before[stop] = start
+            came_from.append(before)
+            starts = sorted(before)
+        if self._num_layers not in came_from[-1]:
+            return None, next_s
+        ends = [self._num_layers]
+        for before in reversed(came_from):
+            ends.append(before[ends[-1]])
+        ends.reverse()
+        return tuple(end - start for start, end in pairwise(ends)), inf
 
-    Follows every layer at which a stage may end, where `_fill` follows the last one only. Needed
-    when layers or budgets differ so much that a stage can take some layers and not others.
-    """
-    num_layers = len(stages[0].layer_s)
-    came_from: list[dict[int, int]] = []
-    starts, next_s = [0], inf
-    for stage, total, size in zip(stages, seconds, sizes, strict=True):
-        before: dict[int, int] = {}
-        for start in starts:
-            if start == num_layers:
-                continue
-            room = size[start] + stage.budget_bytes - stage.extra_bytes
-            latest = bisect_right(size, room) - 1
-            time_left = total[start] + limit_s * _ROUNDING - stage.extra_s
-            end = min(bisect_right(total, time_left) - 1, latest)
-            if end < latest:
-                one_more = max(end, start) + 1
-                next_s = min(next_s, total[one_more] - total[start] + stage.extra_s)
-            for stop in range(start + 1, end + 1):
-                before[stop] = start
-        came_from.append(before)
-        starts = sorted(before)
-    if num_layers not in came_from[-1]:
-        return None, next_s
-    ends = [num_layers]
-    for before in reversed(came_from):
-        ends.append(before[ends[-1]])
-    ends.reverse()
-    return tuple(end - start for start, end in pairwise(ends)), inf
+    def _end(self, index: int, start: int, stage_s: float, stages_after: int) -> tuple[int, float]:
+        """Return where a stage that starts at `start` must end, and the time for one layer more."""
+        total, extra_s = self._seconds[index], self._stages[index].extra_s
+        latest = self._num_layers - stages_after
+        for sums, room in self._bounds[index]:
+            latest = min(latest, bisect_right(sums, sums[start] + room) - 1)
+        end = min(bisect_right(total, total[start] + stage_s * _ROUNDING - extra_s) - 1, latest)
+        if end >= latest:
+            return end, inf
+        return end, total[max(end, start) + 1] - total[start] + extra_s
 
-
-def _earliest_start(
-    stage: StageCosts,
-    seconds: list[float],
-    sizes: list[float],
-    end: int,
-    limit_s: float,
-) -> int:
-    """Return the first layer from which a stage that ends at `end` stays within its limits."""
-    by_time = bisect_left(seconds, seconds[end] + stage.extra_s - limit_s * _ROUNDING)
-    by_size = bisect_left(sizes, sizes[end] + stage.extra_bytes - stage.budget_bytes)
-    return max(by_time, by_size)
+    def _start(self, index: int, end: int, stage_s: float) -> int:
+        """Return the first layer from which a stage that ends at `end` stays within its limits."""
+        total, extra_s = self._seconds[index], self._stages[index].extra_s
+        earliest = bisect_left(total, total[end] + extra_s - stage_s * _ROUNDING)
+        for sums, room in self._bounds[index]:
+            earliest = max(earliest, bisect_left(sums, sums[end] - room))
+        return earliest

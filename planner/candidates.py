@@ -10,7 +10,7 @@ from math import ceil, inf
 from typing import Literal
 
 from rankwright.cost_model.efficiency import device_class
-from rankwright.cost_model.layout import SlotKind, replicas_in_nodes
+from rankwright.cost_model.layout import SlotKind
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas, StageModels
@@ -24,8 +24,9 @@ from rankwright.cost_model.serving import (
 )
 from rankwright.cost_model.step import Pipeline, StageModel
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.balance import StageCosts, balance_layers
+from rankwright.planner.balance import StageCosts, balance_both, balance_layers
 from rankwright.planner.memory_table import MemoryTable
+from rankwright.planner.pools import Pool, find_pools
 from rankwright.planner.shapes import Pins, Shape
 from rankwright.topology.cluster import Cluster, Gpu
 
@@ -37,17 +38,6 @@ CHUNK_LEVELS = (512, 1024, 2048, 4096, 8192)
 BLOCK_TOKENS = {"cuda": 64, "cpu": 16}
 # Replica counts tried under a request rate, where the wait depends on them.
 _REPLICA_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """Where replicas of one shape may go, and how many fit there.
-
-    Args:
-        replicas: One kind of placement each; `count` is how many fit.
-    """
-
-    replicas: tuple[Replicas, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +125,7 @@ class Evaluator:
         self.models = StageModels(model, cluster, engine)
         self.memory = MemoryTable(model, memory_budget_bytes)
         self._dp = pins.dp if pins else None
-        self._cuts: dict[tuple[object, ...], _Cut] = {}
+        self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}
         self._sizes: dict[tuple[object, ...], list[int]] = {}
         self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
         self.is_cpu = all(device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus)
@@ -147,22 +137,21 @@ class Evaluator:
 
     def candidates(self, shape: Shape) -> Iterator[Candidate]:
         """Yield `shape` at every batch level, chunk and pool."""
-        for pool in pools(shape):
-            most = sum(group.count for group in pool.replicas)
-            for batch_size in self._batch_levels(shape, most):
-                fits = keeps_tpot = False
-                for chunk in self._chunk_levels(batch_size, shape.pp):
-                    cut = self._cut(shape, pool, batch_size, chunk)
-                    for candidate in self._evaluate(shape, pool, batch_size, chunk, cut):
-                        keeps_tpot = keeps_tpot or "tpot" not in candidate.broken
-                        yield candidate
-                    if not cut.fits:
+        levels = self.batch_levels(shape)
+        for pool in find_pools(shape):
+            for batch_size in levels:
+                fits = False
+                for chunk in self.chunk_levels(batch_size, shape.pp):
+                    cuts = self._cuts(shape, pool, batch_size, chunk)
+                    for cut in cuts:
+                        yield from self._evaluate(shape, pool, batch_size, chunk, cut)
+                    if not cuts[0].fits:
                         break  # stays as evidence; larger chunks fit no better
                     fits = True
-                if not (fits and keeps_tpot):
+                if not fits:
                     break  # likewise larger batches
 
-    def _batch_levels(self, shape: Shape, max_replicas: int) -> list[int]:
+    def batch_levels(self, shape: Shape) -> list[int]:
         """Return powers of two, and what the workload's concurrency comes to for a replica."""
         most = MAX_BATCH_CPU if self.is_cpu else MAX_BATCH
         concurrency = self.workload.concurrency
@@ -170,8 +159,8 @@ class Evaluator:
         levels |= {level * 3 // 2 for level in levels if 16 <= level * 3 // 2 <= most}
         levels.add(self._fitting_batch(shape, most))
         if concurrency is not None:
-            counts = {self._dp} if self._dp else set(range(1, min(max_replicas, 64) + 1))
-            counts.add(max_replicas)
+            room = max(1, sum(kind.count for kind in shape.kinds) // shape.pp)
+            counts = {self._dp} if self._dp else {*range(1, min(room, 64) + 1), room}
             exact = {ceil(concurrency / count) for count in counts}
             levels = {level for level in levels if level < min(exact)}
             levels |= {min(level, most) for level in exact}
@@ -216,7 +205,8 @@ class Evaluator:
         sequences = ceil(batch_size / shape.tp) if shape.attention == "dp" else batch_size
         return sequences * blocks * self.block_tokens
 
-    def _chunk_levels(self, batch_size: int, pp: int) -> list[int]:
+    def chunk_levels(self, batch_size: int, pp: int) -> list[int]:
+        """Return the tokens of a step that are tried: up to one that takes a whole prompt."""
         slots = ceil(batch_size / micro_batches_of(pp, batch_size))
         enough = prompt_tokens(self.workload) + slots
         levels = [level for level in CHUNK_LEVELS if level > slots]
@@ -285,29 +275,47 @@ class Evaluator:
             chunk_tokens=chunk,
         )
 
-    def _cut(self, shape: Shape, pool: Pool, batch_size: int, chunk: int) -> "_Cut":
-        """Return the best stages; where memory allows none, those that it would be without."""
+    def _cuts(self, shape: Shape, pool: Pool, batch_size: int, chunk: int) -> "list[_Cut]":
+        """Return the stages that can be best; where memory allows none, those without its limit.
+
+        Several where steps with prompts and steps without are balanced by different ones.
+        """
         kinds = tuple(id(kind) for group in pool.replicas for kind in group.stages)
         key = (*shape.degrees, batch_size, chunk, kinds)
-        if key not in self._cuts:
-            costs = self.stage_costs(shape, pool, batch_size, chunk)
-            layers = balance_layers(costs)
-            fits = layers is not None
-            if layers is None:
-                layers = balance_layers([replace(stage, budget_bytes=inf) for stage in costs])
-                assert layers is not None, "without a memory limit every shape has a cut"
-            self._cuts[key] = _Cut(layers, fits, *_fullest(costs, layers))
-        return self._cuts[key]
+        if key not in self._known_cuts:
+            slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
+            flow = find_flow(self.workload, slots, chunk)
+            costs = self.stage_costs(shape, pool, batch_size, chunk, flow.mixed)
+            if shape.pp > 1 and flow.mixed_share < 1 and flow.plain.decode:
+                plain = self.stage_costs(shape, pool, batch_size, chunk, flow.plain)
+                cuts = balance_both(costs, plain)
+            else:
+                best = balance_layers(costs)
+                cuts = [] if best is None else [best]
+            fits = bool(cuts)
+            if not fits:
+                free = balance_layers([replace(stage, budget_bytes=inf) for stage in costs])
+                assert free is not None, "without a memory limit every shape has a cut"
+                cuts = [free]
+            self._known_cuts[key] = [
+                _Cut(layers, fits, *_fullest(costs, layers)) for layers in cuts
+            ]
+        return self._known_cuts[key]
 
     def stage_costs(
-        self, shape: Shape, pool: Pool, batch_size: int, chunk: int
+        self, shape: Shape, pool: Pool, batch_size: int, chunk: int, tokens: StepTokens
     ) -> list[StageCosts]:
         """Return what each stage costs per layer, for the placement that is hardest.
 
         A pool with several kinds of GPU is cut for the slowest and the smallest of each stage.
+
+        Args:
+            shape: How it is cut.
+            pool: Where.
+            batch_size: Slots of one replica, which size its cache.
+            chunk: Tokens of one step at most, which size its buffers.
+            tokens: Of the step that is timed.
         """
-        slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
-        tokens = find_flow(self.workload, slots, chunk).usual
         layer_bytes = self._layer_bytes(shape, batch_size)
         alike: dict[tuple[int, ...], _Hardest] = {}
         costs: list[StageCosts] = []
@@ -388,29 +396,3 @@ def _fullest(costs: list[StageCosts], layers: tuple[int, ...]) -> tuple[int, int
         ranks.append((round(size), round(stage.budget_bytes)))
         start += count
     return max(ranks, key=lambda rank: rank[0] / rank[1])
-
-
-def pools(shape: Shape) -> Iterator[Pool]:
-    """Yield where replicas of `shape` may go.
-
-    Each kind of slot alone, inside machines or spread over them; all kinds at once, for replicas of
-    one kind each; and, where no kind has room for a whole replica or several kinds are left, one
-    replica over all.
-    """
-    whole: list[Replicas] = []
-    for kind in shape.kinds:
-        inside = replicas_in_nodes(kind, shape.pp)
-        spread = kind.count // shape.pp
-        if inside:
-            yield Pool((Replicas((kind,) * shape.pp, inside),))
-        if spread > inside:
-            yield Pool((Replicas((kind,) * shape.pp, spread, True),))
-        if spread:
-            whole.append(Replicas((kind,) * shape.pp, spread, spread > inside))
-    if len(whole) > 1:
-        yield Pool(tuple(whole))
-    slots = [kind for kind in shape.kinds for _ in range(min(kind.count, shape.pp))]
-    if len(shape.kinds) > 1 and sum(kind.count for kind in shape.kinds) >= shape.pp > 1:
-        stages = tuple(slots[-shape.pp :] if shape.pp == len(slots) else slots[: shape.pp])
-        if len(set(map(id, stages))) > 1:
-            yield Pool((Replicas(stages, 1, True),))

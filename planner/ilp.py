@@ -14,7 +14,7 @@ Equal objectives are settled by a second solve: fewest GPUs, then the shortest r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import pulp
@@ -26,6 +26,9 @@ from rankwright.planner.solver import Ending, solve
 from rankwright.topology.cluster import Gpu
 from rankwright.topology.devices import device_of
 
+# The largest objective, in the unit that the solver sees: its tolerances are absolute, about 1e-6,
+# while seconds of a request are small and tokens of 16,384 GPUs many.
+_LARGEST = 1e4
 # Candidates this much worse than the best in the objective count as equal to it.
 _TIE = 1e-6
 
@@ -188,6 +191,15 @@ class _Program:
         self._columns = columns
         self._workload = workload
         self._goal = GOALS[workload.objective]
+        most = max(
+            sum(
+                group.count * state.requests_per_s
+                for group, state in zip(column.pool.replicas, column.serving, strict=True)
+            )
+            for column in columns
+        )
+        self._token_unit = most * workload.output_tokens / _LARGEST
+        self._unit = self._token_unit
         self._problem = pulp.LpProblem("plan", self._goal.sense)
         add = self._problem.add_variable
         self._chosen = [add(f"z{index}", cat=pulp.LpBinary) for index in range(len(columns))]
@@ -213,6 +225,8 @@ class _Program:
             return None
         if settle:
             self._settle(primary, ending)
+        unit = self._unit
+        ending = replace(ending, value=ending.value * unit, bound=ending.bound * unit)
         index = max(range(len(self._columns)), key=lambda column: self._chosen[column].value())
         counts = tuple(round(count.value()) for count in self._counts[index])
         return Choice(self._columns[index], counts, ending.value, ending)
@@ -238,7 +252,10 @@ class _Program:
         fixed = replicas or column.replicas
         if fixed is not None:
             problem += number == fixed * chosen
-        rates = [state.requests_per_s * workload.output_tokens for state in column.serving]
+        rates = [
+            state.requests_per_s * workload.output_tokens / self._token_unit
+            for state in column.serving
+        ]
         served = pulp.lpDot(rates, counts)
         if workload.concurrency is None:
             self._tokens.append(served)
@@ -265,11 +282,14 @@ class _Program:
     def _objective(self) -> "pulp.LpAffineExpression":
         workload = self._workload
         if workload.objective == "throughput":
+            self._unit = self._token_unit
             return pulp.lpSum(self._tokens)
         if workload.objective == "latency":
-            seconds = [column.request_s(workload.output_tokens) for column in self._columns]
-            return pulp.lpDot(seconds, self._chosen)
-        return pulp.lpDot([ratio_of(column, 0, workload) for column in self._columns], self._chosen)
+            values = [column.request_s(workload.output_tokens) for column in self._columns]
+        else:
+            values = [ratio_of(column, 0, workload) for column in self._columns]
+        self._unit = max(values) / _LARGEST
+        return pulp.lpDot([value / self._unit for value in values], self._chosen)
 
     def _tie_break(self) -> "pulp.LpAffineExpression":
         """Return what settles ties, to be optimised in the direction of the objective.
@@ -290,14 +310,7 @@ class _Program:
         )
         worse = gpus + pulp.lpDot(times, self._chosen)
         if workload.objective != "throughput" and workload.request_rate is None:
-            most = max(
-                sum(
-                    group.count * state.requests_per_s
-                    for group, state in zip(column.pool.replicas, column.serving, strict=True)
-                )
-                for column in self._columns
-            )
-            per_token = 1000 / (most * workload.output_tokens)
+            per_token = 1000 / _LARGEST
             worse = pulp.lpDot(times, self._chosen) - per_token * pulp.lpSum(self._tokens)
         return worse if sense == pulp.LpMinimize else -worse
 

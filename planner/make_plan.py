@@ -137,7 +137,11 @@ def _num_blocks(search: Search, choice: Choice) -> int:
     """
     candidate, evaluator = choice.candidate, search.evaluator
     costs = evaluator.stage_costs(
-        candidate.shape, candidate.pool, candidate.batch_size, candidate.chunk_tokens
+        candidate.shape,
+        candidate.pool,
+        candidate.batch_size,
+        candidate.chunk_tokens,
+        candidate.serving[0].flow.mixed,
     )
     weights, kv = evaluator.memory.layer_bytes(candidate.shape)
     start, tokens = 0, float("inf")

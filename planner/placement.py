@@ -63,21 +63,23 @@ def _replica_places(groups: Sequence[Replicas]) -> Iterator[list[tuple[Place, ..
     for group in groups:
         kinds = group.stages
         if len(set(map(id, kinds))) > 1:
-            yield _mixed_places(kinds)
+            yield from _mixed_places(kinds, group.count)
             continue
         kind = kinds[0]
         for slots in islice(replica_slots(kind, len(kinds), group.spread), group.count):
             yield [kind.places(slot) for slot in slots]
 
 
-def _mixed_places(kinds: tuple[SlotKind, ...]) -> list[tuple[Place, ...]]:
+def _mixed_places(kinds: tuple[SlotKind, ...], count: int) -> Iterator[list[tuple[Place, ...]]]:
+    """Yield the places of `count` replicas over several kinds of slot, which are taken in order."""
     used: dict[int, int] = {}
-    places: list[tuple[Place, ...]] = []
-    for kind in kinds:
-        slot = used.get(id(kind), 0)
-        used[id(kind)] = slot + 1
-        places.append(kind.places(slot))
-    return places
+    for _ in range(count):
+        places: list[tuple[Place, ...]] = []
+        for kind in kinds:
+            slot = used.get(id(kind), 0)
+            used[id(kind)] = slot + 1
+            places.append(kind.places(slot))
+        yield places
 
 
 def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, ...]:

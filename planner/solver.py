@@ -53,6 +53,7 @@ def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Endi
         "msg": False,
         "timeLimit": time_limit_s,
         "gapRel": 0.0,
+        "gapAbs": 0.0,
         "threads": 1,
     }
     use_highs = find_spec("highspy") is not None
