@@ -102,7 +102,10 @@ class Fabric(Value):
     """The network between nodes."""
 
     kind: FabricKind
-    bytes_per_s: float = Field(gt=0, description="of one port, each way")
+    bytes_per_s: float = Field(gt=0, description="of one port, each way, as it is sold")
+    measured_bytes_per_s: float | None = Field(
+        default=None, description="the same as a measurement has it, which plans go by; None: none"
+    )
     ports_per_node: int = Field(ge=1)
     latency_s: float = Field(gt=0)
     separate_rails: bool = Field(

@@ -71,7 +71,8 @@ def port_share_bytes_per_s(cluster: "Cluster", node: "Node", gpu: int) -> float:
     fabric = cluster.fabric
     if fabric is None:
         raise ValueError("the cluster has no fabric between its nodes")
-    share = fabric.bytes_per_s * fabric.ports_per_node / len(node.gpus)
+    rate = fabric.measured_bytes_per_s or fabric.bytes_per_s
+    share = rate * fabric.ports_per_node / len(node.gpus)
     return min(share, pcie_rate_of(_gpu(node, gpu)))
 
 

@@ -1,4 +1,4 @@
-"""Brings one message of each machine to machine 0, over plain TCP.
+"""Brings one message of each machine to machine 0, and its answer back, over plain TCP.
 
 torchrun's own store needs torch, which reading a machine does not. Messages are signed with a key
 that all machines of a run derive alike, so that a stranger's are dropped; they are text to be
@@ -10,18 +10,25 @@ import hmac
 import socket
 import struct
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 _HEADER = struct.Struct("!II32s")  # sender, length, signature
 _MAX_BYTES = 64 * 2**20  # a cluster of 1,024 machines is some 10 MB of JSON
 _RETRY_S = 0.1
-_THANKS = b"ok"
 
 
 def collect(
-    message: bytes, *, count: int, port: int, key: bytes, timeout_s: float, host: str = ""
-) -> list[bytes]:
-    """Return the message of each machine by number, our own (number 0) first.
+    message: bytes,
+    *,
+    count: int,
+    port: int,
+    key: bytes,
+    timeout_s: float,
+    answer: Callable[[list[bytes]], bytes],
+    host: str = "",
+) -> bytes:
+    """Return the answer to the messages of all machines, which all of them get.
 
     Args:
         message: Of machine 0, which calls this.
@@ -29,6 +36,7 @@ def collect(
         port: To listen on.
         key: That all share.
         timeout_s: Until all must have spoken.
+        answer: Makes it of the messages by number, our own (number 0) first.
         host: Address to listen on; empty: every one.
 
     Raises:
@@ -37,7 +45,8 @@ def collect(
     """
     messages: dict[int, bytes] = {0: message}
     deadline_s = time.monotonic() + timeout_s
-    with _listen(host, port) as server:
+    with ExitStack() as waiting, _listen(host, port) as server:
+        peers: dict[int, socket.socket] = {}
         while len(messages) < count:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
@@ -49,36 +58,45 @@ def collect(
             # Whoever breaks off, stays silent or signs wrongly is dropped; a machine tries again.
             with suppress(OSError, EOFError):
                 peer, _ = server.accept()
-                with peer:
-                    peer.settimeout(min(5.0, left_s))
-                    sender, received = _receive(peer, key)
-                    if 0 < sender < count:
-                        messages[sender] = received
-                        peer.sendall(_THANKS)
-    return [messages[number] for number in range(count)]
+                waiting.enter_context(peer)
+                peer.settimeout(min(5.0, left_s))
+                sender, received = _receive(peer, key)
+                if 0 < sender < count:
+                    messages[sender], peers[sender] = received, peer
+                else:
+                    peer.close()
+        made = answer([messages[number] for number in range(count)])
+        for peer in peers.values():
+            with suppress(OSError):
+                peer.sendall(_packed(0, made, key))
+    return made
 
 
 def send(
     message: bytes, *, number: int, host: str, port: int, key: bytes, timeout_s: float
-) -> None:
-    """Hand the message of machine `number` to machine 0 at `host`, which may start later.
+) -> bytes:
+    """Hand the message of machine `number` to machine 0 at `host`, and return its answer.
+
+    Machine 0 may start later, and answers when all machines have spoken.
 
     Raises:
-        TimeoutError: It has not taken it in time.
+        TimeoutError: It has not answered in time.
     """
     deadline_s = time.monotonic() + timeout_s
-    packed = _HEADER.pack(number, len(message), _sign(number, message, key)) + message
     reason = "it takes no connection"
     while (left_s := deadline_s - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=left_s) as peer:
-                peer.sendall(packed)
-                if _read(peer, len(_THANKS)) == _THANKS:
-                    return
+                peer.sendall(_packed(number, message, key))
+                return _receive(peer, key)[1]
         except (OSError, EOFError) as error:
             reason = str(error) or reason
         time.sleep(min(_RETRY_S, max(left_s, 0)))
     raise TimeoutError(f"machine 0 at {host}:{port} took no word in {timeout_s:g} s: {reason}")
+
+
+def _packed(sender: int, message: bytes, key: bytes) -> bytes:
+    return _HEADER.pack(sender, len(message), _sign(sender, message, key)) + message
 
 
 def _listen(host: str, port: int) -> socket.socket:

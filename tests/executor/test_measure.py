@@ -8,7 +8,7 @@ import pytest
 
 from rankwright.cli import main
 from rankwright.cli.measured_page import print_measurements
-from rankwright.executor.measure import measure, measure_environment, read_transports
+from rankwright.executor.measure import make_team, measure, measure_environment
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.measurements import Measurements
@@ -95,31 +95,16 @@ def test_ranks_see_every_gpu_in_the_drivers_order_and_the_users_settings(tmp_pat
     node = parse_cluster("4xh100-sxm").nodes[0]
     node = node.model_copy(update={"gpus": node.gpus[2:], "links": ()})
     outer = {"CUDA_VISIBLE_DEVICES": "3,2", "NCCL_NVLS_ENABLE": "0", "TORCHELASTIC_RUN_ID": "x"}
-    made = measure_environment(node, 1, 1234, tmp_path, outer)
+    team = make_team([node], "127.0.0.1", 1234)
+    made = measure_environment(team, 1, tmp_path, outer)
     assert made["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert (made["RANK"], made["LOCAL_RANK"], made["WORLD_SIZE"]) == ("1", "1", "2")
     assert made["NCCL_NVLS_ENABLE"] == "0"
     assert "TORCHELASTIC_RUN_ID" not in made
-    assert "NCCL_NVLS_ENABLE" not in measure_environment(node, 0, 1, tmp_path, {})
+    assert "NCCL_NVLS_ENABLE" not in measure_environment(team, 0, tmp_path, {})
     uuids = {"CUDA_VISIBLE_DEVICES": "GPU-1,GPU-2"}
-    assert measure_environment(node, 0, 1, tmp_path, uuids) | uuids == measure_environment(
-        node, 0, 1, tmp_path, uuids
-    )
-
-
-def test_transports_are_read_from_nccls_log() -> None:
-    log = """\
-h:1:9 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM/read
-h:1:9 [0] NCCL INFO Channel 01/0 : 0[0] -> 1[1] via SHM/direct/direct
-h:1:9 [0] NCCL INFO Channel 00/0 : 1[1] -> 0[0] [receive] via NET/Socket/0
-h:1:9 [0] NCCL INFO Channel 00/0 : 1[1] -> 0[0] [send] via NET/IB/3(2)/GDRDMA
-"""
-    assert read_transports({"a": log, "b": log}) == (
-        "NET/IB/GDRDMA",
-        "NET/Socket",
-        "P2P/CUMEM",
-        "SHM",
-    )
+    made = measure_environment(team, 0, tmp_path, uuids)
+    assert made["CUDA_VISIBLE_DEVICES"] == uuids["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.mark.gpu

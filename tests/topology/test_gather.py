@@ -16,7 +16,8 @@ from tests.templates.slurm_rig.rig import SlurmRig, why_not
 from rankwright.cli import main
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
-from rankwright.topology.gather import find_method, gather, read_labelled
+from rankwright.topology.gather import find_method, gather
+from rankwright.topology.gather_slurm import read_labelled
 from rankwright.topology.read_cluster import read_cluster
 from rankwright.topology.rendezvous import collect, send
 from rankwright.topology.shorthand import parse_cluster
@@ -99,28 +100,51 @@ def test_two_agents_of_torchrun_give_one_cluster(tmp_path: Path) -> None:
     assert read_cluster(str(made)).num_nodes == 2
 
 
+def joined(messages: list[bytes]) -> bytes:
+    return b"+".join(messages)
+
+
 def test_a_stranger_and_a_wrong_key_are_not_listened_to() -> None:
     port = free_port()
-    found: list[list[bytes]] = []
+    found: list[bytes] = []
+    place = {"host": "127.0.0.1", "port": port}
     server = threading.Thread(
         target=lambda: found.append(
-            collect(b"zero", count=2, port=port, key=KEY, timeout_s=20, host="127.0.0.1")
+            collect(b"zero", count=2, key=KEY, timeout_s=20, answer=joined, **place)  # type: ignore[arg-type]
         )
     )
     server.start()
-    place = {"host": "127.0.0.1", "port": port}
     with pytest.raises(TimeoutError, match="took no word"):
         send(b"evil", number=1, **place, key=b"other", timeout_s=0.5)  # type: ignore[arg-type]
     with socket.create_connection(("127.0.0.1", port)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\xff" * 64)
-    send(b"one", number=1, **place, key=KEY, timeout_s=20)  # type: ignore[arg-type]
+    answer = send(b"one", number=1, **place, key=KEY, timeout_s=20)  # type: ignore[arg-type]
     server.join()
-    assert found == [[b"zero", b"one"]]
+    assert (found, answer) == ([b"zero+one"], b"zero+one")
+
+
+def test_all_machines_get_the_answer_when_the_last_has_spoken() -> None:
+    port = free_port()
+    answers: dict[int, bytes] = {}
+
+    def speak(number: int) -> None:
+        answers[number] = send(
+            str(number).encode(), number=number, host="127.0.0.1", port=port, key=KEY, timeout_s=30
+        )
+
+    speakers = [threading.Thread(target=speak, args=(number,)) for number in (3, 1, 2)]
+    for speaker in speakers:
+        speaker.start()
+    made = collect(b"0", count=4, port=port, key=KEY, timeout_s=30, answer=joined)
+    for speaker in speakers:
+        speaker.join()
+    assert made == b"0+1+2+3"
+    assert answers == dict.fromkeys((1, 2, 3), made)
 
 
 def test_a_machine_that_stays_away_is_named() -> None:
     with pytest.raises(TimeoutError, match="machine 1, 2 of 3"):
-        collect(b"", count=3, port=free_port(), key=KEY, timeout_s=0.1)
+        collect(b"", count=3, port=free_port(), key=KEY, timeout_s=0.1, answer=joined)
 
 
 def test_a_machine_that_never_answers_is_a_probe_failure(

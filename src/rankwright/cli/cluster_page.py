@@ -23,9 +23,11 @@ def print_cluster(cluster: Cluster, out: Console | None = None) -> None:
         _add_node(tree, node)
     if cluster.fabric is not None:
         fabric = cluster.fabric
+        rate = fabric.measured_bytes_per_s
+        measured = f", planned as {bandwidth(rate)} after measuring" if rate is not None else ""
         tree.add(
             f"fabric: {fabric.kind}, {fabric.ports_per_node} ports a node of "
-            f"{bandwidth(fabric.bytes_per_s)}"
+            f"{bandwidth(fabric.bytes_per_s)}{measured}"
         )
     out.print(tree)
     for node in cluster.nodes:

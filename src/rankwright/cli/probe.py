@@ -55,8 +55,8 @@ def run(
         bool,
         typer.Option(
             "--measure",
-            help="Time links, memory and matrix products (below a minute); the plan then uses "
-            "what was measured.",
+            help="Time links, memory, matrix products and the way between machines (below a "
+            "minute for one); the plan then uses what was measured.",
         ),
     ] = False,
     require_gpu: Annotated[
@@ -75,10 +75,15 @@ def run(
     Without a GPU, its cores are CPU ranks.
     """
     if from_file is None:
-        cluster = gather(method, require_gpu=require_gpu, fabric=fabric, ray_address=ray_address)
-        if cluster is None:  # another process of the run has it
-            return
-        _show(_measured(cluster) if timed else cluster, output, svg, as_json)
+        if timed:
+            method = "ray" if ray_address is not None else method
+            cluster = _measured(method, require_gpu, fabric)
+        else:
+            cluster = gather(
+                method, require_gpu=require_gpu, fabric=fabric, ray_address=ray_address
+            )
+        if cluster is not None:  # else another process of the run has it
+            _show(cluster, output, svg, as_json)
         return
     if timed:
         raise ValueError("--measure times this machine, and --from-file reads another; give one")
@@ -107,10 +112,10 @@ def _show(cluster: Cluster, output: Path | None, svg: Path | None, as_json: bool
     _write(cluster, output, svg)
 
 
-def _measured(cluster: Cluster) -> Cluster:
-    from rankwright.executor.measure import measure  # only here: plans are made without it
+def _measured(method: Method, require_gpu: bool, fabric: str | None) -> Cluster | None:
+    from rankwright.executor.measure_job import measure_job  # only here: plans do without it
 
-    return measure(cluster, progress=status)
+    return measure_job(method, require_gpu=require_gpu, fabric=fabric, progress=status)
 
 
 def _write(cluster: Cluster, output: Path | None, svg: Path | None) -> None:
