@@ -1,20 +1,29 @@
-"""A plan as plain Kubernetes objects, for clusters without any operator.
+"""A plan as Kubernetes objects: plain ones by default, for clusters without any operator.
 
 One machine is a Deployment. Several are StatefulSets and not an Indexed Job, because a server has
 no completion: a StatefulSet restarts a lost pod for ever under the same name and number, where a
 Job counts it towards a limit and then gives up. The head has a set of its own, since only it has an
 HTTP port to probe; workers follow, a set for each run of machines that ask for the same.
+
+Other flavors are for clusters that have their operators, or queues that admit only Jobs.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
 
 from rankwright import __version__
 from rankwright.planner.plan import EnvironmentVariable, Plan
 from rankwright.templates.fill import fill
+from rankwright.templates.kubernetes_flavors import (
+    Group,
+    PodShare,
+    check_flavor,
+    flavor_name,
+    for_name,
+)
+from rankwright.templates.kubernetes_options import KubernetesOptions
 from rankwright.templates.layout import (
     DRAIN_S,
     END_S,
@@ -27,7 +36,6 @@ from rankwright.templates.layout import (
 )
 from rankwright.templates.options import (
     KUBERNETES_PORT,
-    KubernetesOptions,
     default_name,
 )
 from rankwright.templates.plan_text import plan_text
@@ -50,37 +58,18 @@ WAIT_FOR_HEAD_S = 300
 INTERFACE_VARIABLES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
 
-@dataclass(frozen=True, slots=True)
-class PodShare:
-    """What one pod asks for, as Kubernetes quantities."""
-
-    num_cpus: int
-    num_gpus: int
-    memory: str
-    shm: str
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Machines that are alike and follow each other: one StatefulSet."""
-
-    name: str
-    component: str
-    start: int  # node rank of the first
-    replicas: int
-    share: PodShare
-
-
 def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
     """Return the objects of `plan` as one YAML file, by file name.
 
     Raises:
-        ValueError: The machines are unlike, or the plan is too large for a ConfigMap.
+        ValueError: The machines are unlike, the flavor cannot ask for them, or the plan is too
+            large for a ConfigMap.
     """
     name = options.name or default_name(plan)
-    shares = node_shares(plan)
-    groups = _groups(name, shares)
-    head_host = f"{name}-head-0.{name}-nodes"  # pod and headless Service
+    shares = node_shares(plan, told_apart=options.gpu_types is not None)
+    groups = _groups(name, shares, options.gpu_types)
+    kind = flavor_name(options.flavor, len(shares))
+    flavor = check_flavor(kind, groups, options)
     text = plan_text(plan)
     if len(text) > MAX_CONFIG_MAP_BYTES:
         raise ValueError(
@@ -89,6 +78,7 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
         )
     environment, left_out = _environment(plan)
     model_mount, model_path, host_path = _model(plan, options)
+    gpu_counts = sorted({group.share.num_gpus for group in groups} - {0})
     objects = fill(
         "kubernetes/rankwright.yaml.j2",
         version=__version__,
@@ -96,22 +86,38 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
         split=plan.split.label(),
         size=_describe_size(shares),
         notes=_notes(options, left_out, host_path),
+        kubernetes="1.34" if options.device_class else "1.31",
+        needs=flavor.needs,
         name=name,
         plan_name=f"{name}-plan-{hashlib.sha256(text.encode()).hexdigest()[:8]}",
         namespace=options.namespace,
         plan_text=text.rstrip("\n"),
         num_nodes=len(shares),
+        flavor=kind,
+        pod_extras=for_name(flavor, name),
         groups=groups,
         image=options.image or f"rankwright:{__version__}",
+        image_pull_secret=options.image_pull_secret,
+        token_secret=options.token_secret,
         port=options.port,
         ports=range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH),
         drain_s=DRAIN_S,
         start_s=start_budget_s(shares),
         force=needs_force(shares),
-        head_host=head_host,
         wait_tries=WAIT_FOR_HEAD_S,
         environment=environment,
         gpu_resource=options.gpu_resource or _gpu_resource(shares[0].devices[0]),
+        device_class=options.device_class if gpu_counts else None,
+        claim_names={count: f"{name}-{count}-gpus" for count in gpu_counts},
+        rdma_resource=options.rdma_resource,
+        rdma_count=options.rdma_count,
+        topology_key=options.topology_key,
+        node_selector=_pairs(options.node_selector),
+        monitor=options.monitor,
+        max_replicas=options.max_replicas,
+        scale_target=flavor.scale_target and flavor.scale_target.format(name=name),
+        queue_length=options.queue_length,
+        prometheus=options.prometheus,
         model_path=model_path,
         model_mount=model_mount,
         model_pvc=options.model_pvc,
@@ -121,20 +127,46 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
         head_pre_stop_s=PRE_STOP_S,
         worker_pre_stop_s=PRE_STOP_S + DRAIN_S,
         grace_s=PRE_STOP_S + DRAIN_S + END_S,
-        health_url=f"http://{head_host}:{options.port}/health",
     )
     return {KUBERNETES_FILE: objects}
 
 
-def _groups(name: str, shares: tuple[NodeShare, ...]) -> tuple[Group, ...]:
-    head = Group(f"{name}-head", "head", 0, 1, _pod_share(shares[0]))
-    runs = [list(run) for _, run in groupby(shares[1:], key=_pod_share)]
+def _pairs(text: str | None) -> tuple[tuple[str, str], ...]:
+    """Return `a=b,c=d` as pairs."""
+    if not text:
+        return ()
+    return tuple(
+        (key, value) for key, _, value in (pair.partition("=") for pair in text.split(","))
+    )
+
+
+def _groups(name: str, shares: tuple[NodeShare, ...], gpu_types: str | None) -> tuple[Group, ...]:
+    """Return the head's machine and then each run of like machines.
+
+    Raises:
+        ValueError: `gpu_types` does not name every kind of GPU, or a machine has several.
+    """
+    types = dict(_pairs(gpu_types))
+
+    def wants(share: NodeShare) -> tuple[PodShare, str | None]:
+        if not types or share.num_gpus == 0:
+            return _pod_share(share), None
+        (kind, *others) = dict.fromkeys(share.devices)
+        if others or kind not in types:
+            raise ValueError(
+                f"the plan runs on {', '.join(dict.fromkeys(share.devices))} on node {share.node}; "
+                "expected one kind of GPU on a node, and a type in gpu_types for each"
+            )
+        return _pod_share(share), types[kind]
+
+    head = Group(f"{name}-head", "head", 0, 1, *wants(shares[0]))
+    runs = [(key, list(run)) for key, run in groupby(shares[1:], key=wants)]
     workers: list[Group] = []
-    for run in runs:
+    for key, run in runs:
         start = run[0].node_rank
         suffix = "workers" if len(runs) == 1 else f"from-{start}"
         component = "worker" if len(runs) == 1 else f"worker-from-{start}"
-        workers.append(Group(f"{name}-{suffix}", component, start, len(run), _pod_share(run[0])))
+        workers.append(Group(f"{name}-{suffix}", component, start, len(run), *key))
     return (head, *workers)
 
 

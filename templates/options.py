@@ -5,13 +5,13 @@ what would be valid; each field's description is the "expected" half of that lin
 """
 
 import difflib
+import hashlib
 import re
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from rankwright.planner.plan import Plan
-from rankwright.templates.layout import PORTS_OF_A_LAUNCH
 from rankwright.topology.value import Value
 
 
@@ -38,6 +38,10 @@ KUBERNETES_PORT = 29500
 # with an 11-character revision hash: longer than 52 and its pods are never made. The longest suffix
 # appended to the name is '-from-' and five digits.
 MAX_KUBERNETES_NAME = 52 - len("-from-99999")
+
+
+# `a=b,c=d`: what a scheduler calls each kind of GPU.
+PAIRS = r"^[a-z0-9-]+=[A-Za-z0-9_.-]+(,[a-z0-9-]+=[A-Za-z0-9_.-]+)*$"
 
 
 class EngineOptions(Value):
@@ -97,7 +101,7 @@ class SlurmOptions(Value):
     )
     gpu_types: str | None = Field(
         default=None,
-        pattern=r"^[a-z0-9-]+=[A-Za-z0-9_.-]+(,[a-z0-9-]+=[A-Za-z0-9_.-]+)*$",
+        pattern=PAIRS,
         description="what Slurm calls the GPUs of the plan, such as h100-sxm=h100,a10=a10",
     )
     container_image: Image | None = Field(
@@ -135,71 +139,6 @@ class SlurmOptions(Value):
             raise ValueError(
                 f"port={self.port} may be the port where the job's ranks meet (20000 to 29999, by "
                 f"job id); expected another, such as {DEFAULT_PORT}"
-            )
-        return self
-
-
-class KubernetesOptions(Value):
-    """Options of `render(plan, "kubernetes", ...)`."""
-
-    name: str | None = Field(
-        default=None,
-        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
-        max_length=MAX_KUBERNETES_NAME,
-        description="a name of lower-case letters, digits and '-', letter first, at most "
-        f"{MAX_KUBERNETES_NAME}",
-    )
-    namespace: str | None = Field(
-        default=None,
-        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
-        max_length=63,
-        description="a namespace; None: that of the kubectl context",
-    )
-    image: Image | None = Field(
-        default=None,
-        description="an image with rankwright[executor], such as registry/rankwright:1.0",
-    )
-    model_pvc: str | None = Field(
-        default=None,
-        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$",
-        max_length=253,
-        description="the name of a PersistentVolumeClaim that every node may mount read-only",
-    )
-    model_host_path: AbsolutePath | None = Field(
-        default=None, description="the absolute path of a folder with the weights on every node"
-    )
-    model_path: AbsolutePath | None = Field(
-        default=None,
-        description="the absolute path of the weights inside the pod, under /models",
-    )
-    port: Port = Field(default=DEFAULT_PORT, description="a port from 1024 to 65535 for HTTP")
-    gpu_resource: str | None = Field(
-        default=None,
-        pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$",
-        max_length=128,
-        description="an extended resource such as nvidia.com/gpu",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "KubernetesOptions":
-        if self.model_pvc is not None and self.model_host_path is not None:
-            raise ValueError("give model_pvc or model_host_path, not both")
-        has_volume = self.model_pvc is not None or self.model_host_path is not None
-        if self.model_path is not None:
-            if not has_volume:
-                raise ValueError(
-                    f"model_path={self.model_path!r} is inside the pod; say with model_pvc or "
-                    "model_host_path which volume holds it"
-                )
-            if not (self.model_path + "/").startswith("/models/"):
-                raise ValueError(
-                    f"model_path={self.model_path!r} must be under /models, where the volume is "
-                    "mounted"
-                )
-        if self.port in range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH):
-            raise ValueError(
-                f"port={self.port} is a port where the ranks meet; expected another, such as "
-                f"{DEFAULT_PORT}"
             )
         return self
 
@@ -245,5 +184,9 @@ def default_name(plan: Plan) -> str:
     base = plan.model.name.rstrip("/").rpartition("/")[2].lower()
     slug = re.sub(r"[^a-z0-9]+", "-", base).strip("-")
     if not slug or not slug[0].isalpha():
-        slug = f"rankwright-{slug}"
-    return slug[:MAX_KUBERNETES_NAME].rstrip("-")
+        slug = f"rankwright-{slug}".rstrip("-")
+    if len(slug) <= MAX_KUBERNETES_NAME:
+        return slug
+    # Two long names must not become one: the end is a hash of the whole.
+    end = hashlib.sha256(plan.model.name.encode()).hexdigest()[:8]
+    return f"{slug[: MAX_KUBERNETES_NAME - 9].rstrip('-')}-{end}"

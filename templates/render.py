@@ -13,9 +13,9 @@ from rankwright.templates.check import check
 from rankwright.templates.engines.render_engine import engine_files, engine_slurm_files
 from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.kubernetes_objects import kubernetes_files
+from rankwright.templates.kubernetes_options import KubernetesOptions
 from rankwright.templates.options import (
     EngineOptions,
-    KubernetesOptions,
     SlurmOptions,
     parse_options,
 )

@@ -1,6 +1,7 @@
 """Kubernetes objects against their plan."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -12,7 +13,11 @@ from rankwright.templates.checks.mismatch import (
     expect_plan,
     is_cpu,
     ranks_by_node,
+    variables,
 )
+
+# A pod has interfaces of its own: names of the machine's are wrong there.
+_INTERFACES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
 # libyaml's reader takes the same YAML and is ten times as fast, where PyYAML was built with it.
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -43,31 +48,91 @@ def _refuse_double_keys(node: yaml.Node | None) -> None:
 
 
 def check_objects(plan: Plan, text: str) -> None:
-    """Compare objects with their plan.
+    """Compare objects with their plan: pods, GPUs of each, launch, environment and the plan itself.
 
     Raises:
         ManifestMismatchError: They ask for other pods or GPUs, or carry another plan.
     """
     objects = read_objects(text)
     ranks = ranks_by_node(plan)
-    gpus_by_pod: dict[int, int] = {}
-    for workload in objects:
-        if workload["kind"] not in ("Deployment", "StatefulSet"):
-            continue
-        spec = workload["spec"]
-        start = spec.get("ordinals", {}).get("start", 0)
-        (container,) = spec["template"]["spec"]["containers"]
-        resources = container["resources"]
-        gpus = [v for k, v in resources.get("limits", {}).items() if k.endswith("/gpu") or "/" in k]
-        expect("GPU resources of a container", len(gpus), 0 if is_cpu(plan) else 1)
-        for ordinal in range(start, start + spec["replicas"]):
-            expect(f"pods numbered {ordinal}", ordinal in gpus_by_pod, False)
-            gpus_by_pod[ordinal] = gpus[0] if gpus else 0
-        words = " ".join(container["command"] + container["args"])
-        nnodes = re.findall(r"--nnodes (\d+)", words)
-        expect("launch --nnodes", nnodes, [str(len(ranks))] if len(ranks) > 1 else [])
-    pods = [gpus_by_pod[ordinal] for ordinal in sorted(gpus_by_pod)]
-    expect("pods", sorted(gpus_by_pod), list(range(len(ranks))))
-    expect("GPUs by pod", pods, [0] * len(ranks) if is_cpu(plan) else ranks)
+    claims = _claimed_gpus(objects)
+    gpus: dict[int, int] = {}
+    for start, count, pod in workload_pods(objects):
+        for ordinal in range(start, start + count):
+            expect(f"pods numbered {ordinal}", ordinal in gpus, False)
+            gpus[ordinal] = _gpus(plan, pod, claims)
+        _check_launch(plan, pod)
+    expect("pods", sorted(gpus), list(range(len(ranks))))
+    by_pod = [gpus[ordinal] for ordinal in sorted(gpus)]
+    expect("GPUs by pod", by_pod, [0] * len(ranks) if is_cpu(plan) else ranks)
     (config,) = [item for item in objects if item["kind"] == "ConfigMap"]
     expect_plan(plan, config["data"]["plan.json"])
+
+
+def workload_pods(objects: list[dict[str, Any]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield the number of the first pod of each template, how many there are, and the template."""
+    for workload in objects:
+        spec = workload.get("spec", {})
+        match workload["kind"]:
+            case "Deployment":
+                yield 0, 1, spec["template"]  # a copy: autoscaling makes more
+            case "StatefulSet":
+                start = spec.get("ordinals", {}).get("start", 0)
+                yield start, spec["replicas"], spec["template"]
+            case "Job":
+                expect("pods of the Job at once", spec["parallelism"], spec["completions"])
+                yield 0, spec["completions"], spec["template"]
+            case "JobSet":
+                (job,) = spec["replicatedJobs"]
+                expect("Jobs of the JobSet", job["replicas"], 1)
+                inner = job["template"]["spec"]
+                expect("pods of the Job at once", inner["parallelism"], inner["completions"])
+                yield 0, inner["completions"], inner["template"]
+            case "LeaderWorkerSet":
+                group = spec["leaderWorkerTemplate"]
+                yield 0, 1, group["leaderTemplate"]
+                yield 1, group["size"] - 1, group["workerTemplate"]
+            case _:
+                pass
+
+
+def _claimed_gpus(objects: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the devices that each ResourceClaimTemplate asks for."""
+    claims: dict[str, int] = {}
+    for item in objects:
+        if item["kind"] == "ResourceClaimTemplate":
+            (request,) = item["spec"]["spec"]["devices"]["requests"]
+            claims[item["metadata"]["name"]] = request["exactly"]["count"]
+    return claims
+
+
+def _gpus(plan: Plan, pod: dict[str, Any], claims: dict[str, int]) -> int:
+    (container,) = pod["spec"]["containers"]
+    limits = container["resources"].get("limits", {})
+    requests = container["resources"]["requests"]
+    counted = {key: value for key, value in requests.items() if "/" in key}
+    expect("limits of what is counted", limits, counted)
+    # The GPU comes first; what joins machines may follow.
+    found = list(limits.values())[:1]
+    own_claims = pod["spec"].get("resourceClaims", [])
+    if own_claims:
+        names = [{"name": claim["name"]} for claim in own_claims]
+        expect("claims of the container", container["resources"]["claims"], names)
+        found = [claims[claim["resourceClaimTemplateName"]] for claim in own_claims]
+    expect("GPU resources of a container", len(found), 0 if is_cpu(plan) else 1)
+    return found[0] if found else 0
+
+
+def _check_launch(plan: Plan, pod: dict[str, Any]) -> None:
+    """The launcher's number of machines, and the plan's environment but for host interfaces."""
+    (container,) = pod["spec"]["containers"]
+    num_nodes = len(ranks_by_node(plan))
+    words = " ".join(container["command"] + container["args"])
+    nnodes = re.findall(r"--nnodes (\d+)", words)
+    expect("launch --nnodes", nnodes, [str(num_nodes)] if num_nodes > 1 else [])
+    given = {item["name"]: item.get("value") for item in container["env"]}
+    for name, value in variables(plan).items():
+        if name in _INTERFACES and value != "lo":
+            expect(name, given.get(name), None)
+        else:
+            expect(name, given.get(name), value)

@@ -47,8 +47,10 @@ def test_a_changed_script_is_noticed(old: str, new: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("limits:\n              nvidia.com/gpu: 8", "limits:\n              a.b/gpu: 4", "by pod"),
-        ("            limits:\n              nvidia.com/gpu: 8\n", "", "GPU resources"),
+        ("limits:\n              nvidia.com/gpu: 8", "limits:\n              a.b/gpu: 4", "limits"),
+        ("nvidia.com/gpu: 8", "nvidia.com/gpu: 4", "GPUs by pod"),
+        ('value: "WARN"', 'value: "INFO"', "NCCL_DEBUG"),
+        ("            limits:\n              nvidia.com/gpu: 8\n", "", "limits"),
         ("replicas: 1", "replicas: 2", "pods numbered 1"),
         ("start: 1\n", "start: 2\n", "pods: rendered"),
         ("--nnodes 2", "--nnodes 3", "launch --nnodes"),
@@ -83,4 +85,7 @@ def test_sbatch_lines_after_the_first_command_do_not_count() -> None:
 
 def test_objects_are_read_in_order() -> None:
     kinds = [each["kind"] for each in read_objects(render(plan(), "kubernetes")[KUBERNETES])]
-    assert kinds == ["ConfigMap", "Service", "Service", "StatefulSet", "StatefulSet"]
+    assert kinds == [
+        *("ConfigMap", "Service", "Service", "StatefulSet", "StatefulSet"),
+        *("NetworkPolicy", "PodDisruptionBudget"),
+    ]

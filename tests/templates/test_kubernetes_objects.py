@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.templates.crd_schemas import problems
 from tests.templates.plans import NCCL, cluster, cpu_plan, plan, spec
 
 from rankwright.planner.plan import EnvironmentVariable, Plan
@@ -93,7 +94,7 @@ def test_a_cpu_plan_asks_for_cpus_and_memory() -> None:
 
 def test_one_machine_is_a_deployment_and_several_are_stateful_sets() -> None:
     kinds = [each["kind"] for each in objects(PLANS["one machine"]())]
-    assert kinds == ["ConfigMap", "Service", "Deployment"]
+    assert kinds == ["ConfigMap", "Service", "Deployment", "NetworkPolicy"]
     names = [
         (each["metadata"]["name"], each["spec"]["ordinals"]["start"], each["spec"]["replicas"])
         for each in of_kind(objects(PLANS["uneven machines"](), name="x"), "StatefulSet")
@@ -111,11 +112,10 @@ def test_another_vendors_gpus_have_another_name() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("version", ["1.31", "1.37"])
-def test_the_api_server_would_know_every_field(name: str, options: str, version: str) -> None:
-    checker = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+def test_the_api_server_would_know_every_field(name: str, options: str) -> None:
+    pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
     for each in objects(PLANS[name](), **OPTIONS[options]):
-        assert checker.validate(each, version, strict=True) == version
+        assert problems(each) == []
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -159,7 +159,7 @@ def test_every_pod_has_probes_shared_memory_and_time_to_drain(name: str) -> None
             if number == 0:
                 assert own[probe]["httpGet"] == {"path": "/health", "port": "http"}
             else:
-                assert own[probe]["exec"]["command"][-1].endswith("-nodes:8000/health")
+                assert ":8000/health" in own[probe]["exec"]["command"][-1]
         assert own["startupProbe"]["periodSeconds"] * own["startupProbe"]["failureThreshold"] >= 300
         sleep_s = own["lifecycle"]["preStop"]["sleep"]["seconds"]
         grace_s = pod["spec"]["terminationGracePeriodSeconds"]

@@ -3,9 +3,9 @@ from typing import Any
 import pytest
 from tests.templates.plans import plan, spec
 
+from rankwright.templates.kubernetes_options import KubernetesOptions
 from rankwright.templates.options import (
     MAX_KUBERNETES_NAME,
-    KubernetesOptions,
     SlurmOptions,
     default_name,
     parse_options,
@@ -114,11 +114,17 @@ def test_options_given_as_text_are_read() -> None:
         ("/data/models/My Model/", "my-model"),
         ("01-ai/34B", "rankwright-34b"),
         ("///", "rankwright"),
-        ("x/" + "a-" * 40, ("a-" * 40)[:MAX_KUBERNETES_NAME].rstrip("-")),
+        ("x/" + "a-" * 40, "a-" * 15 + "a-d0b77c3f"),
     ],
 )
 def test_the_default_name_is_the_models_and_valid_everywhere(model: str, name: str) -> None:
     made = default_name(plan(model=spec(model)))
     assert made == name
+    assert len(made) <= MAX_KUBERNETES_NAME
     assert parse_options(SlurmOptions, "slurm", {"name": made}).name == made
     assert parse_options(KubernetesOptions, "kubernetes", {"name": made}).name == made
+
+
+def test_long_names_that_begin_alike_stay_apart() -> None:
+    names = {default_name(plan(model=spec("x/" + "a" * 60 + end))) for end in ("", "b", "c")}
+    assert len(names) == 3

@@ -1,0 +1,133 @@
+"""The kinds of workload that a plan's pods can be part of. A new one is a row and a `.yaml.j2`."""
+
+from dataclasses import dataclass, replace
+
+from rankwright.templates.kubernetes_options import KubernetesOptions
+
+_APP = "app.kubernetes.io"
+
+
+@dataclass(frozen=True, slots=True)
+class PodShare:
+    """What one pod asks for, as Kubernetes quantities."""
+
+    num_cpus: int
+    num_gpus: int
+    memory: str
+    shm: str
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Machines that are alike and follow each other: one StatefulSet."""
+
+    name: str
+    component: str
+    start: int  # node rank of the first
+    replicas: int
+    share: PodShare
+    gpu_type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Flavor:
+    """A kind of workload: how its pods find the head, and what tells the head's pod apart."""
+
+    head: str  # address of the head; {name} is the deployment's
+    rank_label: str  # of pods: their number
+    head_labels: tuple[tuple[str, str], ...] = ((f"{_APP}/component", "head"),)
+    needs_service: bool = True  # a headless one for names
+    subdomain: str | None = None
+    restart_policy: str | None = None
+    needs: str = ""
+    max_kinds: int | None = None  # of machines that it can ask for
+    scale_target: str | None = None  # as JSON; {name} is the deployment's
+    num_nodes: range = range(1, 2**31)
+
+
+_INDEX = "batch.kubernetes.io/job-completion-index"
+FLAVORS: dict[str, Flavor] = {
+    "deployment": Flavor(
+        head="{name}",
+        rank_label="apps.kubernetes.io/pod-index",
+        scale_target='{{"apiVersion": "apps/v1", "kind": "Deployment", "name": "{name}"}}',
+        num_nodes=range(1, 2),
+    ),
+    "statefulset": Flavor(
+        head="{name}-head-0.{name}-nodes", rank_label="apps.kubernetes.io/pod-index"
+    ),
+    "job": Flavor(
+        head="{name}-0.{name}-nodes",
+        rank_label=_INDEX,
+        head_labels=((_INDEX, "0"),),
+        subdomain="{name}-nodes",
+        restart_policy="Never",
+        max_kinds=1,
+    ),
+    "jobset": Flavor(
+        head="{name}-nodes-0-0.{name}",
+        rank_label=_INDEX,
+        head_labels=((_INDEX, "0"),),
+        needs_service=False,
+        restart_policy="Never",
+        needs=", with JobSet",
+        max_kinds=1,
+    ),
+    "leaderworkerset": Flavor(
+        head="$(LWS_LEADER_ADDRESS)",
+        rank_label="leaderworkerset.sigs.k8s.io/worker-index",
+        needs_service=False,
+        needs=", with LeaderWorkerSet",
+        max_kinds=2,
+        scale_target='{{"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", '
+        '"name": "{name}"}}',
+    ),
+}
+
+
+def flavor_name(wanted: str, num_nodes: int) -> str:
+    """Return the flavor to use for `num_nodes` machines where `wanted` is 'auto'."""
+    if wanted == "auto":
+        return "deployment" if num_nodes == 1 else "statefulset"
+    return wanted
+
+
+def check_flavor(name: str, groups: tuple[Group, ...], options: KubernetesOptions) -> Flavor:
+    """Return the flavor called `name` if it can ask for `groups`.
+
+    Raises:
+        ValueError: It cannot; with a flavor that can.
+    """
+    flavor = FLAVORS[name]
+    num_nodes = sum(group.replicas for group in groups)
+    if num_nodes not in flavor.num_nodes:
+        raise ValueError(
+            f"flavor={name} is for one machine, the plan has {num_nodes}; use statefulset, or auto"
+        )
+    # Unlike a leader and its workers, a Job's pods are all of one template.
+    first = {(groups[0].share, groups[0].gpu_type)}
+    rest = {(group.share, group.gpu_type) for group in groups[1:]}
+    kinds = len(first | rest) if flavor.max_kinds == 1 else 1 + len(rest)
+    if flavor.max_kinds is not None and kinds > flavor.max_kinds:
+        raise ValueError(
+            f"flavor={name} asks for {flavor.max_kinds} kind(s) of pod, the plan's machines are of "
+            f"{kinds}; use statefulset, or plan with a --dp, --tp and --pp that fill all alike"
+        )
+    if options.rdma_resource is not None and groups[0].share.num_gpus == 0:
+        raise ValueError(
+            f"rdma_resource={options.rdma_resource} is for GPUs of several machines, and the plan "
+            "is for CPUs; leave it out"
+        )
+    if options.max_replicas > 1 and flavor.scale_target is None:
+        scales = " or ".join(key for key, value in FLAVORS.items() if value.scale_target)
+        raise ValueError(
+            f"flavor={name} has no copies that max_replicas={options.max_replicas} could number; "
+            f"use {scales}"
+        )
+    return flavor
+
+
+def for_name(flavor: Flavor, name: str) -> Flavor:
+    """Return `flavor` with the deployment's name in place."""
+    subdomain = flavor.subdomain and flavor.subdomain.format(name=name)
+    return replace(flavor, head=flavor.head.format(name=name), subdomain=subdomain)

@@ -1,0 +1,158 @@
+"""What a user may say about Kubernetes objects, beyond the plan."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rankwright.templates.layout import PORTS_OF_A_LAUNCH
+from rankwright.templates.options import (
+    DEFAULT_PORT,
+    KUBERNETES_PORT,
+    MAX_KUBERNETES_NAME,
+    PAIRS,
+    AbsolutePath,
+    Image,
+    Port,
+)
+from rankwright.topology.value import Value
+
+# Names as the API server takes them (Kubernetes docs, "Object Names and IDs", "Labels").
+SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+RESOURCE = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
+
+
+class KubernetesOptions(Value):
+    """Options of `render(plan, "kubernetes", ...)`."""
+
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        max_length=MAX_KUBERNETES_NAME,
+        description="a name of lower-case letters, digits and '-', letter first, at most "
+        f"{MAX_KUBERNETES_NAME}",
+    )
+    namespace: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        max_length=63,
+        description="a namespace; None: that of the kubectl context",
+    )
+    image: Image | None = Field(
+        default=None,
+        description="an image with rankwright[executor], such as registry/rankwright:1.0",
+    )
+    flavor: Literal["auto", "deployment", "statefulset", "job", "leaderworkerset", "jobset"] = (
+        Field(
+            default="auto",
+            description="auto, deployment, statefulset, job, leaderworkerset or jobset",
+        )
+    )
+    image_pull_secret: str | None = Field(
+        default=None, pattern=SUBDOMAIN, max_length=253, description="the name of a secret"
+    )
+    token_secret: str | None = Field(
+        default=None,
+        pattern=SUBDOMAIN,
+        max_length=253,
+        description="the name of a secret whose key `token` becomes HF_TOKEN",
+    )
+    model_pvc: str | None = Field(
+        default=None,
+        pattern=SUBDOMAIN,
+        max_length=253,
+        description="the name of a PersistentVolumeClaim that every node may mount read-only",
+    )
+    model_host_path: AbsolutePath | None = Field(
+        default=None, description="the absolute path of a folder with the weights on every node"
+    )
+    model_path: AbsolutePath | None = Field(
+        default=None,
+        description="the absolute path of the weights inside the pod, under /models",
+    )
+    port: Port = Field(default=DEFAULT_PORT, description="a port from 1024 to 65535 for HTTP")
+    gpu_resource: str | None = Field(
+        default=None,
+        pattern=RESOURCE,
+        max_length=128,
+        description="an extended resource such as nvidia.com/gpu",
+    )
+    gpu_types: str | None = Field(
+        default=None,
+        pattern=PAIRS,
+        description="the label nvidia.com/gpu.product of the plan's GPUs, such as "
+        "h100-sxm=NVIDIA-H100-80GB-HBM3,a10=NVIDIA-A10",
+    )
+    device_class: str | None = Field(
+        default=None,
+        pattern=SUBDOMAIN,
+        max_length=253,
+        description="a DeviceClass to claim GPUs of (DRA), such as gpu.nvidia.com",
+    )
+    rdma_resource: str | None = Field(
+        default=None,
+        pattern=RESOURCE,
+        max_length=128,
+        description="an extended resource such as rdma/ib, of what joins machines",
+    )
+    rdma_count: int = Field(
+        default=1, ge=1, le=64, description="how many of rdma_resource, 1 to 64"
+    )
+    topology_key: str | None = Field(
+        default=None,
+        pattern=LABEL_KEY,
+        max_length=253,
+        description="a node label whose value the machines must share, such as "
+        "topology.kubernetes.io/zone",
+    )
+    node_selector: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*(,[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*)*$",
+        description="node labels, such as pool=serving,zone=a",
+    )
+    monitor: bool = Field(default=False, description="true: a PodMonitor for Prometheus; or false")
+    max_replicas: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="how many copies of the plan may run, by the length of their queue",
+    )
+    queue_length: int = Field(
+        default=4, ge=1, le=10**6, description="waiting requests a copy before there is one more"
+    )
+    prometheus: str | None = Field(
+        default=None,
+        pattern=r"^https?://[A-Za-z0-9.:/_-]+$",
+        description="the address of Prometheus, for KEDA, such as http://prometheus.monitoring:9090",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "KubernetesOptions":
+        if self.model_pvc is not None and self.model_host_path is not None:
+            raise ValueError("give model_pvc or model_host_path, not both")
+        if self.prometheus is not None and self.max_replicas == 1:
+            raise ValueError("prometheus is what max_replicas scales by; give that too")
+        for pair in (self.node_selector or "").split(","):
+            key, _, value = pair.partition("=")
+            if pair and not (re.match(LABEL_KEY, key) and re.match(LABEL_VALUE, value)):
+                raise ValueError(f"node_selector has {pair!r}; expected LABEL=VALUE of a node")
+        has_volume = self.model_pvc is not None or self.model_host_path is not None
+        if self.model_path is not None:
+            if not has_volume:
+                raise ValueError(
+                    f"model_path={self.model_path!r} is inside the pod; say with model_pvc or "
+                    "model_host_path which volume holds it"
+                )
+            if not (self.model_path + "/").startswith("/models/"):
+                raise ValueError(
+                    f"model_path={self.model_path!r} must be under /models, where the volume is "
+                    "mounted"
+                )
+        if self.port in range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH):
+            raise ValueError(
+                f"port={self.port} is a port where the ranks meet; expected another, such as "
+                f"{DEFAULT_PORT}"
+            )
+        return self
