@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rankwright.cost_model.calibration import Calibration
-from rankwright.executor.backends.local import tail
+from rankwright.executor.backends.ranks import tail
 from rankwright.executor.measure import measure
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rankwright.executor.backends.local import WORKER
 from rankwright.executor.checkpoint import read_sampling_defaults
 from rankwright.executor.messages import Sampling
-from rankwright.executor.preflight import check_machine, find_model, make_options
+from rankwright.executor.preflight import check_machine, find_model, joined, make_options
 from rankwright.executor.progress import Progress
-from rankwright.executor.session import DeviceKind, LoadFormat, RunOptions, Session, start
+from rankwright.executor.run_options import WORKER, DeviceKind, LoadFormat, RunOptions
+from rankwright.executor.session import Session, start
 from rankwright.executor.signals import Signals
 from rankwright.executor.text_stream import stream_text
 from rankwright.executor.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def generate(
         on_text: Called with the prompt's index and each piece of text as it comes.
         load_format: 'auto': safetensors; 'dummy': random weights.
         model_path: Folder with weights and tokenizer; None: found by the model's name.
-        backend: 'auto' or 'local'.
+        backend: 'local' (torchrun) or 'ray'; 'auto': Ray for several machines, else local.
         device: 'auto': what the plan says.
         start_timeout_s: Until every replica must be ready.
         force: Run also where this machine is not the one the plan was made for.
@@ -95,6 +95,7 @@ def generate(
         device=device,
         start_timeout_s=start_timeout_s,
         worker=worker,
+        force=force,
     )
     if not force:
         check_machine(plan, options)
@@ -105,8 +106,9 @@ def generate(
     ids = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
     for index, prompt in enumerate(ids):
         check_length(plan, index, prompt, sampling)
-    run = _run(plan, options, tokenizer, ids, sampling, stops, on_text, quiet=quiet)
-    return asyncio.run(run)
+    with joined(plan, options) as options:
+        run = _run(plan, options, tokenizer, ids, sampling, stops, on_text, quiet=quiet)
+        return asyncio.run(run)
 
 
 def encode_prompt(

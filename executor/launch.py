@@ -7,8 +7,8 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from rankwright.executor.backends.local import WORKER
 from rankwright.executor.checkpoint import read_sampling_defaults
 from rankwright.executor.launch_record import (
     make_record,
@@ -17,26 +17,25 @@ from rankwright.executor.launch_record import (
     write_record,
 )
 from rankwright.executor.metrics import Metrics
-from rankwright.executor.preflight import check_machine, find_model, listen, make_options
+from rankwright.executor.preflight import (
+    SCHEDULER_VARIABLES,
+    check_machine,
+    find_model,
+    joined,
+    listen,
+    make_options,
+)
 from rankwright.executor.progress import Progress
+from rankwright.executor.run_options import WORKER, DeviceKind, LoadFormat, RunOptions
 from rankwright.executor.server import create_app, make_server
 from rankwright.executor.service import Service
-from rankwright.executor.session import (
-    DeviceKind,
-    LaunchError,
-    LoadFormat,
-    RunOptions,
-    Session,
-    follow,
-    start,
-)
+from rankwright.executor.session import LaunchError, Session, follow, start
 from rankwright.executor.signals import Signals
+from rankwright.executor.submit import SUBMITTERS, submit_and_follow
 from rankwright.executor.tokenizer import Tokenizer
 from rankwright.planner.plan import Plan
 
 EXIT_OK, EXIT_LAUNCH_FAILED = 0, 5
-# Set inside a Slurm job and inside a Kubernetes pod.
-SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
 
 
 def launch(
@@ -58,12 +57,14 @@ def launch(
     force: bool = False,
     model_name: str | None = None,
     worker: Sequence[str] = WORKER,
+    ray_address: str | None = None,
+    **submitted: Any,
 ) -> int:
     """Serve `plan` until SIGINT or SIGTERM; return 0 then, 5 when a rank fails.
 
     The first signal stops new requests and lets those that run finish, for `drain_s` seconds; a
-    second one ends them at once. With several nodes, run it on each with its `node_rank`; node 0
-    serves.
+    second one ends them at once. With several nodes and torchrun, run it on each with its
+    `node_rank`; node 0 serves.
 
     Args:
         plan: What to run.
@@ -71,7 +72,8 @@ def launch(
         port: Port to serve on; 0: a free one, which is printed.
         load_format: 'auto': safetensors; 'dummy': random weights.
         model_path: Folder with weights and tokenizer; None: found by the model's name.
-        backend: 'auto' or 'local'.
+        backend: 'local' (torchrun), 'ray', 'slurm' or 'kubernetes'; 'auto': Ray for several
+            machines, else local. The last two take `submitted` and nothing else.
         device: 'auto': what the plan says.
         nnodes: Machines this runs on.
         node_rank: Number of this one.
@@ -83,11 +85,18 @@ def launch(
         force: Run also where this machine is not the one the plan was made for.
         model_name: Name in the API; None: the plan's.
         worker: Command of a rank.
+        ray_address: Of a Ray cluster; None: `RAY_ADDRESS`, or the one that runs here.
+        submitted: Arguments of `submit_and_follow`, for a back end that submits.
 
     Raises:
         ValueError: Something asked for cannot be: this machine, the weights, the port.
         ProbeError: This machine cannot be read.
+        MissingToolError: What the back end needs is not here.
     """
+    if backend in SUBMITTERS:
+        return submit_and_follow(plan, backend, **submitted)
+    if submitted:
+        raise TypeError(f"backend {backend!r} takes no {', '.join(submitted)}")
     options = make_options(
         plan,
         backend=backend,
@@ -101,6 +110,8 @@ def launch(
         host_interface=host_interface,
         start_timeout_s=start_timeout_s,
         worker=worker,
+        ray_address=ray_address,
+        force=force,
     )
     if drain_s < 0:
         raise ValueError(f"drain_s is {drain_s:g}, must be 0 or more")
@@ -114,7 +125,11 @@ def launch(
         defaults, notes = read_sampling_defaults(options.model_path)
         for note in notes:
             _say(note)
-        with listen(host, port) as listening, _recorded(plan, listening):
+        with (
+            joined(plan, options) as options,
+            listen(host, port) as listening,
+            _recorded(plan, options, listening),
+        ):
             server = _Launch(plan, options, tokenizer, defaults, model_name or plan.model.name)
             asyncio.run(server.run(listening, drain_s))
             return EXIT_OK
@@ -227,7 +242,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 @contextlib.contextmanager
-def _recorded(plan: Plan, listening: socket.socket) -> Iterator[None]:
+def _recorded(plan: Plan, options: RunOptions, listening: socket.socket) -> Iterator[None]:
     """Let `rankwright status` and `stop` know of this launch while it runs.
 
     Not of one inside a job or a pod: there the job is the launch, and it is recorded where it was
@@ -235,7 +250,7 @@ def _recorded(plan: Plan, listening: socket.socket) -> Iterator[None]:
     """
     record = None
     if not any(name in os.environ for name in SCHEDULER_VARIABLES):
-        record = make_record(plan, "local", this_process())
+        record = make_record(plan, options.backend, this_process())
         record = record.model_copy(update={"url": url_of(listening)})
         try:
             write_record(record)

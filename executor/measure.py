@@ -18,7 +18,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rankwright.executor.backends.local import num_cpus, tail
+from rankwright.executor.backends.local import num_cpus
+from rankwright.executor.backends.ranks import tail
 from rankwright.executor.interface import interface_towards
 from rankwright.topology.apply_measurements import apply_measurements
 from rankwright.topology.cluster import Cluster, Node

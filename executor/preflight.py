@@ -3,24 +3,32 @@
 A mistake found here costs a second and one line; found by a rank it costs a minute and a log.
 """
 
+import contextlib
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rankwright.executor.backends.local import WORKER
 from rankwright.executor.checkpoint import find_checkpoint, find_model_folder
 from rankwright.executor.models.supported import check_supported
-from rankwright.executor.session import DeviceKind, LoadFormat, RunOptions, node_order
+from rankwright.executor.run_options import (
+    WORKER,
+    BackendName,
+    DeviceKind,
+    LoadFormat,
+    RunOptions,
+    node_order,
+)
 from rankwright.executor.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import check_cluster
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.probe import probe
 
-BACKENDS = ("auto", "local")
-# Their manifests are files to submit: `rankwright render` makes them.
-_RENDERED = ("slurm", "kubernetes")
+BACKENDS = ("auto", "local", "ray")
+# Set inside a Slurm job and inside a Kubernetes pod, which have their own way to start ranks.
+SCHEDULER_VARIABLES = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
 
 
 def make_options(
@@ -37,25 +45,29 @@ def make_options(
     host_interface: str | None = None,
     start_timeout_s: float = 1800.0,
     worker: Sequence[str] = WORKER,
+    ray_address: str | None = None,
+    force: bool = False,
 ) -> RunOptions:
     """Return the options, checked against each other and the plan.
 
     Raises:
         ValueError: One is out of range, or the plan wants another number of machines.
     """
-    if backend in _RENDERED:
-        raise ValueError(
-            f"backend {backend!r} runs from a manifest: `rankwright render PLAN --target {backend}`"
-        )
     _one_of("backend", backend, BACKENDS)
     _one_of("load format", load_format, ("auto", "dummy"))
     _one_of("device", device, ("auto", "cpu", "cuda"))
-    nodes = node_order(plan)
-    if nnodes != len(nodes):
+    chosen = choose_backend(plan, backend, nnodes)
+    num_nodes = len(plan.nodes_used())
+    if chosen == "ray":
+        if nnodes != 1:
+            raise ValueError(f"nnodes is {nnodes}, and Ray starts the ranks of all machines itself")
+    elif nnodes != len(node_order(plan)):
         raise ValueError(
-            f"the plan uses {len(nodes)} machines and nnodes is {nnodes}; run it on each of them "
-            f"with --nnodes {len(nodes)} --node-rank 0, 1, ..., or render a manifest"
+            f"the plan uses {num_nodes} machines and nnodes is {nnodes}; run it on each of them "
+            f"with --nnodes {num_nodes} --node-rank 0, 1, ..., or once with --backend ray or slurm"
         )
+    if ray_address is not None and chosen != "ray":
+        raise ValueError(f"there is an address of Ray, and the backend is {chosen}")
     if not 0 <= node_rank < nnodes:
         raise ValueError(f"node_rank is {node_rank}, must be 0 to {nnodes - 1}")
     if start_timeout_s <= 0:
@@ -63,6 +75,9 @@ def make_options(
     if master_port is not None and not 1 <= master_port <= 65534:
         raise ValueError(f"master_port is {master_port}, must be 1 to 65534")
     return RunOptions(
+        backend=chosen,
+        ray_address=ray_address,
+        force=force,
         load_format=load_format,
         model_path=None if model_path is None else Path(model_path),
         device=device,
@@ -76,8 +91,54 @@ def make_options(
     )
 
 
+def choose_backend(plan: Plan, backend: str, nnodes: int) -> BackendName:
+    """Return what starts the ranks, where `backend` may be 'auto'.
+
+    Ray for a plan of several machines that is launched once; torchrun on one machine, and where
+    the launch is itself one of several, as in a job or a pod.
+    """
+    if backend in ("local", "ray"):
+        return "ray" if backend == "ray" else "local"
+    in_job = any(name in os.environ for name in SCHEDULER_VARIABLES)
+    return "ray" if len(plan.nodes_used()) > 1 and nnodes == 1 and not in_job else "local"
+
+
+@contextlib.contextmanager
+def joined(plan: Plan, options: RunOptions) -> Iterator[RunOptions]:
+    """Join what the back end needs, for the length of the block: a Ray cluster.
+
+    Yields:
+        The options with what is known now.
+
+    Raises:
+        MissingToolError: There is none.
+        ValueError: It is smaller than the plan.
+    """
+    if options.backend == "local":
+        yield options
+        return
+    # Here, not at the top: Ray is an extra.
+    from rankwright.executor.backends.ray_cluster import connected
+
+    with connected(plan, options) as found:
+        yield found
+
+
 def check_machine(plan: Plan, options: RunOptions) -> None:
     """Check that this machine is the one that the plan means by `options.node_rank`.
+
+    Ray's nodes are checked where they are, once they are known.
+
+    Raises:
+        ValueError: It is another one; says what differs.
+        ProbeError: This machine cannot be read.
+    """
+    if options.backend == "local":
+        check_node(plan, node_order(plan)[options.node_rank], options.device)
+
+
+def check_node(plan: Plan, number: int, device: str) -> None:
+    """Check that this machine is machine `number` of the plan.
 
     CPU ranks run anywhere, however many the plan has, so a plan of those fits every machine.
 
@@ -85,8 +146,8 @@ def check_machine(plan: Plan, options: RunOptions) -> None:
         ValueError: It is another one; says what differs.
         ProbeError: This machine cannot be read.
     """
-    node = plan.cluster.node(node_order(plan)[options.node_rank])
-    if options.device == "cpu" or all(gpu.device == "cpu" for gpu in node.gpus):
+    node = plan.cluster.node(number)
+    if device == "cpu" or all(gpu.device == "cpu" for gpu in node.gpus):
         return
     # One machine cannot see the fabric, nor whether the others are there.
     alone = Cluster(nodes=(node.model_copy(update={"count": 1}),), source=plan.cluster.source)

@@ -13,25 +13,14 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Literal
 
-from rankwright.executor.backends.local import (
-    WORKER,
-    Failure,
-    LocalRanks,
-    Rendezvous,
-    last_line,
-    rank_environment,
-    tail,
-)
+from rankwright.executor.backends.local import LocalRanks, Rendezvous, rank_environment
+from rankwright.executor.backends.ranks import Failure, Ranks, tail
 from rankwright.executor.front_end import FrontEnd
+from rankwright.executor.run_options import RunOptions, node_order, worker_arguments
 from rankwright.planner.plan import Plan, RankPlan
-
-LoadFormat = Literal["auto", "dummy"]
-DeviceKind = Literal["auto", "cpu", "cuda"]
 
 # From Stop until the ranks are killed: they finish a step and destroy their process groups.
 _STOP_GRACE_S = 10.0
@@ -42,40 +31,11 @@ class LaunchError(Exception):
     """The ranks could not start, or one of them ended; one line, exit code 5."""
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How a plan is started, beyond what the plan says.
-
-    Attributes:
-        load_format: 'dummy' makes random weights.
-        model_path: Folder with the weights; None: found by the model's name.
-        device: What the ranks compute on; 'auto': what the plan says.
-        nnodes: Machines that this command runs on at once, each with its `node_rank`.
-        node_rank: Number of this machine, 0 for the one that serves.
-        master_addr: Address of machine 0.
-        master_port: Port there for torch; None: a free one, or 29500 with several nodes.
-        host_interface: Address on which machine 0 listens for leaders; None: `master_addr`.
-        start_timeout_s: From the start until every replica is ready.
-        worker: Command of a rank.
-    """
-
-    load_format: LoadFormat = "auto"
-    model_path: Path | None = None
-    device: DeviceKind = "auto"
-    nnodes: int = 1
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int | None = None
-    host_interface: str | None = None
-    start_timeout_s: float = 1800.0
-    worker: Sequence[str] = WORKER
-
-
 class Session:
     """Ranks that run, and the way to talk to them."""
 
     def __init__(
-        self, plan: Plan, front_end: FrontEnd, ranks: LocalRanks, run_dir: Path, timeout_s: float
+        self, plan: Plan, front_end: FrontEnd, ranks: Ranks, run_dir: Path, timeout_s: float
     ) -> None:
         """Hold what `start` has made."""
         self.plan = plan
@@ -105,7 +65,7 @@ class Session:
                 if time.monotonic() > deadline_s:
                     self._keep_files = True
                     raise LaunchError(await self._timeout_message())
-                report(last_line(self.run_dir / "rank-0.log"))
+                report(self._ranks.doing())
         finally:
             ready.cancel()
             ended.cancel()
@@ -162,7 +122,14 @@ async def start(plan: Plan, options: RunOptions) -> AsyncIterator[Session]:
         run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
         host, _, port = front_end.address.rpartition(":")
         reach = f"{options.master_addr if options.nnodes > 1 else host}:{port}"
-        ranks = start_ranks(plan, options, run_dir, reach, front_end.authkey)
+        ranks: Ranks
+        if options.backend == "ray":
+            # Here, not at the top: Ray is an extra.
+            from rankwright.executor.backends.ray_ranks import RayRanks
+
+            ranks = RayRanks(plan, options, run_dir, front_end.address, front_end.authkey)
+        else:
+            ranks = start_ranks(plan, options, run_dir, reach, front_end.authkey)
         session = Session(plan, front_end, ranks, run_dir, options.start_timeout_s)
         try:
             yield session
@@ -227,35 +194,12 @@ def start_ranks(
         "RANKWRIGHT_FRONT_END": front_end,
         "RANKWRIGHT_AUTHKEY": authkey.hex(),
     }
-    worker = [*options.worker, "--plan", str(plan_path), "--load-format", options.load_format]
-    if options.model_path is not None:
-        worker += ["--model-path", str(options.model_path)]
-    worker += ["--device", options.device]
+    worker = [*options.worker, *worker_arguments(options, plan_path)]
     port = options.master_port
     if port is None:
         port = 29500 if options.nnodes > 1 else _free_port()
     rendezvous = Rendezvous(options.nnodes, options.node_rank, options.master_addr, port)
     return LocalRanks(ranks, run_dir, rendezvous, environment, worker)
-
-
-def node_order(plan: Plan) -> tuple[int, ...]:
-    """Return the machines of the plan in the order of their first rank.
-
-    torchrun numbers ranks along the nodes, so a node's ranks must follow one another.
-
-    Raises:
-        ValueError: They do not.
-    """
-    order: list[int] = []
-    for rank in plan.ranks:
-        if not order or order[-1] != rank.node:
-            order.append(rank.node)
-    if len(set(order)) != len(order):
-        raise ValueError(
-            f"ranks go to nodes {order}: torchrun needs the ranks of a node to follow one another; "
-            "plan again, or start each rank yourself"
-        )
-    return tuple(order)
 
 
 def leader_port(options: RunOptions) -> int:
@@ -325,7 +269,7 @@ def _listen_address(options: RunOptions) -> tuple[str, int]:
 
 
 def _error(plan: Plan, failure: Failure, what: str) -> LaunchError:
-    who = "torchrun" if failure.rank is None else describe_rank(plan, failure.rank)
+    who = failure.agent if failure.rank is None else describe_rank(plan, failure.rank)
     return LaunchError(f"{who} {what}: {failure.error} (log: {failure.log})")
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from rankwright.executor.checkpoint import find_checkpoint
 from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.mesh import Mesh
+from rankwright.executor.parent_death import end_with_parent
 from rankwright.executor.runner import Runner
 from rankwright.executor.weights import DummySource, SafetensorsSource, WeightSource
 from rankwright.planner.plan import Plan
@@ -47,6 +48,7 @@ def main() -> None:
     if os.environ.get("RANKWRIGHT_IGNORE_TERM") == "1":
         # Slurm signals every process of a step at once; the launcher drains and then stops us.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
     faulthandler.enable()
     rank = int(os.environ["RANK"])
     try:

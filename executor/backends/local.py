@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankwright.executor.backends.ranks import Failure, describe_exit, last_line
+from rankwright.executor.run_options import WORKER
 from rankwright.planner.plan import Plan, RankPlan
-
-WORKER = (sys.executable, "-m", "rankwright.executor.worker")
 
 # torchrun's own --log-dir makes two files four folders deep, and counts local ranks. `exec` keeps
 # the process id, so that signals and exit codes are the rank's own.
@@ -50,21 +50,6 @@ class Rendezvous:
     node_rank: int
     master_addr: str
     master_port: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why the ranks ended.
-
-    Attributes:
-        rank: The first that ended; None where only torchrun itself did.
-        error: One line.
-        log: File with the rest.
-    """
-
-    rank: RankPlan | None
-    error: str
-    log: Path
 
 
 class LocalRanks:
@@ -107,6 +92,10 @@ class LocalRanks:
                 # A terminal's Ctrl-C goes to the parent alone, which decides what it means.
                 start_new_session=True,
             )
+
+    def doing(self) -> str:
+        """Return the last line of the first rank."""
+        return last_line(self._run_dir / "rank-0.log")
 
     async def first_end(self) -> None:
         """Return when a rank or torchrun has ended."""
@@ -219,15 +208,7 @@ class LocalRanks:
         text = (self._run_dir / AGENT_LOG).read_text(errors="replace")
         codes = {int(pid): int(code) for code, pid in _EXIT_CODE.findall(text)}
         code = codes.get(self._pids.get(rank, -1))
-        if code is None:
-            return ""
-        if code >= 0:
-            last = last_line(self._run_dir / f"rank-{rank}.log")
-            return f"exit code {code}" + (f": {last}" if last else "")
-        name = signal.Signals(-code).name
-        if -code == signal.SIGKILL:
-            return "killed by SIGKILL; the kernel does so when memory runs out (see dmesg)"
-        return f"killed by {name}"
+        return "" if code is None else describe_exit(code, self._run_dir / f"rank-{rank}.log")
 
     def _error_file(self, rank: int) -> Path:
         return self._run_dir / f"rank-{rank}.error"
@@ -264,23 +245,6 @@ def num_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def last_line(path: Path) -> str:
-    """Return the last line of `path` that is not blank; empty where there is none."""
-    lines = tail(path, 1)
-    return lines[0].strip() if lines else ""
-
-
-def tail(path: Path, num_lines: int) -> list[str]:
-    """Return the last lines of `path` that are not blank; none where there is no file."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65536))  # enough for any traceback
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    return [line for line in text.splitlines() if line.strip()][-num_lines:]
 
 
 def _leads_group(pid: int) -> bool:

@@ -21,6 +21,7 @@ from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 from rankwright.executor.messages import Abort, Hello, Stats, Stop, Submit, Tokens, decode, encode
+from rankwright.executor.parent_death import end_with_parent
 
 CRASH_TOKEN, ERROR_TOKEN = 666, 667
 
@@ -39,7 +40,9 @@ def main() -> int:
     else:
         place = json.loads(plan_path.read_text())["ranks"][rank]
         replica, leads = place["replica"], place["stage"] == 0 and place["tp_rank"] == 0
-    print(f"rank {rank} runs as {os.getpid()}", flush=True)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    print(f"rank {rank} runs as {os.getpid()}, CUDA_VISIBLE_DEVICES={gpus}", flush=True)
+    end_with_parent()
     if os.environ.get("TEST_FAIL_RANK") == str(rank):
         text = "traceback line\nRuntimeError: out of memory: 3 GB wanted"
         (run_dir / f"rank-{rank}.error").write_text(text)

@@ -212,6 +212,16 @@ def test_two_machines_serve_one_plan(tmp_path: Path) -> None:
 def test_a_plan_for_two_machines_is_refused_on_one() -> None:
     plan = two_nodes(cpu_plan(SPEC, pp=2, dp=2))
     with pytest.raises(ValueError, match="the plan uses 2 machines and nnodes is 1"):
+        make_options(plan, backend="local")
+
+
+def test_several_machines_are_for_ray_but_in_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = two_nodes(cpu_plan(SPEC, pp=2, dp=2))
+    assert make_options(plan).backend == "ray"
+    assert make_options(plan, nnodes=2).backend == "local"
+    assert make_options(cpu_plan(SPEC, pp=2)).backend == "local"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ValueError, match="the plan uses 2 machines and nnodes is 1"):
         make_options(plan)
 
 
@@ -242,8 +252,9 @@ def test_weights_that_are_not_there_are_refused_before_the_start() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "slurm"}, "rankwright render PLAN --target slurm"),
-        ({"backend": "mpi"}, "unknown backend 'mpi'; choose auto, local"),
+        ({"backend": "mpi"}, "unknown backend 'mpi'; choose auto, local, ray"),
+        ({"backend": "ray", "nnodes": 2}, "Ray starts the ranks of all machines itself"),
+        ({"ray_address": "head:6379"}, "there is an address of Ray, and the backend is local"),
         ({"node_rank": 1}, "node_rank is 1, must be 0 to 0"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"start_timeout_s": 0}, "start_timeout_s is 0"),

@@ -22,6 +22,7 @@ _OURS = (
     "start_timeout",
     "drain",
     "model_name",
+    "ray_address",
     "force",
 )
 _THEIRS = ("settings", "detach", "job_dir")
@@ -65,6 +66,14 @@ def run(
     ] = 10,
     model_name: Annotated[
         str | None, typer.Option(help="Name in the API.  [default: the model's]")
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A Ray cluster of which this machine is a node.  [default: RAY_ADDRESS, else the "
+            "one that runs here]",
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -131,6 +140,7 @@ def run(
         drain_s=drain,
         force=force,
         model_name=model_name,
+        ray_address=ray_address,
     )
     raise typer.Exit(code)
 

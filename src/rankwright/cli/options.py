@@ -78,10 +78,14 @@ EngineOption = Annotated[
     typer.Option(help="Engine that will run it: its forms are legal, its speed is predicted."),
 ]
 
-Backend = Annotated[Literal["auto", "local"], typer.Option(help="How ranks are started.")]
+Backend = Annotated[Literal["auto", "local", "ray"], typer.Option(help="How ranks are started.")]
 LaunchBackend = Annotated[
-    Literal["auto", "local", "slurm"],
-    typer.Option(help="How ranks are started, or what the launch is submitted to."),
+    Literal["auto", "local", "ray", "slurm"],
+    typer.Option(
+        help="What starts the ranks, or what the launch is submitted to.  [default: ray for a plan "
+        "of several machines, else local]",
+        show_default=False,
+    ),
 ]
 LoadFormat = Annotated[
     Literal["auto", "dummy"],

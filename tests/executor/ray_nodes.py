@@ -1,0 +1,31 @@
+"""Two Ray nodes of 2 CPUs and 2 pretended GPUs each, until standard input ends.
+
+A process of its own: Ray warns, and its threads and signal handlers would be the tests'.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 (Ray spells it so)
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A node ends itself when its Python agent takes more than 15 s to start, which it may where all of
+# its imports are compiled each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+from ray.cluster_utils import Cluster
+
+if __name__ == "__main__":
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets: a path of 107 bytes at most
+    node: dict[str, Any] = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 100_000_000}
+    cluster = Cluster()
+    try:
+        cluster.add_node(include_dashboard=False, temp_dir=folder, **node)
+        cluster.add_node(**node)
+        print(cluster.address, flush=True)
+        sys.stdin.read()
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
