@@ -26,6 +26,7 @@ from rankwright.kernels.prefill_attention import prefill_attention, prefill_conf
 from rankwright.kernels.rms_norm import rms_norm
 from rankwright.kernels.rotary import rope_table, rotary_and_cache
 from rankwright.kernels.sampling import sample
+from rankwright.kernels.skinny_linear import SkinnyConfig, skinny_config, skinny_linear
 from rankwright.kernels.swiglu import swiglu
 from result import copy_bytes_per_s, write_result
 
@@ -122,8 +123,10 @@ def rotary_case(tokens: int, with_norm: bool) -> Case:
     return Case(op, f"{tokens} tokens", make, moved)
 
 
-def linear_case(tokens: int, inputs: int, outputs: int) -> Case:
-    """Return the product with a weight: cuBLAS, held to the same in double precision."""
+def linear_case(
+    tokens: int, inputs: int, outputs: int, config: SkinnyConfig | None = None, label: str = ""
+) -> Case:
+    """Return the product with a weight, by cuBLAS or by the kernel for few rows."""
 
     def make() -> Run:
         x, weight = random(tokens, inputs), random(outputs, inputs) * inputs**-0.5
@@ -131,13 +134,16 @@ def linear_case(tokens: int, inputs: int, outputs: int) -> Case:
         def run(backend: Any) -> torch.Tensor:
             if backend == "reference":
                 return x.double() @ weight.double().t()
-            return torch.nn.functional.linear(x, weight)
+            if config is None:
+                return torch.nn.functional.linear(x, weight)
+            return skinny_linear(x, weight, config=config)
 
         return run
 
     moved = 2 * (outputs * inputs + tokens * (inputs + outputs))
-    shape = f"{tokens} x {inputs} > {outputs}"
-    return Case("linear", shape, make, moved, 2.0 * tokens * inputs * outputs)
+    shape = f"{tokens} x {inputs} > {outputs}{label}"
+    op = "linear (cuBLAS)" if config is None else "linear (skinny)"
+    return Case(op, shape, make, moved, 2.0 * tokens * inputs * outputs)
 
 
 def paged_cache(contexts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -243,6 +249,9 @@ def cases() -> Iterator[Case]:
     for tokens in (1, 4, 8, 16, 64):
         for inputs, outputs in LINEARS:
             yield linear_case(tokens, inputs, outputs)
+            config = skinny_config(tokens, outputs, inputs, num_multiprocessors())
+            if config is not None:
+                yield linear_case(tokens, inputs, outputs, config)
     for shape, contexts in DECODES.items():
         yield decode_case(contexts, shape)
     for shape, (lengths, contexts) in PREFILLS.items():
@@ -354,9 +363,34 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def num_multiprocessors() -> int:
+    """Return those of this GPU."""
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def sweep_linear() -> Iterator[Case]:
+    """Return products of few rows under other configurations than `skinny_config`'s."""
+    # Also of half of the heads and columns, as two ranks share them.
+    halves = ((HIDDEN, 3072), (HIDDEN // 2, HIDDEN), (HIDDEN, FFN), (FFN // 2, HIDDEN))
+    for inputs, outputs in (*LINEARS, *halves):
+        for tokens in (1, 8):
+            yield linear_case(tokens, inputs, outputs)
+            cuts = (
+                itertools.product((4, 8, 16), (512, 1024), (4, 8), (1, 3, 4))
+                if tokens == 1
+                else itertools.product((16, 32, 64), (128, 256), (4,), (3, 4, 5))
+            )
+            for block_n, block_k, warps, stages in cuts:
+                config = SkinnyConfig(block_n, block_k, warps, stages)
+                if block_n * block_k * 2 * stages > 200_000 or block_n * block_k > 8192 * warps:
+                    continue
+                label = f" n{block_n} k{block_k} w{warps} p{stages}"
+                yield linear_case(tokens, inputs, outputs, config, label)
+
+
 def sweep_decode() -> Iterator[Case]:
     """Return decode shapes under other configurations than `decode_config`'s."""
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    multiprocessors = num_multiprocessors()
     for shape in ("1 x 2048", "1 x 8192", "64 x 2048", "64 mixed"):
         contexts = DECODES[shape]
         blocks = -(-max(contexts) // BLOCK_TOKENS)
@@ -385,7 +419,7 @@ def sweep_prefill() -> Iterator[Case]:
             yield prefill_case(lengths, contexts, label, "triton", config=config)
 
 
-SWEEPS = {"decode": sweep_decode, "prefill": sweep_prefill}
+SWEEPS = {"decode": sweep_decode, "linear": sweep_linear, "prefill": sweep_prefill}
 
 
 def main() -> int:

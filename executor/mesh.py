@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
 from rankwright.executor.shared_channel import SharedChannel, is_supported
+from rankwright.kernels.rms_norm import rms_norm
 from rankwright.planner.plan import Plan, RankPlan
 
 # gloo raises as soon as a peer's socket closes; the timeout only bounds a peer that hangs. Idle
@@ -73,6 +75,8 @@ class Mesh:
             == (self.place.replica, self.place.stage, self.place.cp_rank)
         )
         self._channel: SharedChannel | None = None
+        self._peers: PeerMemory | None = None
+        self._nodes = [place.node for place in plan.ranks]
         self._previous = Group((rank,), None)
         self._next = Group((rank,), None)
         self.cp = self.ep = Group((rank,), None)
@@ -85,9 +89,10 @@ class Mesh:
             for stage in range(split.pp):
                 self._make_stage_groups(replica, stage)
         if self.control.size > 1:
-            self._open_channel(
-                one_machine=len({plan.ranks[r].node for r in self.control.ranks}) == 1
-            )
+            self._open_channel(one_machine=self._is_one_machine(self.control))
+
+    def _is_one_machine(self, group: Group) -> bool:
+        return len({self._nodes[rank] for rank in group.ranks}) == 1
 
     def _make_stage_groups(self, replica: tuple[int, ...], stage: int) -> None:
         """Make the groups inside one stage, and the pairs with the stage before."""
@@ -143,11 +148,53 @@ class Mesh:
         """Whether this rank draws the tokens of its replica."""
         return self.is_last_stage and self._is_first_of_stage
 
+    def open_peer_memory(self, *, max_rows: int, dim: int, dtype: torch.dtype) -> None:
+        """Share memory within the TP group for sums of up to `max_rows` rows, where that works."""
+        self._peers = open_peer_memory(
+            self.tp.process_group,
+            one_machine=self._is_one_machine(self.tp),
+            max_rows=max_rows,
+            dim=dim,
+            dtype=dtype,
+            device=self.device,
+        )
+
+    def begin_step(self) -> None:
+        """Say that the sums of another step follow."""
+        if self._peers is not None:
+            self._peers.begin()
+
+    def part(self, num_rows: int, dim: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return where this rank's part of the next sum is best computed, None: anywhere."""
+        return None if self._peers is None else self._peers.part(num_rows, dim, dtype)
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `tensor` over the TP group, in place."""
-        if self.tp.size > 1:
-            dist.all_reduce(tensor, group=self.tp.process_group)
+        """Return the sum of `tensor` over the TP group; what it held may be gone."""
+        if self.tp.size == 1:
+            return tensor
+        if self._peers is not None:
+            total = self._peers.sum(tensor)
+            if total is not None:
+                return total
+        dist.all_reduce(tensor, group=self.tp.process_group)
         return tensor
+
+    def add_norm(
+        self, part_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """Add the sum of `part_TD` over the TP group to the residual, and return that, normalised.
+
+        Args:
+            part_TD: This rank's part; what it held may be gone.
+            weight_D: Factors of the RMSNorm.
+            eps: Added to the mean square.
+            residual_TD: Becomes residual plus sum in place.
+        """
+        if self._peers is not None:
+            out_TD = self._peers.sum(part_TD, weight_D=weight_D, eps=eps, residual_TD=residual_TD)
+            if out_TD is not None:
+                return out_TD
+        return rms_norm(self.all_reduce(part_TD), weight_D, eps, residual_TD=residual_TD)
 
     def all_gather_columns(self, shard_BV: torch.Tensor) -> torch.Tensor:
         """Return the vocabulary columns of all TP ranks side by side, [B, vocab].

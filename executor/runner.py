@@ -78,6 +78,9 @@ class Runner:
             scaling,
             mesh.device,
         )
+        mesh.open_peer_memory(
+            max_rows=plan.limits.max_batched_tokens, dim=spec.hidden_size, dtype=dtype
+        )
         total = last - first
         self.stage = DecoderStage(
             source,
@@ -89,6 +92,9 @@ class Runner:
         )
         # What the last step drew, for the next to read.
         self._drawn_R = torch.zeros(plan.limits.max_num_seqs, dtype=torch.int64, device=mesh.device)
+        # Rows of sampling that take the best token.
+        self._zeros_R = torch.zeros_like(self._drawn_R)
+        self._cold_R = torch.zeros_like(self._drawn_R, dtype=torch.float32)
         self._graphs: DecodeGraphs | None = None
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
         if use_graphs and mesh.device.type == "cuda":
@@ -224,9 +230,15 @@ class Runner:
         """Draw the tokens and leave them on the device, for the next step to read there."""
         if not (self.mesh.is_sampler or self.feeds_itself):
             return None
-        tokens_R = logits_RV.argmax(dim=-1) if batch.greedy else self._sample(logits_RV, batch)
+        tokens_R = self._best(logits_RV) if batch.greedy else self._sample(logits_RV, batch)
         self._drawn_R[: len(tokens_R)] = tokens_R
         return Drawn(tokens_R) if self.mesh.is_sampler else None
+
+    def _best(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """Return the best tokens: PyTorch's argmax takes 28 us for a row of 128k, sampling 6."""
+        rows = len(logits_RV)
+        zeros, cold = self._zeros_R[:rows], self._cold_R[:rows]
+        return sample(logits_RV, cold, zeros, cold, zeros, zeros, filtered=False)
 
     def _sample(self, logits_RV: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """Return tokens drawn `SAMPLED_ROWS` at a time: what sampling needs grows with the rows."""

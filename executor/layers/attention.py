@@ -33,6 +33,7 @@ class PagedAttention:
         prefix: str,
         hidden_size: int,
         norm_eps: float,
+        reduce: bool = True,
     ) -> None:
         dim = attention.head_dim
         first_q, last_q = mesh.place.query_heads
@@ -75,10 +76,14 @@ class PagedAttention:
             (hidden_size, whole_q),
             query,
             bias=attention.output_bias,
+            reduce=reduce,
         )
 
     def __call__(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Return [T, D]; writes the keys and values of the T tokens to the cache."""
+        """Return [T, D]; writes the keys and values of the T tokens to the cache.
+
+        Without `reduce`, it is this rank's part of the sum over the TP group.
+        """
         q_THD = rotary_and_cache(
             self._qkv(x_TD),
             context.cos_sin_PD,

@@ -27,7 +27,7 @@ class VocabularyEmbedding:
 
 
 class VocabularyHead:
-    """`logits = x_RD W^T` in float32, gathered over the TP group."""
+    """`logits = x_RD W^T`, gathered over the TP group."""
 
     def __init__(self, mesh: Mesh, weight_VD: torch.Tensor) -> None:
         self._mesh = mesh
@@ -35,4 +35,4 @@ class VocabularyHead:
 
     def __call__(self, x_RD: torch.Tensor) -> torch.Tensor:
         """Return [R, whole vocabulary], equal on every rank of the group."""
-        return self._mesh.all_gather_columns(linear(x_RD, self.weight_VD)).float()
+        return self._mesh.all_gather_columns(linear(x_RD, self.weight_VD))

@@ -8,10 +8,10 @@ its inputs and sums its partial outputs over the group (Megatron-LM, arXiv 1909.
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
 
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.weights import Range, WeightSource
+from rankwright.kernels.skinny_linear import skinny_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ColumnParallelLinear:
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, C]."""
-        return linear(x_TD, self.weight_CD, self.bias_C)
+        return skinny_linear(x_TD, self.weight_CD, self.bias_C)
 
 
 class RowParallelLinear:
@@ -72,5 +72,10 @@ class RowParallelLinear:
 
     def __call__(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Return [T, D], equal on every rank of the group; without `reduce`, this rank's part."""
-        y_TD = linear(x_TC, self.weight_DC, self.bias_D)
+        y_TD = self._part(x_TC)
         return self._mesh.all_reduce(y_TD) if self._reduce else y_TD
+
+    def _part(self, x_TC: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part, computed where the sum over the ranks will read it."""
+        out_TD = self._mesh.part(len(x_TC), len(self.weight_DC), x_TC.dtype)
+        return skinny_linear(x_TC, self.weight_DC, self.bias_D, out_TD)

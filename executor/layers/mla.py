@@ -41,6 +41,7 @@ class LatentAttention:
         *,
         prefix: str,
         hidden_size: int,
+        reduce: bool = True,
     ) -> None:
         assert attention.kv_lora_rank is not None
         assert attention.rope_head_dim is not None
@@ -90,6 +91,7 @@ class LatentAttention:
             (hidden_size, attention.num_heads * self._value_dim),
             (first * self._value_dim, last * self._value_dim),
             bias=attention.output_bias,
+            reduce=reduce,
         )
 
     def _untwist_rotary_rows(self) -> None:
@@ -106,7 +108,10 @@ class LatentAttention:
             self._a.bias_C[-self._rotary :] = self._a.bias_C[-self._rotary :][order]
 
     def __call__(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Return [T, D]; writes the latents and rotary keys of the T tokens to the cache."""
+        """Return [T, D]; writes the latents and rotary keys of the T tokens to the cache.
+
+        Without `reduce`, it is this rank's part of the sum over the TP group.
+        """
         a_TC = self._a(x_TD)
         kv_TC = a_TC[:, self._query_rank :]
         if self._query_rank:

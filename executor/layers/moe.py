@@ -30,8 +30,10 @@ class MoeBlock:
         *,
         layer: int,
         hidden_size: int,
+        reduce: bool = True,
     ) -> None:
         self._mesh = mesh
+        self._reduce = reduce
         self._num_experts = block.num_experts
         self._rule = routing_rule(block.router, block.experts_per_token)
         self._first_slot = mesh.place.experts[0]
@@ -71,7 +73,7 @@ class MoeBlock:
             )
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return [T, D], equal on every rank of the group."""
+        """Return [T, D], equal on every rank of the group; without `reduce`, this rank's part."""
         weights_TK, slots_TK = route(
             self._router_logits(x_TD),
             self._rule,
@@ -82,7 +84,7 @@ class MoeBlock:
         y_TD = run_experts(x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts)
         if self.shared is not None:
             y_TD += self.shared(x_TD)
-        return self._mesh.all_reduce(y_TD)
+        return self._mesh.all_reduce(y_TD) if self._reduce else y_TD
 
     def _router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         if self._float32_router:

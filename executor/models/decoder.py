@@ -37,6 +37,7 @@ class DecoderLayer:
         cache: LayerCache,
     ) -> None:
         hidden = spec.hidden_size
+        self._mesh = mesh
         self._eps = spec.norm_eps
         self.attention_norm_D = source.shard(names.attention_norm.format(layer=index), (hidden,))
         self.feed_forward_norm_D = source.shard(
@@ -48,13 +49,17 @@ class DecoderLayer:
     def __call__(
         self, x_TD: torch.Tensor | None, residual_TD: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """Return what is to be added to `residual_TD`; `x_TD` is what the layer before returned."""
+        """Return this rank's part of what is to be added to `residual_TD`.
+
+        Blocks return parts of a sum over the TP group, so that summing, adding and normalising can
+        be one kernel. `x_TD` is what the layer before returned.
+        """
         if x_TD is None:
             x_TD = rms_norm(residual_TD, self.attention_norm_D, self._eps)
         else:
-            x_TD = rms_norm(x_TD, self.attention_norm_D, self._eps, residual_TD=residual_TD)
+            x_TD = self._mesh.add_norm(x_TD, self.attention_norm_D, self._eps, residual_TD)
         x_TD = self.attention(x_TD, context)
-        x_TD = rms_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD=residual_TD)
+        x_TD = self._mesh.add_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD)
         return self.feed_forward(x_TD)
 
 
@@ -77,6 +82,7 @@ def _attention(
             cache,
             prefix=prefix,
             hidden_size=spec.hidden_size,
+            reduce=False,
         )
     return PagedAttention(
         source,
@@ -86,6 +92,7 @@ def _attention(
         prefix=prefix,
         hidden_size=spec.hidden_size,
         norm_eps=spec.norm_eps,
+        reduce=False,
     )
 
 
@@ -101,7 +108,13 @@ def _feed_forward(
     if block.kind == "moe":
         assert names.experts is not None, f"{spec.name}: a family without names for its experts"
         return MoeBlock(
-            source, mesh, block, names.experts, layer=index, hidden_size=spec.hidden_size
+            source,
+            mesh,
+            block,
+            names.experts,
+            layer=index,
+            hidden_size=spec.hidden_size,
+            reduce=False,
         )
     return GatedMlp(
         source,
@@ -110,6 +123,7 @@ def _feed_forward(
         hidden_size=spec.hidden_size,
         intermediate_size=block.intermediate_size,
         bias=block.bias,
+        reduce=False,
     )
 
 
@@ -167,6 +181,7 @@ class DecoderStage:
         Returns:
             [T, D]: the residual stream for the next stage, or, on the last, after the final norm.
         """
+        self._mesh.begin_step()
         if self.embedding is not None:
             hidden_TD = self.embedding(ids_T)
         assert hidden_TD is not None
@@ -176,10 +191,10 @@ class DecoderStage:
             x_TD = layer(x_TD, residual_TD, context)
         assert x_TD is not None
         if self.head is None:
-            return residual_TD.add_(x_TD)
-        return rms_norm(x_TD, self.final_norm_D, self._eps, residual_TD=residual_TD)
+            return residual_TD.add_(self._mesh.all_reduce(x_TD))
+        return self._mesh.add_norm(x_TD, self.final_norm_D, self._eps, residual_TD)
 
     def logits(self, normed_RD: torch.Tensor) -> torch.Tensor:
-        """Return [R, vocabulary] in float32 on every rank of the last stage."""
+        """Return [R, vocabulary] on every rank of the last stage."""
         assert self.head is not None
         return self.head(normed_RD)

@@ -19,8 +19,9 @@ from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
-    decode_attention, decode_config, decode_merge, moe_align, moe_configs, moe_experts,
-    mla_attention, mla_rotary, moe_routing, prefill_attention, rms_norm, rotary, sampling, swiglu,
+    all_reduce, decode_attention, decode_config, decode_merge, mla_attention, mla_rotary,
+    moe_align, moe_configs, moe_experts, moe_routing, prefill_attention, rms_norm, rotary, sampling,
+    skinny_linear, swiglu, token_feed,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -32,7 +33,9 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
             continue
         short = name.removesuffix("_ptr")
         moe = kernel.__module__.rpartition(".")[2].startswith("moe")
-        ints = "table work context windows token pairs counts replicas block_slots".split()
+        ints = (
+            "words epochs table work context windows token pairs counts replicas block_slots"
+        ).split()
         floats_of = (
             "partial lse merged_lse cos_sin temperature best weights pair_weights correction"
         ).split()
@@ -41,11 +44,11 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         elif name.endswith("_ptr"):
             is_int = short in ints or (moe and short == "slots")
             wide = short in floats_of
-            long = short in ("positions", "slots", "seeds", "load")
+            long = short in ("positions", "slots", "seeds", "load", "ids", "drawn")
             kind = "fp32" if wide else "i64" if long else "bf16"
             signature[name] = "*" + ("i32" if is_int else kind)
         else:
-            signature[name] = "i32"
+            signature[name] = "i64" if name == "table_address" else "i32"
         if signature[name].startswith("*") or (
             signature[name] == "i32" and name not in unspecialized
         ):
@@ -97,6 +100,16 @@ found["mla"] = resources(
 found["mla rotary"] = resources(
     mla_rotary._mla_rotary_kernel, 2, 1, ["eps"], [], NUM_HEADS=16, HEAD_DIM=192, LATENT=512,
     HALF=32, BLOCK_TOKENS=64, BLOCK_H=16, BLOCK_L=512, BLOCK_R=32)
+found["sum of parts"] = resources(
+    all_reduce._sum_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0, SIGNAL_WORD=0, RANK=0,
+    WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
+found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
+for rows, kernel in ((1, skinny_linear._vector_kernel), (8, skinny_linear._rows_kernel)):
+    cut = skinny_linear.skinny_config(rows, 4096, 4096, 132)
+    more = dict(STAGES=cut.num_stages) if rows == 1 else dict(BLOCK_M=16, PRECISION="tf32")
+    found[f"linear {rows}"] = resources(
+        kernel, cut.num_warps, cut.num_stages, [], ["num_rows"], NUM_INPUTS=4096,
+        BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, **more)
 found["count"] = resources(moe_align._count_kernel, 4, 1, [], ["num_pairs"], BLOCK=1024)
 found["place"] = resources(
     moe_align._place_kernel, 4, 1, [], ["num_pairs", "max_blocks"], NUM_SLOTS=128, BLOCK_S=128,
@@ -142,6 +155,12 @@ def compiled() -> dict[str, Any]:
         ("mla", "cp.async.cg.shared.global"),
         ("mla", "mma.sync.aligned.m16n8k16"),
         ("mla rotary", "ld.global.v4.b32"),
+        ("sum of parts", "ld.global.v4.b32"),
+        ("sum of parts", "atom.global.sys.release.exch.b32"),
+        ("sum of parts", "ld.global.sys.acquire.b32"),
+        ("linear 1", "cp.async.cg.shared.global"),
+        ("linear 8", "cp.async.cg.shared.global"),
+        ("linear 8", "mma"),
         ("gate_up 16", "cp.async.cg.shared.global"),
         ("down 16", "cp.async.cg.shared.global"),
         ("gate_up 128", "wgmma.mma_async"),

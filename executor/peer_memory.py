@@ -1,0 +1,182 @@
+"""`PeerMemory`: GPU memory that the ranks of a TP group share, and sums over it.
+
+Each rank computes its part of a sum right into its shared memory; one kernel then waits for the
+peers, reads all parts and adds them up (`kernels/all_reduce.py`). Inside CUDA graphs too: addresses
+are fixed, and what ranks count is in memory.
+
+A part may be written again only when no peer still reads it. A rank that has come to the next sum
+has done with the last, so parts alternate between two places, and one may be written as soon as the
+sum after it is done. A step that ended on one place must not begin there: the first sum of a step
+has a place of its own (`begin`).
+"""
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+
+from rankwright.cost_model.one_shot import one_shot_max_bytes
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+
+# NVLink multicast stays off: not every container's driver lets go of it cleanly.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+_NUM_PLACES = 3  # the first of a step, and two that alternate
+
+
+class PeerMemory:
+    """Parts of up to `max_rows` rows of `dim` values, shared over one group.
+
+    Args:
+        group: Ranks on one machine that reach each other's memory.
+        max_rows: Rows of a part at most.
+        dim: Values of a row.
+        dtype: Of the values.
+        device: This rank's GPU.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        max_rows: int,
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._rank, self._world_size = group.rank(), group.size()
+        place_bytes = -(-max_rows * dim * dtype.itemsize // 16) * 16
+        num_words = MAX_PROGRAMS * self._world_size
+        memory = symmetric_memory.empty(
+            _NUM_PLACES * place_bytes + num_words * 4, dtype=torch.uint8, device=device
+        )
+        self._handle = symmetric_memory.rendezvous(memory, group)
+        memory.zero_()
+        self._memory = memory
+        self._place_values = place_bytes // dtype.itemsize
+        parts = memory[: _NUM_PLACES * place_bytes].view(dtype).view(_NUM_PLACES, -1)
+        self._places = [part[: max_rows * dim].view(max_rows, dim) for part in parts]
+        self._signal_word = _NUM_PLACES * place_bytes // 4
+        self._words = memory[_NUM_PLACES * place_bytes :].view(torch.int32)
+        self._epochs = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+        self._place = 0
+        torch.cuda.synchronize(device)
+
+    def begin(self) -> None:
+        """Start a step: its first sum has a place of its own."""
+        self._place = 0
+
+    def part(self, num_rows: int, dim: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return where the next sum's part is best written, [rows, dim]; None: it does not fit."""
+        place = self._places[self._place]
+        if num_rows > len(place) or dim != place.shape[1] or dtype != place.dtype:
+            return None
+        return place[:num_rows]
+
+    def sum(
+        self,
+        x_TD: torch.Tensor,
+        *,
+        weight_D: torch.Tensor | None = None,
+        eps: float = 0.0,
+        residual_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Return the sum of all ranks' `x_TD`, or its norm; None: it does not fit.
+
+        Args:
+            x_TD: This rank's part; copied, unless it is what `part` returned.
+            weight_D: With a residual: return the RMSNorm of residual plus sum instead.
+            eps: Of the norm.
+            residual_TD: Becomes `residual_TD + sum` in place.
+        """
+        part = self.part(len(x_TD), x_TD.shape[1], x_TD.dtype)
+        if part is None:
+            return None
+        if part.data_ptr() != x_TD.data_ptr():
+            part.copy_(x_TD)
+        out_TD = sum_parts(
+            torch.empty_like(part),
+            table_address=self._handle.buffer_ptrs_dev,
+            words=self._words,
+            epochs=self._epochs,
+            part_offset=self._place * self._place_values,
+            signal_word=self._signal_word,
+            rank=self._rank,
+            world_size=self._world_size,
+            weight_D=weight_D,
+            eps=eps,
+            residual_TD=residual_TD,
+        )
+        self._place = 1 if self._place != 1 else 2
+        return out_TD
+
+
+def open_peer_memory(
+    group: dist.ProcessGroup | None,
+    *,
+    one_machine: bool,
+    max_rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PeerMemory | None:
+    """Return the group's shared memory, checked by a sum; None where NCCL has to do.
+
+    All ranks of the group must call this together. A refusal of peer access is one warning line.
+
+    Args:
+        group: The TP group; None: a single rank.
+        one_machine: Whether all of it is on one.
+        max_rows: Rows of one sum at most.
+        dim: Values of a row.
+        dtype: Of the values.
+        device: This rank's GPU.
+    """
+    if group is None or device.type != "cuda" or not one_machine:
+        return None
+    rows = min(max_rows, one_shot_max_bytes(group.size()) // (dim * dtype.itemsize))
+    if rows < 1 or os.environ.get("RANKWRIGHT_PEER_MEMORY", "1") == "0":
+        return None
+    opened: PeerMemory | None = None
+    reason = "another rank could not open it"
+    try:
+        opened = PeerMemory(group, max_rows=rows, dim=dim, dtype=dtype, device=device)
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+    # A sum before everyone has opened would wait for ever.
+    if not _all(opened is not None, group, device) or (
+        opened is not None
+        and not _all(_sums_right(opened, dim, dtype, group, device), group, device)
+    ):
+        opened = None
+    if opened is None and group.rank() == 0:
+        warnings.warn(
+            f"GPUs do not share memory, so sums over {group.size()} of them go through NCCL, which "
+            f"is slower for small batches: {reason}",
+            stacklevel=2,
+        )
+    return opened
+
+
+def _sums_right(
+    memory: PeerMemory, dim: int, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device
+) -> bool:
+    """Whether sums of known numbers are right: some machines copy between GPUs wrongly."""
+    column_D = torch.arange(dim, device=device) % 61
+    right = True
+    memory.begin()
+    for repeat in range(1, 4):
+        part_TD = (column_D * (group.rank() + repeat))[None].to(dtype)
+        expected_D = column_D * sum(rank + repeat for rank in range(group.size()))
+        out_TD = memory.sum(part_TD)
+        assert out_TD is not None
+        right &= torch.equal(out_TD[0], expected_D.to(dtype))
+    return right
+
+
+def _all(mine: bool, group: dist.ProcessGroup, device: torch.device) -> bool:
+    flag = torch.tensor([int(mine)], device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+    return bool(flag.item())

@@ -1,0 +1,92 @@
+"""What the ranks of a test of shared GPU memory run."""
+
+import torch
+import torch.distributed as dist
+
+from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
+from rankwright.kernels.rms_norm import rms_norm
+
+EPS = 1e-5
+
+
+def opened(max_rows: int, dim: int, dtype: torch.dtype) -> PeerMemory:
+    device = torch.device("cuda", dist.get_rank())
+    memory = open_peer_memory(
+        dist.group.WORLD, one_machine=True, max_rows=max_rows, dim=dim, dtype=dtype, device=device
+    )
+    assert memory is not None
+    return memory
+
+
+def sums(rank: int, rows: int, dim: int, dtype: torch.dtype, repeats: int) -> list[float]:
+    """Relative errors against NCCL's float32 sums, over repeats with ranks that lag in turn."""
+    device = torch.device("cuda", rank)
+    memory = opened(rows, dim, dtype)
+    generator = torch.Generator(device).manual_seed(rank)
+    errors = []
+    for repeat in range(repeats):
+        if repeat % 3 == 0:
+            memory.begin()
+        if repeat % dist.get_world_size() == rank:
+            torch.cuda._sleep(200_000)
+        x = torch.randn(rows, dim, generator=generator, device=device).to(dtype)
+        part = memory.part(rows, dim, dtype)
+        assert part is not None
+        if repeat % 2:
+            part.copy_(x)
+        total = memory.sum(part if repeat % 2 else x)
+        assert total is not None
+        exact = x.float()
+        dist.all_reduce(exact)
+        errors.append(float((total.float() - exact).norm() / exact.norm()))
+    assert memory.part(rows + 1, dim, dtype) is None
+    return errors
+
+
+def graph(rank: int, rows: int, dim: int, num_sums: int, replays: int) -> tuple[float, bool]:
+    """Worst relative error of a chain of add-and-norm replayed from a graph, and equality.
+
+    Each replay starts from new numbers; the chain is computed again in float32 with NCCL.
+    """
+    device = torch.device("cuda", rank)
+    dtype = torch.bfloat16
+    memory = opened(rows, dim, dtype)
+    generator = torch.Generator(device).manual_seed(7)  # equal on all ranks
+    weight = torch.rand(dim, generator=generator, device=device).to(dtype) + 0.5
+    x = torch.zeros(rows, dim, device=device, dtype=dtype)
+    residual = torch.zeros_like(x)
+
+    def chain() -> torch.Tensor:
+        memory.begin()
+        out = x
+        for step in range(num_sums):
+            part = memory.part(rows, dim, dtype)
+            assert part is not None
+            torch.mul(out, rank + 1 + step % 2, out=part)
+            normed = memory.sum(part, weight_D=weight, eps=EPS, residual_TD=residual)
+            assert normed is not None
+            out = normed
+        return out
+
+    chain()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        out = chain()
+    worst, equal = 0.0, True
+    for replay in range(replays):
+        x.copy_(torch.randn(rows, dim, generator=generator, device=device))
+        residual.copy_(torch.randn(rows, dim, generator=generator, device=device))
+        expected, total = x.clone(), residual.clone()
+        if replay % dist.get_world_size() == rank:
+            torch.cuda._sleep(100_000)
+        captured.replay()
+        for step in range(num_sums):
+            factor = sum(other + 1 + step % 2 for other in range(dist.get_world_size()))
+            summed = (expected.float() * factor).to(dtype)
+            expected = rms_norm(summed, weight, EPS, total, backend="reference")
+        worst = max(worst, float((out.float() - expected.float()).norm() / expected.float().norm()))
+        everyone = [torch.empty_like(out) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, out)
+        equal &= all(torch.equal(other, out) for other in everyone)
+    return worst, equal
