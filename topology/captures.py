@@ -14,7 +14,7 @@ from rankwright.topology.pci_ids import PCI_IDS
 from rankwright.topology.readers.assemble import make_cluster, with_numa
 from rankwright.topology.readers.found import FoundGpu, FoundMachine
 from rankwright.topology.readers.infiniband_text import nics_of, parse_rdma, rdma_tool
-from rankwright.topology.readers.listing import ListedGpu, found_gpu
+from rankwright.topology.readers.listing import ListedGpu, found_gpu, index_of
 from rankwright.topology.readers.lspci import is_pci_tree, parse_pci_tree
 from rankwright.topology.readers.nccl_xml import is_nccl_xml, nics_of_xml, parse_nccl_xml
 from rankwright.topology.readers.nvidia_smi import has_links, is_topo_m, parse_topo_m
@@ -24,8 +24,6 @@ from rankwright.topology.readers.nvidia_smi_query import (
     is_query,
     list_names,
     list_query,
-    parse_list,
-    parse_query,
 )
 from rankwright.topology.readers.nvidia_smi_table import is_smi_table, parse_smi_table
 from rankwright.topology.readers.nvlink_status import is_nvlink_status, parse_nvlink_status
@@ -92,40 +90,64 @@ def probe_from_text(text: str) -> Cluster:
     if is_rocm_topology(text):
         return make_cluster(_rocm_machine(text), "rocm-smi text")
     matrix = parse_topo_m(text)
-    found = _gpus_beside(text, len(matrix.gpu_names))
-    if len(found) != len(matrix.gpu_names):
+    listed = _gpus_beside(text, len(matrix.gpu_names))
+    if len(listed) != len(matrix.gpu_names):
         raise ProbeError(
             "inconsistent_topology",
-            f"the text lists {len(found)} GPUs and links {len(matrix.gpu_names)}; take both from "
+            f"the text lists {len(listed)} GPUs and links {len(matrix.gpu_names)}; take both from "
             "one machine at one time",
         )
     kinds = {
-        (found[i].index, found[j].index): token
+        (index_of(listed[i]), index_of(listed[j])): token
         for i, row in enumerate(matrix.matrix)
         for j, token in enumerate(row)
         if i < j
     }
-    machine = FoundMachine(with_numa(found, matrix.numa_affinity), kinds, None, ())
+    found, left_out = _known(listed)
+    rows = {index_of(gpu): row for row, gpu in enumerate(listed)}
+    numa = matrix.numa_affinity
+    found = with_numa(found, numa and [numa[rows[gpu.index]] for gpu in found])
+    machine = FoundMachine(found, kinds, None, left_out)
     if rdma_tool(text) is not None:
         nics, notes = nics_of(parse_rdma(text).ports)
-        machine = replace(machine, nics=nics, notes=notes)
+        machine = replace(machine, nics=nics, notes=(*machine.notes, *notes))
     return make_cluster(machine, "nvidia-smi text")
 
 
-def _gpus_beside(text: str, count: int) -> tuple[FoundGpu, ...]:
+def _gpus_beside(text: str, count: int) -> tuple[ListedGpu, ...]:
     if is_smi_log(text):
-        return tuple(found_gpu(gpu) for gpu in parse_smi_log(text).gpus)
+        return parse_smi_log(text).gpus
     try:
-        return parse_list(text)
+        return list_names(text)
     except ValueError as no_list:
         if "no GPU list" not in str(no_list):
             raise
     if is_query(text):
-        return parse_query(text)
+        return list_query(text)
     raise ValueError(
         f"the text shows how {count} GPUs are linked but not what they are; add the output of "
         "`nvidia-smi -L` to it"
     )
+
+
+def _known(listed: Sequence[ListedGpu]) -> tuple[tuple[FoundGpu, ...], tuple[str, ...]]:
+    """Return the GPUs that can be planned with, and a note on each other one.
+
+    Raises:
+        ValueError: None can.
+    """
+    found: list[FoundGpu] = []
+    notes: list[str] = []
+    unknown: ValueError | None = None
+    for gpu in listed:
+        try:
+            found.append(found_gpu(gpu))
+        except ValueError as error:  # a display card beside the accelerators, say
+            unknown = error
+            notes.append(f"GPU {gpu.index} is left out: {error}")
+    if unknown is not None and not found:
+        raise unknown
+    return tuple(found), tuple(notes)
 
 
 def _rocm_machine(text: str) -> FoundMachine:

@@ -201,6 +201,12 @@ ROWS: tuple[Device, ...] = (
         source=f"NVIDIA L40S data sheet; {STAS}; {AICONF}",
     ),
     _row(
+        "rtx-a5000", "(Quadro )?RTX A5000", 24564 * MIB, 768, (27.8, 111.1, 0, 222.2),
+        (8, 6), 64, 1.695, ("bridge", "NV4", 56.25, 2), pcie=4, tdp_w=230, usd=None,
+        source="NVIDIA RTX A5000 data sheet (27.8, and 222.2 TFLOPS with sparsity); "
+        "64 SMs x 1024 x 1.695 GHz = 111 TFLOPS agrees",
+    ),
+    _row(
         "rtx3090", "GeForce RTX 3090", 24576 * MIB, 936, (35.6, 71, 0, 284),
         (8, 6), 82, 1.695, ("bridge", "NV4", 56.25, 2), pcie=4, tdp_w=350, usd=None,
         source="NVIDIA Ampere GA102 whitepaper v2.0, appendix A; "

@@ -42,13 +42,13 @@ def found_gpu(gpu: ListedGpu) -> FoundGpu:
     Raises:
         ValueError: Index or name is missing, or the size and the table does not have the name.
     """
-    if gpu.index is None or gpu.name is None:
+    if gpu.name is None:
         raise ValueError("the list does not say which GPU is which; list index and name of all")
     total = gpu.memory_total_bytes
     if total is None:
         total = DEVICES[device_key(gpu.name)].memory_bytes
     return FoundGpu(
-        index=gpu.index,
+        index=index_of(gpu),
         name=gpu.name,
         total_memory_bytes=max(total, 1),
         free_memory_bytes=total if gpu.memory_free_bytes is None else gpu.memory_free_bytes,
@@ -66,3 +66,14 @@ def found_gpu(gpu: ListedGpu) -> FoundGpu:
         set_clock_hz=gpu.set_clock_hz,
         default_clock_hz=gpu.default_clock_hz,
     )
+
+
+def index_of(gpu: ListedGpu) -> int:
+    """Return the index of a listed GPU.
+
+    Raises:
+        ValueError: The list shows a part of the machine and does not say which.
+    """
+    if gpu.index is None:
+        raise ValueError("the list does not say which GPU is which; list index and name of all")
+    return gpu.index

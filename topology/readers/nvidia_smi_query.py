@@ -31,8 +31,9 @@ LIMIT_FIELDS = (
 )
 BASIC_FIELDS = ("index", "name", "uuid", "memory.total", "memory.free", "driver_version")
 
-_LISTED = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+)\))?\s*$")
-_MIG_LISTED = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[\w/-]+)\)\s*$")
+# A uuid may be masked: `(UUID: GPU-...)`.
+_LISTED = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
+_MIG_LISTED = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[\w/-]*(?:\.\.\.)?)\)\s*$")
 _FIELD = re.compile(r"[a-z]\w*(?:\.\w+)*(?: \[\w?[^\]]*\])?$")
 _NAMES = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id"}
 _IDENTITY = {"index", "name", "uuid", "pci.bus_id"}
@@ -131,7 +132,8 @@ def list_names(text: str) -> tuple[ListedGpu, ...]:
         if gpu is not None:
             if "(UUID" in gpu[2]:
                 raise refusal(number, line, "the UUID is cut")
-            gpus.append(ListedGpu(int(gpu[1]), gpu[2], gpu[3]))
+            masked = gpu[3] is not None and gpu[3].endswith("...")
+            gpus.append(ListedGpu(int(gpu[1]), gpu[2], None if masked else gpu[3]))
             continue
         mig = _MIG_LISTED.match(line)
         if mig is not None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from rankwright.topology.readers.text import numbered_lines, refusal
 
-_GPU = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+)\))?\s*$")
+_GPU = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
 _LINK = re.compile(r"\s*Link (\d{1,2}): (\d{1,4}(?:\.\d+)? GB/s|<?inactive>?)\s*$", re.IGNORECASE)
 _LINK_LIKE = re.compile(r"\s*Link\s*\d")
 # What the driver says instead of links: all inactive, not supported, or hidden by MIG.

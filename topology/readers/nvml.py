@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankwright.topology.errors import ProbeError, failure_of
+from rankwright.topology.readers.cpu import usable_memory_bytes
 from rankwright.topology.readers.found import FoundGpu, FoundMachine
 from rankwright.topology.readers.health import health_notes
 from rankwright.topology.readers.tool import end
@@ -161,11 +162,14 @@ def lost_note(index: int, reason: str) -> str:
 
 def _found_gpu(gpu: Mapping[str, Any], sysfs: Path) -> FoundGpu:
     capability = gpu["capability"]
+    total, free = gpu["total_bytes"], gpu["free_bytes"]
+    if total is None:  # a board that shares the memory of its host
+        total, free = usable_memory_bytes()
     return FoundGpu(
         index=gpu["index"],
         name=gpu["name"],
-        total_memory_bytes=gpu["total_bytes"],
-        free_memory_bytes=gpu["free_bytes"],
+        total_memory_bytes=total,
+        free_memory_bytes=free,
         uuid=gpu["uuid"],
         bus_id=gpu["bus"],
         compute_capability=(capability[0], capability[1]) if capability else None,

@@ -96,7 +96,7 @@ def _gpu(nvml: Any, handle: Any) -> Facts:
     def ask(name: str, *arguments: object) -> Any:
         return _ask(nvml, getattr(nvml, name, _missing), handle, *arguments)
 
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    memory = ask("nvmlDeviceGetMemoryInfo")  # not supported by boards that share the host's
     capability = ask("nvmlDeviceGetCudaComputeCapability")
     mig = ask("nvmlDeviceGetMigMode")
     uuid = ask("nvmlDeviceGetUUID")
@@ -106,8 +106,8 @@ def _gpu(nvml: Any, handle: Any) -> Facts:
     return {
         "name": _text(nvml.nvmlDeviceGetName(handle)),
         "bus": _text(nvml.nvmlDeviceGetPciInfo(handle).busId),
-        "total_bytes": memory.total,
-        "free_bytes": memory.free,
+        "total_bytes": memory.total if memory else None,
+        "free_bytes": memory.free if memory else None,
         "uuid": _text(uuid) if uuid else None,
         "capability": list(capability) if capability else None,
         # The most that device and slot can do together: an idle link runs at a lower generation.

@@ -13,9 +13,9 @@ _SECTIONS = {
 }
 _CELLS = {"weight": r"\d{1,5}|N/A", "hops": r"\d{1,2}|N/A", "link_type": r"0|XGMI|PCIE|XXXX|N/A"}
 _NUMA = re.compile(
-    r"\s*GPU\[(\d{1,3})\]\s*:\s*\(Topology\) Numa (Node|Affinity):\s*(-?\d{1,4})\s*$"
+    r"\s*GPU(?:\[| )(\d{1,3})\]?\s*:\s*\(Topology\) Numa (Node|Affinity):\s*(-?\d{1,4})\s*$"
 )
-_NUMA_LIKE = re.compile(r"\s*GPU\[\d+\]\s*:\s*\(Topology\) Numa")
+_NUMA_LIKE = re.compile(r"\s*GPU(?:\[| )\d+\]?\s*:\s*\(Topology\) Numa")
 _SERIES = re.compile(r"\s*GPU\[(\d{1,3})\]\s*:\s*Card [Ss]eries:\s*(\S.*?)\s*$")
 _CONCISE = re.compile(r"(\d{1,3})\s+(?:\d+\s+)*(?:\[0x|0x)[0-9a-f]{4}\b")
 _CONCISE_NAME = re.compile(r"\s{4,}((?:AMD|Instinct|Radeon)\b.*?)\s*$")

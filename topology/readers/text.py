@@ -14,6 +14,18 @@ from rankwright.topology.errors import ProbeError
 _ANSI = re.compile("(?:\x1b|\ufffd|\\^\\[)\\[[0-9;?]*[A-Za-z]|\x1b[()][A-Za-z0-9]")
 _BARE_ANSI = re.compile(r"\[\d{0,2}m(?=\s*(GPU|NIC|CPU|NUMA|mlx)|\s)")
 
+# What logs put before each line: a time, a container's or a task's name, the frame of a terminal.
+_PREFIXES = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\S* (?:std(?:out|err) [FP] )?()",
+        r"([\w.-]+ +)\| ",
+        r"(\[[\w./-]+\]) ",
+        r"([ \d]*\d: )",
+        r"(\u2502) ?",
+    )
+)
+
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
@@ -25,9 +37,31 @@ class TableRow:
 
 
 def clean(text: str) -> str:
-    """Return the text without terminal escapes and byte-order mark, with Unix line ends."""
+    """Return the text without terminal escapes and byte-order mark, with Unix line ends.
+
+    What a log put before every line goes, too, where it is of one source: lines of several tasks
+    must not become one table.
+    """
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\ufeff")
-    return _BARE_ANSI.sub("", _ANSI.sub("", text))
+    return _without_prefixes(_BARE_ANSI.sub("", _ANSI.sub("", text)))
+
+
+def _without_prefixes(text: str) -> str:
+    lines = text.split("\n")
+    for _ in range(2):  # a time and a name
+        for prefix in _PREFIXES:
+            matches = [prefix.match(line) for line in lines]
+            full = [match for match, line in zip(matches, lines, strict=True) if line.strip()]
+            if len(full) < 2 or None in full or len({match[1] for match in full if match}) != 1:
+                continue
+            lines = [
+                line[match.end() :].rstrip(" \u2502") if match else ""
+                for match, line in zip(matches, lines, strict=True)
+            ]
+            break
+        else:
+            break
+    return "\n".join(lines)
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
