@@ -82,6 +82,21 @@ class Client:
             lengths: Prompt and output tokens of each request.
             on_token: Called with what came back until now, whenever a message came.
         """
+        return self.keep(lengths, len(lengths), on_token)
+
+    def keep(
+        self,
+        lengths: Sequence[tuple[int, int]],
+        in_flight: int,
+        on_token: Callable[[Timeline], None] = lambda line: None,
+    ) -> Timeline:
+        """Send requests so that `in_flight` are always running; return when all are done.
+
+        Args:
+            lengths: Prompt and output tokens of each request.
+            in_flight: How many are sent at once; the next one follows when one is done.
+            on_token: Called with what came back until now, whenever a message came.
+        """
         line = Timeline()
         rng = random.Random(self._count)
         messages: dict[str, bytes] = {}
@@ -91,11 +106,17 @@ class Client:
             name = f"r{self._count}"
             messages[name] = encode(Submit(request_id=name, prompt=prompt, sampling=sampling))
             self._count += 1
-        for name, message in messages.items():
-            line.sent[name] = time.perf_counter()
-            line.tokens[name] = []
-            self._connection.send_bytes(message)
-        unfinished = set(messages)
+        waiting = iter(messages.items())
+        unfinished: set[str] = set()
+
+        def send_next() -> None:
+            for name, message in itertools.islice(waiting, in_flight - len(unfinished)):
+                unfinished.add(name)
+                line.sent[name] = time.perf_counter()
+                line.tokens[name] = []
+                self._connection.send_bytes(message)
+
+        send_next()
         while unfinished:
             answer = decode(self._connection.recv_bytes())
             now = time.perf_counter()
@@ -105,6 +126,7 @@ class Client:
                 line.tokens[tokens.request_id] += [now] * len(tokens.token_ids)
                 if tokens.finish_reason is not None:
                     unfinished.discard(tokens.request_id)
+            send_next()
             on_token(line)
         return line
 

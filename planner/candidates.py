@@ -34,7 +34,7 @@ Constraint = Literal["memory", "ttft", "tpot", "rate"]
 
 MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
 MAX_BATCH_CPU = 32  # a few cores are busy long before
-CHUNK_LEVELS = (512, 1024, 2048, 4096, 8192)
+CHUNK_LEVELS: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
 BLOCK_TOKENS = {"cuda": 64, "cpu": 16}
 # Replica counts tried under a request rate, where the wait depends on them.
 _REPLICA_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)

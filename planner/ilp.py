@@ -266,7 +266,9 @@ class _Program:
         in_flight = workload.concurrency
         # No more than are in flight can be served at the rate of a full batch.
         problem += tokens <= in_flight / column.batch_size * max(rates) * chosen
-        if replicas is None and column.batch_size > 1:
+        if replicas is None and column.batch_size == 1:
+            problem += number <= in_flight * chosen
+        elif replicas is None:
             # A replica more than the requests fill would run at a smaller batch: another column.
             problem += (column.batch_size - 1) * number <= (in_flight - 1) * chosen
         if workload.objective == "latency":
