@@ -1,0 +1,180 @@
+"""How good and how fast plans are: small problems against trying everything, large ones timed.
+
+    PYTHONPATH=src:. python benchmarks/bench_planner.py optimal [--cases 2000] [--output FOLDER]
+    PYTHONPATH=src:. python benchmarks/bench_planner.py fast [--output FOLDER]
+
+`optimal` draws problems (up to 8 GPUs, mixed kinds and unequal islands among them; dense and MoE
+models of up to 12 layers; limits, budgets, every objective) and compares the integer program, by
+HiGHS and by CBC, with every legal plan evaluated one by one (`tests/planner/exhaustive.py`).
+`fast` runs `rankwright plan` from the shell and notes the CPU seconds and the peak memory of the
+process, the interpreter and all imports included; medians of several runs.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tests.planner.exhaustive import exhaustive, random_case
+
+from rankwright.planner.ilp import Choice
+from result import write_result
+
+REPEATS = 5
+# (name, model, cluster, further options, most CPU seconds)
+TIMED = (
+    ("dense, 8 GPUs", "meta-llama/Llama-3.1-8B", "8xh100-sxm", (), 0.7),
+    ("dense, 8 GPUs, TPOT limit", "meta-llama/Llama-3.1-70B", "8xh100-sxm", ("--tpot", "40"), None),
+    ("MoE, 16 GPUs", "deepseek-ai/DeepSeek-V3", "2x8xh200-sxm+ib400", (), 2.0),
+    ("dense, 1,024 GPUs", "meta-llama/Llama-3.1-70B", "128x8xh100-sxm+ib400", (), 5.0),
+    ("MoE, 1,024 GPUs", "deepseek-ai/DeepSeek-V3", "128x8xh200-sxm+ib400", (), 5.0),
+    ("dense, 16,384 GPUs", "meta-llama/Llama-3.1-405B", "2048x8xh100-sxm+ib400", (), 20.0),
+    ("MoE, 16,384 GPUs", "deepseek-ai/DeepSeek-V3", "2048x8xh200-sxm+ib400", (), 20.0),
+)
+MOST_MB = 200
+
+
+def compare(seed: int) -> dict[str, Any]:
+    """Return how the two solvers and the exhaustive search ended on one problem."""
+    case = random_case(seed)
+    started = time.process_time()
+    highs = case.search().best(settle=False)
+    planned_s = time.process_time() - started
+    with patch("rankwright.planner.solver.find_spec", return_value=None):  # as without HiGHS
+        cbc = case.search().best(settle=False)
+    started = time.process_time()
+    best = exhaustive(case)
+    return {
+        "seed": seed,
+        "case": case.describe(),
+        "num_gpus": case.cluster.num_gpus,
+        "num_layers": case.model.num_layers,
+        "objective": case.workload.objective,
+        "best": best,
+        "highs": _value(highs),
+        "cbc": _value(cbc),
+        "certified_gap": None if highs is None else highs.ending.gap,
+        "planned_s": planned_s,
+        "tried_s": time.process_time() - started,
+    }
+
+
+def _value(choice: Choice | None) -> float | None:
+    return None if choice is None else choice.value
+
+
+def differs(value: float | None, best: float | None) -> bool:
+    """Return whether two objectives differ by more than rounding (one part in a million)."""
+    if value is None or best is None:
+        return value is not best
+    return abs(value / best - 1) > 1e-6
+
+
+def optimal(cases: int, jobs: int, output: Path | None) -> int:
+    """Compare `cases` problems; return how many differ."""
+    with ProcessPoolExecutor(jobs) as pool:
+        rows = list(pool.map(compare, range(cases), chunksize=4))
+    wrong = [row for row in rows if differs(row["highs"], row["best"])]
+    disagree = [row for row in rows if differs(row["cbc"], row["highs"])]
+    content = {
+        "cases": cases,
+        "feasible": sum(row["best"] is not None for row in rows),
+        "differ_from_exhaustive": len(wrong),
+        "solvers_disagree": len(disagree),
+        "largest_certified_gap": max(row["certified_gap"] or 0.0 for row in rows),
+        "planning_cpu_s": sum(row["planned_s"] for row in rows),
+        "exhaustive_cpu_s": sum(row["tried_s"] for row in rows),
+        "rows": wrong + [row for row in disagree if row not in wrong] or rows[:20],
+    }
+    print({key: value for key, value in content.items() if key != "rows"})
+    for row in wrong + disagree:
+        print(row)
+    print(write_result("planner-optimal", content, folder=output))
+    return len(wrong) + len(disagree)
+
+
+def fast(output: Path | None) -> None:
+    """Time plans from the shell."""
+    rows = []
+    for name, model, cluster, options, limit_s in TIMED:
+        command = ["plan", model, "--cluster", cluster, *options, "--json"]
+        runs = [_run(command) for _ in range(REPEATS + 1)][1:]  # the first writes bytecode
+        row = {
+            "name": name,
+            "command": " ".join(["rankwright", *command]),
+            "cpu_s": statistics.median(run[0] for run in runs),
+            "least_cpu_s": min(run[0] for run in runs),
+            "wall_s": statistics.median(run[1] for run in runs),
+            "peak_mb": max(run[2] for run in runs),
+            "limit_cpu_s": limit_s,
+            "limit_mb": MOST_MB,
+            **runs[0][3],
+        }
+        print(row, flush=True)
+        rows.append(row)
+    content = {"load_average": os.getloadavg(), "num_cpus": os.cpu_count(), "rows": rows}
+    print(write_result("planner-fast", content, folder=output))
+
+
+def _run(command: list[str]) -> tuple[float, float, float, dict[str, Any]]:
+    """Return CPU seconds, wall seconds, peak MB and what the plan says, of one process."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        output, errors = child.communicate()
+    wall_s = time.monotonic() - started
+    if child.returncode:
+        raise RuntimeError(f"{command}: {errors.decode()[-500:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    plan = json.loads(output)
+    certificate = plan["certificate"]
+    return (
+        cpu_s,
+        wall_s,
+        int(errors.split()[-1]) / 1024,
+        {
+            "split": {key: plan["split"][key] for key in ("tp", "pp", "dp", "ep", "cp")},
+            "num_gpus": plan["num_gpus"],
+            "num_candidates": certificate["num_candidates"],
+            "solve_s": certificate["solve_s"],
+            "gap": certificate["gap"],
+        },
+    )
+
+
+# What the command `rankwright` does, and then the peak memory of its process.
+_PROGRAM = """
+import atexit, resource, sys
+atexit.register(lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr))
+from rankwright.cli import main
+main()
+"""
+
+
+def main() -> None:
+    """Run what was asked for; exit with 1 where a plan was not the best."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=("optimal", "fast"))
+    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    if arguments.what == "fast":
+        fast(arguments.output)
+        return
+    sys.exit(1 if optimal(arguments.cases, arguments.jobs, arguments.output) else 0)
+
+
+if __name__ == "__main__":
+    main()
