@@ -21,7 +21,7 @@ def time_pairs(ranks: Ranks) -> list[PairRate]:
     Each row is on one rank only. Copies are the driver's; where a process may not use the GPU of
     another, as in the exclusive-process compute mode, they are messages of NCCL, and a note tells.
     """
-    direct = ranks.device.type == "cuda" and _may_use_others(ranks)
+    direct = ranks.device.type == "cuda" and may_use_others(ranks)
     rows: list[PairRate] = []
     for a, b in combinations(ranks.local, 2):
         ranks.wait()
@@ -85,7 +85,7 @@ def message_rate(ranks: Ranks, source: int, target: int, size: int, count: int =
     return size / ranks.seconds(exchange, count)
 
 
-def _may_use_others(ranks: Ranks) -> bool:
+def may_use_others(ranks: Ranks) -> bool:
     """Return whether every rank may open the GPU of another rank of its machine."""
     refused = ""
     position = ranks.local.index(ranks.rank)

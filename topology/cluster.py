@@ -36,6 +36,9 @@ class Gpu(Value):
     uuid: str | None = None
     pcie_generation: int | None = None
     pcie_width: int | None = None
+    nvlink_version: int | None = Field(
+        default=None, description="of its active links: 4 on Hopper, 5 on Blackwell"
+    )
     numa_node: int | None = None
     num_processes: int = Field(default=0, ge=0, description="other compute processes on it")
     mig: bool = False

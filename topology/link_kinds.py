@@ -49,6 +49,9 @@ _NVLINK_BYTES_PER_S: dict[tuple[int, int], float] = {
     (10, 3): 50e9,
 }
 
+# The same by version, for a GPU that no table knows; GA102 boards run version 3 at their own rate.
+_BY_VERSION: dict[int | None, float] = {1: 20e9, 2: 25e9, 3: 25e9, 4: 25e9, 5: 50e9}
+
 
 def nvlink_count(kind: str) -> int:
     """Return the number of NVLinks in a token, 0 if it is none.
@@ -117,6 +120,8 @@ def _nvlink_rate_of(gpu: "Gpu") -> float:
     device = device_of(gpu)
     if device is not None and nvlink_count(device.scale_up_token):
         return device.scale_up_bytes_per_s / nvlink_count(device.scale_up_token)
+    if device is None and gpu.nvlink_version in _BY_VERSION and gpu.compute_capability != (8, 6):
+        return _BY_VERSION[gpu.nvlink_version]
     capability = gpu.compute_capability or (device.compute_capability if device else None)
     return _NVLINK_BYTES_PER_S.get(capability or (7, 0), 25e9)
 

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from rankwright.cli import main
 from rankwright.cli.measured_page import print_measurements
+from rankwright.executor import measure_pairs
 from rankwright.executor.measure import make_team, measure, measure_environment
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
@@ -120,3 +122,31 @@ def test_gpus_are_measured_over_nccl(tmp_path: Path) -> None:
     assert after.measurements.backend == "nccl"
     assert after.measurements.seconds < 60
     assert after.measurements.transports or "NCCL_DEBUG" in os.environ
+
+
+class _Alone:
+    """A rank of two on one machine, whose driver lets no process use the GPU of another."""
+
+    rank, local, node = 0, (0, 1), 0
+    device = torch.device("cuda", 0)
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def all_of(self, rows: list[str]) -> list[str]:
+        return [*rows, ""]  # the other rank met no refusal
+
+
+def test_without_access_to_other_gpus_pairs_are_timed_by_messages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    ranks = _Alone()
+    monkeypatch.setattr(torch, "zeros", refuse)
+    assert not measure_pairs.may_use_others(ranks)  # type: ignore[arg-type]
+    assert "exclusive-process compute mode" in ranks.notes[0]
+    assert "busy or unavailable" in ranks.notes[0]
+    monkeypatch.setattr(torch, "zeros", lambda *arguments, **options: None)
+    assert measure_pairs.may_use_others(ranks)  # type: ignore[arg-type]

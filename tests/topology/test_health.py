@@ -2,7 +2,7 @@
 
 from rankwright.topology.readers.health import health_notes
 
-SOUND = {"index": 3, "slowdowns": None, "uncorrected": None, "ecc": None}
+SOUND = {"index": 3, "slowdowns": None, "uncorrected": None, "ecc": None, "compute_mode": None}
 
 
 def notes(**facts: object) -> list[str]:
@@ -19,4 +19,6 @@ def test_faults_are_named_with_their_remedy() -> None:
         "GPU 3 is slowed down now: hardware slowdown, too hot (hardware thermal slowdown)"
     ]
     assert "counted 2 uncorrectable memory errors" in notes(uncorrected=2)[0]
+    assert "lets no process compute" in notes(compute_mode=2)[0]
+    assert notes(compute_mode=3) == []
     assert notes(ecc=[1, 0]) == ["GPU 3 turns ECC off at the next reboot"]

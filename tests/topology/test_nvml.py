@@ -66,7 +66,9 @@ class Board:
     default_mw: int = 700_000
     set_mhz: int | None = 1980
     default_mhz: int = 1980
+    version: int = 4  # of its NVLinks
     lost_at: str | None = None  # the function that finds it lost
+    lost_by: int = pynvml.NVML_ERROR_GPU_IS_LOST
     near: tuple[int, ...] = ()  # words of the mask of NUMA domains; none: not supported
 
 
@@ -128,6 +130,7 @@ def install(
         "nvmlDeviceGetMemoryBusWidth": lambda board: board.bus_bits,
         "nvmlDeviceGetMemoryAffinity": memory_affinity,
         "nvmlDeviceGetNvLinkState": lambda board, link: links_of(board, link)[0],
+        "nvmlDeviceGetNvLinkVersion": lambda board, link: links_of(board, link) and board.version,
         "nvmlDeviceGetNvLinkRemotePciInfo": lambda board, link: SimpleNamespace(
             busId=links_of(board, link)[1]
         ),
@@ -141,7 +144,7 @@ def install(
             found = boards[arguments[0]] if name == "nvmlDeviceGetHandleByIndex" else arguments[:1]
             board = found if isinstance(found, Board) else (found or (None,))[0]
             if isinstance(board, Board) and board.lost_at == name:
-                raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+                raise pynvml.NVMLError(board.lost_by)
             return answers[name](*arguments)
 
         return answer
@@ -172,6 +175,7 @@ def test_links_to_a_switch_join_every_pair(monkeypatch: pytest.MonkeyPatch) -> N
     assert node.gpus[0].compute_capability == (9, 0)
     assert (node.links[0].kind, node.links[0].bytes_per_s) == ("NV18", 450e9)
     assert node.driver == "580.1"
+    assert {gpu.nvlink_version for gpu in node.gpus} == {4}
     assert cluster.islands == (((0, 0), (0, 1)),)
 
 
@@ -375,6 +379,25 @@ def test_one_lost_gpu_of_eight_leaves_seven_and_a_warning(
     assert len(cluster.nodes[0].links) == 21
     assert "GPU 3 cannot be read" in cluster.notes[0]
     assert "lost" in cluster.notes[0]
+
+
+def test_gpus_of_other_jobs_are_left_out_without_alarm(monkeypatch: pytest.MonkeyPatch) -> None:
+    boards = switched()
+    boards[0].lost_at = "nvmlDeviceGetHandleByIndex"
+    boards[0].lost_by = pynvml.NVML_ERROR_NO_PERMISSION
+    install(monkeypatch, boards)
+    cluster = probe(require_gpu=True)
+    assert [gpu.index for gpu in cluster.nodes[0].gpus] == [1]
+    assert cluster.notes[0].startswith("GPU 0 is not open to this user or job")
+
+
+def test_links_of_an_unknown_gpu_run_at_the_rate_of_their_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    boards = switched(name="NVIDIA H999", version=5)
+    install(monkeypatch, boards)
+    link = probe().nodes[0].links[0]
+    assert (link.kind, link.bytes_per_s) == ("NV18", 18 * 50e9)
 
 
 def test_eight_lost_gpus_are_a_failure(

@@ -97,6 +97,7 @@ def make_gpu(found: FoundGpu) -> tuple[Gpu, list[str]]:
         uuid=found.uuid,
         pcie_generation=found.pcie_generation,
         pcie_width=limits.pcie_width,
+        nvlink_version=found.nvlink_version,
         numa_node=found.numa_node,
         num_processes=found.num_processes,
         mig=found.mig,

@@ -30,7 +30,7 @@ class FoundGpu:
     default_power_limit_w: float | None = None
     set_clock_hz: float | None = None  # of the matrix units, by `nvidia-smi -ac`
     default_clock_hz: float | None = None
-    compute_mode: int | None = None  # nvmlComputeMode_t
+    nvlink_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

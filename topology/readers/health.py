@@ -11,6 +11,8 @@ _SLOWDOWNS = {
     0x80: "power brake of the power supply",
 }
 
+_PROHIBITED = 2  # nvmlComputeMode_t
+
 
 def health_notes(gpu: Mapping[str, Any]) -> list[str]:
     """Return a note on each fault of one GPU; what the driver does not tell is no note.
@@ -28,6 +30,11 @@ def health_notes(gpu: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"GPU {index} counted {gpu['uncorrected']} uncorrectable memory errors since the "
             "driver was loaded; see `nvidia-smi -q -d ECC`, and replace it if they return"
+        )
+    if gpu["compute_mode"] == _PROHIBITED:
+        notes.append(
+            f"GPU {index} lets no process compute (compute mode Prohibited); `nvidia-smi -c 0` "
+            "opens it"
         )
     ecc = gpu["ecc"]
     if ecc and ecc[0] != ecc[1]:

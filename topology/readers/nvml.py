@@ -130,7 +130,7 @@ def machine_of(facts: Mapping[str, Any], sysfs: Path) -> FoundMachine:
     lost = [gpu for gpu in facts["gpus"] if "error" in gpu]
     if not found:
         raise _failure(lost[0]["error"])
-    notes = [lost_note(gpu["index"], gpu["error"]["text"]) for gpu in lost]
+    notes = [_left_out(gpu["index"], gpu["error"]) for gpu in lost]
     by_index = {gpu["index"]: gpu for gpu in found}
     kinds: dict[tuple[int, int], str] = {}
     staged: list[tuple[int, int]] = []
@@ -160,6 +160,12 @@ def lost_note(index: int, reason: str) -> str:
     )
 
 
+def _left_out(index: int, error: Mapping[str, str]) -> str:
+    if error["name"] == "NVML_ERROR_NO_PERMISSION":
+        return f"GPU {index} is not open to this user or job ({error['text']}) and is left out"
+    return lost_note(index, error["text"])
+
+
 def _found_gpu(gpu: Mapping[str, Any], sysfs: Path) -> FoundGpu:
     capability = gpu["capability"]
     total, free = gpu["total_bytes"], gpu["free_bytes"]
@@ -187,7 +193,7 @@ def _found_gpu(gpu: Mapping[str, Any], sysfs: Path) -> FoundGpu:
         default_power_limit_w=_scaled(gpu["default_mw"], 1e-3),
         set_clock_hz=_scaled(gpu["set_mhz"], 1e6),
         default_clock_hz=_scaled(gpu["default_mhz"], 1e6),
-        compute_mode=gpu["compute_mode"],
+        nvlink_version=gpu["nvlinks"]["version"],
     )
 
 

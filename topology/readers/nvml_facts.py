@@ -133,15 +133,17 @@ def _gpu(nvml: Any, handle: Any) -> Facts:
 
 
 def _nvlinks(nvml: Any, handle: Any, buses: Sequence[str]) -> Facts:
-    """Return the active NVLinks of one GPU: to each other GPU by bus id, and to switches."""
+    """Return the active NVLinks of one GPU by what they lead to, and their version."""
     to_bus: dict[str, int] = {}
     to_switch = 0
+    version: int | None = None
     for link in range(nvml.NVML_NVLINK_MAX_LINKS):
         state = _ask(nvml, nvml.nvmlDeviceGetNvLinkState, handle, link)
         if state is None:  # past the last link of this GPU, or no NVLink at all
             break
         if state != nvml.NVML_FEATURE_ENABLED:
             continue
+        version = version or _ask(nvml, nvml.nvmlDeviceGetNvLinkVersion, handle, link)
         remote = _ask(nvml, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
         bus = _text(remote.busId) if remote is not None else ""
         kind = _ask(nvml, nvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
@@ -150,7 +152,7 @@ def _nvlinks(nvml: Any, handle: Any, buses: Sequence[str]) -> Facts:
         elif kind in (None, nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH):
             # Drivers before 460 do not tell the type; virtual machines hide the switch's bus id.
             to_switch += 1
-    return {"to_bus": to_bus, "to_switch": to_switch}
+    return {"to_bus": to_bus, "to_switch": to_switch, "version": version}
 
 
 def _pair(nvml: Any, a: Any, b: Any) -> Facts:
