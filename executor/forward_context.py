@@ -20,3 +20,11 @@ class ForwardContext:
     cos_sin_PD: torch.Tensor  # float32
     prefill_query_starts: list[int] = field(default_factory=list)  # one more than sequences
     prefill_context_lens: list[int] = field(default_factory=list)
+
+    def counted(self) -> torch.Tensor:
+        """Return int32 [T]: 0 for tokens of padding, which have no context."""
+        lens_B = self.context_lens_S[: self.num_decodes]
+        if not self.prefill_query_starts:
+            return lens_B
+        prompts = len(self.positions_T) - self.num_decodes
+        return torch.cat([lens_B, lens_B.new_ones(prompts)])

@@ -52,6 +52,7 @@ class Mesh:
         device: Where its tensors live.
         tp: Ranks that share each layer of this stage, for the same part of the context.
         cp: Ranks of this stage with the same weights, each with its part of the context.
+        expert_slots: Where experts are, if not each rank's range of them.
         ep: Ranks of `tp` that share the experts out: those with the same part of each expert.
         control: All ranks of the replica, over gloo; the leader is the first.
         results: The same ranks over another gloo group, for sampled tokens.
@@ -67,6 +68,7 @@ class Mesh:
         self.device = device
         self.num_stages = split.pp
         self.split = split
+        self.expert_slots = plan.expert_slots
         self._telling: deque[tuple[dist.Work, bytearray]] = deque()
         self.vocab_ranges = tuple(
             other.vocab

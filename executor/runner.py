@@ -14,6 +14,7 @@ from rankwright.cost_model.memory import SAMPLED_ROWS
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
 from rankwright.executor.drawn import Drawn
+from rankwright.executor.expert_slots import Rebalancer
 from rankwright.executor.forward_context import ForwardContext
 from rankwright.executor.kv_cache import allocate, cache_head_dim
 from rankwright.executor.mesh import Mesh
@@ -90,6 +91,10 @@ class Runner:
             caches,
             on_layer=lambda index: progress(f"layer {index - first + 1} of {total}"),
         )
+        self.rebalancer: Rebalancer | None = None
+        if plan.expert_slots is not None and plan.expert_slots.rebalance_steps is not None:
+            every = plan.expert_slots.rebalance_steps
+            self.rebalancer = Rebalancer(mesh, self.stage.expert_slots(), every=every)
         # What the last step drew, for the next to read.
         self._drawn_R = torch.zeros(plan.limits.max_num_seqs, dtype=torch.int64, device=mesh.device)
         # Rows of sampling that take the best token.
@@ -142,10 +147,14 @@ class Runner:
         ]
         for batch in batches:
             self.execute(batch)
+        if self.rebalancer is not None:
+            self.rebalancer.reset()
 
     @torch.inference_mode()
     def execute(self, batch: StepBatch) -> Drawn | None:
         """Start a batch; return the R tokens drawn on the rank that samples, None elsewhere."""
+        if self.rebalancer is not None:
+            self.rebalancer.step()
         if (
             self._graphs is not None
             and batch.decode_only

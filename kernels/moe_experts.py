@@ -39,6 +39,12 @@ class Experts:
     limit: float | None = None
 
     @property
+    def matrices(self) -> tuple[torch.Tensor, ...]:
+        """All that a slot holds, each tensor [S, ...]."""
+        held = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return tuple(tensor for tensor in held if tensor is not None)
+
+    @property
     def num_slots(self) -> int:
         """S."""
         return self.gate_up.shape[0]

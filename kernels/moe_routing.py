@@ -50,6 +50,7 @@ def route_reference(
     correction_E: torch.Tensor | None = None,
     table: SlotTable | None = None,
     load_E: torch.Tensor | None = None,
+    counted_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights [T, K] in float32 and this rank's slots [T, K] in int32; see `route`."""
     num_tokens, num_experts = logits_TE.shape
@@ -68,7 +69,8 @@ def route_reference(
     if rule.normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + _TINY)
     if load_E is not None:
-        load_E += torch.bincount(experts_TK.flatten(), minlength=num_experts).to(load_E.dtype)
+        counted_TK = experts_TK if counted_T is None else experts_TK[counted_T > 0]
+        load_E += torch.bincount(counted_TK.flatten(), minlength=num_experts).to(load_E.dtype)
     if table is None:
         slots_TK = experts_TK
     else:
@@ -90,6 +92,7 @@ def _route_kernel(
     table_ptr,
     replicas_ptr,
     load_ptr,
+    counted_ptr,
     weights_ptr,
     slots_ptr,
     scale,
@@ -110,6 +113,7 @@ def _route_kernel(
     HAS_CORRECTION: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HAS_LOAD: tl.constexpr,
+    HAS_COUNTED: tl.constexpr,
     TINY: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -161,7 +165,10 @@ def _route_kernel(
     mine = k < TOP_K
     if HAS_LOAD:
         one = tl.full([BLOCK_K], 1, load_ptr.dtype.element_ty)
-        tl.atomic_add(load_ptr + experts, one, mask=mine, sem="relaxed")
+        counted = mine
+        if HAS_COUNTED:
+            counted = mine & (tl.load(counted_ptr + token) > 0)
+        tl.atomic_add(load_ptr + experts, one, mask=counted, sem="relaxed")
     slots = experts
     if HAS_TABLE:
         replicas = tl.load(replicas_ptr + experts, mask=mine, other=1)
@@ -182,6 +189,7 @@ def route(
     correction_E: torch.Tensor | None = None,
     table: SlotTable | None = None,
     load_E: torch.Tensor | None = None,
+    counted_T: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the weights [T, K] in float32 and the slots [T, K] in int32 of each token's experts.
@@ -198,6 +206,7 @@ def route(
             section 2.1.2).
         table: Where each expert is; None: expert e is in slot e.
         load_E: int64 counters of how often each expert was chosen, added to.
+        counted_T: int32, 0 for tokens that are padding and do not count; None: all count.
         backend: What runs it, see `runs_triton`.
 
     Raises:
@@ -220,6 +229,7 @@ def route(
             correction_E=correction_E,
             table=table,
             load_E=load_E,
+            counted_T=counted_T,
         )
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
@@ -237,6 +247,7 @@ def route(
             slots_TK if table is None else table.slots,
             slots_TK if table is None else table.replicas,
             slots_TK if load_E is None else load_E,
+            slots_TK if counted_T is None else counted_T,
             weights_TK,
             slots_TK,
             rule.scale,
@@ -257,6 +268,7 @@ def route(
             HAS_CORRECTION=correction_E is not None,
             HAS_TABLE=table is not None,
             HAS_LOAD=load_E is not None,
+            HAS_COUNTED=counted_T is not None,
             TINY=_TINY,
             num_warps=1,
         )

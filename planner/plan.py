@@ -39,6 +39,23 @@ class RankPlan(Value):
     vocab: Range = Field(description="rows of the embedding and head; used on first and last stage")
 
 
+class ExpertSlots(Value):
+    """Wide expert parallelism: slots that hold any expert, hot ones in several."""
+
+    layers: tuple[tuple[tuple[int, ...], ...], ...] = Field(
+        min_length=1,
+        description="of each layer with experts: the experts in the slots of each EP rank",
+    )
+    rebalance_steps: int | None = Field(
+        default=None, ge=1, description="steps after which experts move; None: they stay"
+    )
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Experts that each rank holds of a layer."""
+        return len(self.layers[0][0])
+
+
 class KvCachePlan(Value):
     """Paged KV cache of every rank."""
 
@@ -100,6 +117,9 @@ class Plan(Value):
     ranks: tuple[RankPlan, ...] = Field(min_length=1)
     kv_cache: KvCachePlan
     limits: Limits
+    expert_slots: ExpertSlots | None = Field(
+        default=None, description="None: each rank holds its range of experts once"
+    )
     prediction: Prediction
     certificate: Certificate
     environment: tuple[EnvironmentVariable, ...] = ()
@@ -125,12 +145,36 @@ class Plan(Value):
             raise ValueError("two ranks are on the same GPU")
         for rank in ranks:
             self._check_rank(rank)
+        if self.expert_slots is not None:
+            self._check_expert_slots(self.expert_slots)
         if self.cluster_fingerprint != self.cluster.fingerprint:
             raise ValueError(
                 f"cluster_fingerprint is {self.cluster_fingerprint}, the cluster in the plan has "
                 f"{self.cluster.fingerprint}; make the plan again"
             )
         return self
+
+    def _check_expert_slots(self, expert_slots: ExpertSlots) -> None:
+        blocks = [
+            layer.feed_forward for layer in self.model.layers if layer.feed_forward.kind == "moe"
+        ]
+        if len(expert_slots.layers) != len(blocks):
+            raise ValueError(
+                f"expert_slots has {len(expert_slots.layers)} layers, {self.model.name} has "
+                f"{len(blocks)} with experts"
+            )
+        shape = (self.split.ep, expert_slots.slots_per_rank)
+        for number, (slots, block) in enumerate(zip(expert_slots.layers, blocks, strict=True)):
+            if len(slots) != shape[0] or {len(rank) for rank in slots} != {shape[1]}:
+                raise ValueError(
+                    f"expert_slots of layer {number} with experts: expected {shape[0]} ranks (ep) "
+                    f"of {shape[1]} slots each"
+                )
+            if {expert for rank in slots for expert in rank} != set(range(block.num_experts)):
+                raise ValueError(
+                    f"expert_slots of layer {number} with experts: every expert from 0 to "
+                    f"{block.num_experts - 1} needs a slot, and no other has one"
+                )
 
     def _check_rank(self, rank: RankPlan) -> None:
         split = self.split

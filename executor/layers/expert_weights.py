@@ -4,7 +4,7 @@ Experts come one by one, so that beside the packed tensors one matrix exists at 
 Shape letters: S slots of this rank, D hidden, F columns of an expert on this rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ def load_experts(
     block: FeedForward,
     *,
     layer: int,
-    experts: Range,
+    experts: Sequence[int],
     columns: Range,
     hidden_size: int,
 ) -> Experts:
@@ -34,7 +34,7 @@ def load_experts(
         names: Of the experts' tensors.
         block: Shapes of the whole block.
         layer: Number of the layer.
-        experts: Which of them.
+        experts: Which of them, in the order of the slots.
         columns: Which columns of each.
         hidden_size: D.
     """
@@ -42,13 +42,13 @@ def load_experts(
         source, names, block, layer=layer, columns=columns, hidden_size=hidden_size
     )
     packed: list[torch.Tensor | None] = [None, None, None, None]
-    for slot, expert in enumerate(range(*experts)):
+    for slot, expert in enumerate(experts):
         for index, matrix in enumerate(read(expert)):
             if matrix is None:
                 continue
             target = packed[index]
             if target is None:
-                target = matrix.new_empty(experts[1] - experts[0], *matrix.shape)
+                target = matrix.new_empty(len(experts), *matrix.shape)
                 packed[index] = target
             target[slot] = matrix
     gate_up, down, gate_up_bias, down_bias = packed

@@ -5,10 +5,13 @@ The tokens are equal on all ranks of the group, so each rank routes all of them,
 Shape letters: T tokens, D hidden, E experts, S slots of this rank, F columns of an expert.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.functional import linear
 
 from rankwright.cost_model.model_spec import FeedForward, Router
+from rankwright.executor.expert_slots import LayerSlots, Slots
 from rankwright.executor.layers.expert_weights import load_experts
 from rankwright.executor.layers.feed_forward import GatedMlp
 from rankwright.executor.mesh import Mesh
@@ -31,12 +34,21 @@ class MoeBlock:
         layer: int,
         hidden_size: int,
         reduce: bool = True,
+        slots: Slots | None = None,
     ) -> None:
+        """Load this rank's experts: its range of them, or those that `slots` gives it."""
         self._mesh = mesh
         self._reduce = reduce
         self._num_experts = block.num_experts
         self._rule = routing_rule(block.router, block.experts_per_token)
+        held: Sequence[int] = range(*mesh.place.experts)
         self._first_slot = mesh.place.experts[0]
+        self.slots: LayerSlots | None = None
+        if slots is not None:
+            ep_rank = mesh.ep.ranks.index(mesh.place.rank)
+            held = slots[ep_rank]
+            self._first_slot = ep_rank * len(held)
+            self.slots = LayerSlots(slots, block.num_experts, mesh.device)
         self._float32_router = names.float32_router
         router = names.router.format(layer=layer)
         shape = (block.num_experts, hidden_size)
@@ -55,7 +67,7 @@ class MoeBlock:
             names,
             block,
             layer=layer,
-            experts=mesh.place.experts,
+            experts=held,
             columns=mesh.place.ffn_columns,
             hidden_size=hidden_size,
         )
@@ -72,14 +84,24 @@ class MoeBlock:
                 reduce=False,
             )
 
-    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return [T, D], equal on every rank of the group; without `reduce`, this rank's part."""
+    def __call__(self, x_TD: torch.Tensor, counted_T: torch.Tensor | None = None) -> torch.Tensor:
+        """Return [T, D], equal on every rank; without `reduce`, this rank's part.
+
+        Args:
+            x_TD: Tokens.
+            counted_T: int32, 0 for those that are padding; None: none is. Read where experts are
+                in slots, whose placement follows the counts.
+        """
+        slots = self.slots
         weights_TK, slots_TK = route(
             self._router_logits(x_TD),
             self._rule,
             first_slot=self._first_slot,
             num_slots=self.experts.num_slots,
             correction_E=self.correction_E,
+            table=None if slots is None else slots.table,
+            load_E=None if slots is None else slots.load_E,
+            counted_T=None if slots is None else counted_T,
         )
         y_TD = run_experts(x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts)
         if self.shared is not None:

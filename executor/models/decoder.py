@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from rankwright.cost_model.model_spec import Layer, ModelSpec
+from rankwright.executor.expert_slots import LayerSlots, Matrices
 from rankwright.executor.forward_context import ForwardContext
 from rankwright.executor.kv_cache import LayerCache
 from rankwright.executor.layers.attention import PagedAttention
@@ -60,6 +61,8 @@ class DecoderLayer:
             x_TD = self._mesh.add_norm(x_TD, self.attention_norm_D, self._eps, residual_TD)
         x_TD = self.attention(x_TD, context)
         x_TD = self._mesh.add_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD)
+        if isinstance(self.feed_forward, MoeBlock) and self.feed_forward.slots is not None:
+            return self.feed_forward(x_TD, context.counted())
         return self.feed_forward(x_TD)
 
 
@@ -107,6 +110,10 @@ def _feed_forward(
     block = layer.feed_forward
     if block.kind == "moe":
         assert names.experts is not None, f"{spec.name}: a family without names for its experts"
+        slots = None
+        if mesh.expert_slots is not None:
+            before = sum(other.feed_forward.kind == "moe" for other in spec.layers[:index])
+            slots = mesh.expert_slots.layers[before]
         return MoeBlock(
             source,
             mesh,
@@ -115,6 +122,7 @@ def _feed_forward(
             layer=index,
             hidden_size=spec.hidden_size,
             reduce=False,
+            slots=slots,
         )
     return GatedMlp(
         source,
@@ -193,6 +201,15 @@ class DecoderStage:
         if self.head is None:
             return residual_TD.add_(self._mesh.all_reduce(x_TD))
         return self._mesh.add_norm(x_TD, self.final_norm_D, self._eps, residual_TD)
+
+    def expert_slots(self) -> list[tuple[LayerSlots, Matrices]]:
+        """Return the slots and weights of each layer whose experts are in slots."""
+        blocks = (layer.feed_forward for layer in self.layers)
+        return [
+            (block.slots, block.experts.matrices)
+            for block in blocks
+            if isinstance(block, MoeBlock) and block.slots is not None
+        ]
 
     def logits(self, normed_RD: torch.Tensor) -> torch.Tensor:
         """Return [R, vocabulary] on every rank of the last stage."""

@@ -1,5 +1,6 @@
 """What the ranks of a test run: the real runner and engine over gloo."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from multiprocessing import Pipe
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from rankwright.executor.engine import Follower, Leader
+from rankwright.executor.expert_slots import move_experts
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.messages import (
     Abort,
@@ -175,6 +177,48 @@ def _client(
             connection.recv_bytes()
         except (EOFError, OSError):
             return
+
+
+def moved_experts(
+    rank: int,
+    plan_json: str,
+    placements: list[tuple[tuple[int, ...], ...]],
+) -> list[list[float]]:
+    """What this rank's slots hold after each placement, when expert e starts with weights of e."""
+    mesh = Mesh(Plan.model_validate_json(plan_json), rank, torch.device("cpu"))
+    me = mesh.ep.ranks.index(rank)
+    start = torch.tensor(placements[0][me], dtype=torch.float32)
+    matrices = (start.view(-1, 1, 1).repeat(1, 3, 2), start.view(-1, 1).repeat(1, 5))
+    out = []
+    for old, new in itertools.pairwise(placements):
+        move_experts(mesh, matrices, old, new)
+        for matrix in matrices:
+            assert (matrix.flatten(1) == matrix.flatten(1)[:, :1]).all()
+        assert torch.equal(matrices[0][:, 0, 0], matrices[1][:, 0])
+        out.append(matrices[1][:, 0].tolist())
+    mesh.finish()
+    return out
+
+
+def serve_and_rebalance(
+    rank: int, plan_json: str, folder: str, requests: list[tuple[str, list[int], dict[str, Any]]]
+) -> tuple[dict[str, list[int]], list[list[float]]] | None:
+    """Tokens of each request, and the imbalance of each interval and layer, from the leader."""
+    plan, mesh, runner = make(rank, plan_json, folder)
+    runner.warm_up(plan.limits)
+    assert runner.rebalancer is not None
+    if not mesh.is_leader:
+        Follower(mesh, runner).run()
+        return None
+    ours, theirs = Pipe()
+    out: dict[str, list[int]] = {}
+    client = threading.Thread(target=_client, args=(ours, requests, None, out))
+    client.start()
+    Leader(plan, mesh, runner, theirs, eos_token_ids=()).run()
+    theirs.close()
+    client.join(timeout=60)
+    ours.close()
+    return out, list(runner.rebalancer.imbalances)
 
 
 def control(rank: int, plan_json: str, size: int) -> bytes:

@@ -1,6 +1,6 @@
 """Small models with random weights, saved as transformers saves them, and a pool of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,14 @@ class Reference:
         return self._greedy[key]
 
 
-def make_reference(folder: Path, seed: int, options: dict[str, Any]) -> Reference:
-    """Save a model of random weights in `folder`; `options` are those of its config."""
+def make_reference(
+    folder: Path,
+    seed: int,
+    options: dict[str, Any],
+    *,
+    change: Callable[[Any], None] = lambda model: None,
+) -> Reference:
+    """Save a model of random weights, changed by `change`; `options` are those of its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -99,6 +105,7 @@ def make_reference(folder: Path, seed: int, options: dict[str, Any]) -> Referenc
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("correction_bias"):  # DeepSeek-V3's, of the size of its scores
                 buffer.add_(torch.rand_like(buffer) * 0.5)
+        change(model)
     model.save_pretrained(folder)
     return Reference(folder, model, config.vocab_size)
 

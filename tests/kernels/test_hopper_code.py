@@ -34,7 +34,7 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         short = name.removesuffix("_ptr")
         moe = kernel.__module__.rpartition(".")[2].startswith("moe")
         ints = (
-            "words epochs table work context windows token pairs counts replicas block_slots"
+            "words epochs table work context windows token pairs counts counted replicas block_slots"
         ).split()
         floats_of = (
             "partial lse merged_lse cos_sin temperature best weights pair_weights correction"
@@ -91,6 +91,7 @@ found["route"] = resources(
     moe_routing._route_kernel, 1, 1, ["scale"], ["first_slot", "num_slots"], TOP_K=8, NUM_GROUPS=8,
     GROUP_SIZE=32, GROUPS_PER_TOKEN=4, MAX_REPLICAS=2, BLOCK_G=8, BLOCK_S=32, BLOCK_K=8,
     SIGMOID=True, NORMALIZE=True, TOP2=True, HAS_CORRECTION=True, HAS_TABLE=True, HAS_LOAD=True,
+    HAS_COUNTED=True,
     TINY=1e-20)
 shape = decode_config.mla_decode_config(16, 128, 64, torch.bfloat16, 132)
 found["mla"] = resources(

@@ -72,6 +72,9 @@ def test_pairs_of_other_ranks_are_marked_and_loads_counted(backend: str, device:
     _, slots = route(logits, SOFTMAX, first_slot=1, num_slots=2, load_E=load, backend=backend)  # type: ignore[arg-type]
     assert slots.tolist() == [[-1, 0], [-1, 1]]
     assert load.tolist() == [6, 1, 1, 1]
+    counted = torch.tensor([0, 4], dtype=torch.int32, device=device)  # the first token is padding
+    route(logits, SOFTMAX, load_E=load, counted_T=counted, backend=backend)  # type: ignore[arg-type]
+    assert load.tolist() == [6, 1, 2, 2]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
