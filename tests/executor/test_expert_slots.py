@@ -135,7 +135,9 @@ def test_experts_move_while_serving_and_the_tokens_stay(skewed: Reference, pool:
     plan = plan.model_copy(
         update={"expert_slots": ExpertSlots(layers=(stale, stale), rebalance_steps=32)}
     )
-    texts = prompts(skewed.vocab_size, (40, 17, 60, 25, 52, 41, 33, 48, 21, 60, 18, 44, 50, 37, 29, 58, 46, 35))
+    texts = prompts(
+        skewed.vocab_size, (40, 17, 60, 25, 52, 41, 33, 48, 21, 60, 18, 44, 50, 37, 29, 58, 46, 35)
+    )
     requests = [
         (f"r{i}", text, {"temperature": 0.0, "max_tokens": 48}) for i, text in enumerate(texts)
     ]

@@ -34,7 +34,8 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         short = name.removesuffix("_ptr")
         moe = kernel.__module__.rpartition(".")[2].startswith("moe")
         ints = (
-            "words epochs table work context windows token pairs counts counted replicas block_slots"
+            "words epochs table work context windows token pairs counts counted replicas "
+            "block_slots"
         ).split()
         floats_of = (
             "partial lse merged_lse cos_sin temperature best weights pair_weights correction"
