@@ -49,8 +49,10 @@ def follow(launch: Launch, view: PhaseView) -> int:
     return end(launch, view, state)
 
 
-def until_final(launch: Launch, view: PhaseView, within_s: float | None = None) -> LaunchState:
-    """Return the state in which `launch` ended, showing it meanwhile.
+def until_final(
+    launch: Launch, view: PhaseView, within_s: float | None = None, *, logs: bool = True
+) -> LaunchState:
+    """Return the state in which `launch` ended, showing it meanwhile, with its `logs` or without.
 
     Raises:
         TimeoutError: It has not ended `within_s` seconds from now.
@@ -59,14 +61,14 @@ def until_final(launch: Launch, view: PhaseView, within_s: float | None = None) 
     period_s, look_at_s, phase = _FIRST_LOOK_S, 0.0, ""
     try:
         while True:
-            for line in launch.log_lines():
+            for line in launch.log_lines() if logs else ():
                 view.log(line)
             now_s = time.monotonic()
             if now_s >= look_at_s:
                 state = _look(launch)
                 view.show(state)
                 if state.phase in FINAL:
-                    for line in launch.log_lines():
+                    for line in launch.log_lines() if logs else ():
                         view.log(line)
                     return state
                 period_s = min(period_s * _SLOWER_EACH, _LAST_LOOK_S)
@@ -78,6 +80,7 @@ def until_final(launch: Launch, view: PhaseView, within_s: float | None = None) 
             time.sleep(_LOG_PERIOD_S)
     finally:
         view.clear()
+        launch.close()
 
 
 def _look(launch: Launch) -> LaunchState:
@@ -90,7 +93,6 @@ def _look(launch: Launch) -> LaunchState:
 
 def end(launch: Launch, view: PhaseView, state: LaunchState) -> int:
     """Say how `launch` ended, forget it, and return the exit code that this means."""
-    launch.forget()
     remove_record(launch.record.id)
     view.say(f"{launch.record.id} has {state.phase}" + (f": {state.detail}" * bool(state.detail)))
     return EXIT_OK if state.phase == "ended" else EXIT_FAILED

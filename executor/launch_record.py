@@ -49,6 +49,7 @@ class KubernetesPlace(Value):
     context: str | None = None
     manifest: Path
     port: int
+    num_pods: int = Field(description="machines of the plan")
     made_key: bool = Field(description="whether the secret is ours to delete")
 
 

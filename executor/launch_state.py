@@ -4,6 +4,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -72,24 +73,30 @@ class Launch(Protocol):
         """Begin to end it: after its running requests, or at once."""
         ...
 
-    def forget(self) -> None:
-        """Take away what is left of it after its end, but for logs."""
+    def close(self) -> None:
+        """Stop to look at it; it goes on."""
         ...
 
 
 def ask_server(url: str) -> ServerState | None:
     """Return what the server at `url` says about itself; None where none answers."""
+
+    def fetch(page: str) -> str:
+        try:
+            with _OPENER.open(url + page, timeout=_HTTP_TIMEOUT_S) as response:
+                text: bytes = response.read()
+        except urllib.error.HTTPError as error:
+            text = error.read()  # 503, with the reason
+        return text.decode(errors="replace")
+
+    return read_server(fetch)
+
+
+def read_server(fetch: Callable[[str], str]) -> ServerState | None:
+    """Return what a server says on the pages that `fetch` gets; None where none answers."""
     try:
-        with _OPENER.open(f"{url}/health", timeout=_HTTP_TIMEOUT_S) as response:
-            health = response.read()
-    except urllib.error.HTTPError as error:
-        health = error.read()  # 503, with the reason
-    except (OSError, ValueError):
-        return None
-    try:
-        status = str(json.loads(health)["status"])
-        with _OPENER.open(f"{url}/metrics", timeout=_HTTP_TIMEOUT_S) as response:
-            metrics = response.read().decode(errors="replace")
+        status = str(json.loads(fetch("/health"))["status"])
+        metrics = fetch("/metrics")
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not a server of ours, or one that ends just now
     return ServerState(

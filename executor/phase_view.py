@@ -32,11 +32,13 @@ class PhaseView:
         self._shown = (state.phase, state.detail)
         if state.phase == "ready":
             if changed:
-                self.say(f"ready in {now_s - self._started_s:.1f} s: {self._name} on {state.url}")
+                detail = f" ({state.detail})" if state.detail else ""
+                took = f"{now_s - self._started_s:.1f} s"
+                self.say(f"ready in {took}: {self._name} on {state.url}{detail}")
             return
         text = f"{self._name} is {state.phase}"
         detail = f": {state.detail}" if state.detail else ""
-        if not self._stream.isatty():
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
             if changed:
                 self.say(text + detail)
             return

@@ -18,11 +18,12 @@ from rankwright.planner.plan import Plan
 from rankwright.templates.options import default_name
 
 # Modules with a `submit(plan, folder, settings)`.
-SUBMITTERS = {"slurm": "slurm"}
+SUBMITTERS = {"slurm": "slurm", "kubernetes": "kubernetes"}
 # Classes of launches by the kind of place that their records name.
 _LAUNCHES = {
     "process": ("process", "ProcessLaunch"),
     "slurm": ("slurm", "SlurmLaunch"),
+    "kubernetes": ("kubernetes", "KubernetesLaunch"),
 }
 _FOLDER = "rankwright-jobs"
 

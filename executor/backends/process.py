@@ -65,8 +65,8 @@ class ProcessLaunch:
             if self._runs():
                 os.kill(self._place.pid, signal.SIGTERM)
 
-    def forget(self) -> None:
-        """Nothing is left: the process cleans up after itself."""
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def _runs(self) -> bool:
         try:

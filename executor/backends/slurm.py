@@ -167,8 +167,8 @@ class SlurmLaunch:
         how = ["--batch", "--signal=TERM"] if drain and running else []
         check_tool(["scancel", *how, self._place.job])
 
-    def forget(self) -> None:
-        """Nothing is left but files for the user to read."""
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def _running(self, fields: Mapping[str, str]) -> LaunchState:
         where = f"on {fields.get('NodeList', '?')}"

@@ -80,7 +80,7 @@ EngineOption = Annotated[
 
 Backend = Annotated[Literal["auto", "local", "ray"], typer.Option(help="How ranks are started.")]
 LaunchBackend = Annotated[
-    Literal["auto", "local", "ray", "slurm"],
+    Literal["auto", "local", "ray", "slurm", "kubernetes"],
     typer.Option(
         help="What starts the ranks, or what the launch is submitted to.  [default: ray for a plan "
         "of several machines, else local]",

@@ -43,7 +43,6 @@ def run(as_json: options.Json = False) -> None:
         console().print(made)
     for record, state in found:
         if state.phase in FINAL:
-            launch_of(record).forget()
             remove_record(record.id)
 
 

@@ -37,9 +37,7 @@ def run(
         found.stop(drain=not now)
         view = PhaseView(record.id)
         try:
-            # Its log, until now, was for who launched it.
-            found.log_lines()
-            state = until_final(found, view, within_s=timeout)
+            state = until_final(found, view, within_s=timeout, logs=False)
         except TimeoutError:
             raise RunError(
                 f"{record.id} has not ended in {timeout:g} s; wait longer with --timeout, or end "
