@@ -51,8 +51,7 @@ def time_gemms(ranks: Ranks) -> list[GemmRate]:
         if dtype == "float8" and torch.cuda.get_device_capability(ranks.device) < (8, 9):
             continue
         try:
-            call = _product(dtype, m, n, k, ranks.device)
-            seconds = ranks.seconds(call, 8, warm_s=_WARM_S)
+            seconds = gemm_s(ranks, dtype, m, n, k)
         except (RuntimeError, AttributeError) as error:
             line = str(error).splitlines()[0][:120]
             ranks.notes.append(f"matrix products in {dtype} could not be timed: {line}")
@@ -63,6 +62,11 @@ def time_gemms(ranks: Ranks) -> list[GemmRate]:
         )
     ranks.wait()
     return rows
+
+
+def gemm_s(ranks: Ranks, dtype: str, m: int, n: int, k: int) -> float:
+    """Return the seconds of a product of an m x k by a k x n matrix, with the board warm."""
+    return ranks.seconds(_product(dtype, m, n, k, ranks.device), 8, warm_s=_WARM_S)
 
 
 def _product(dtype: str, m: int, n: int, k: int, device: torch.device) -> Callable[[], object]:

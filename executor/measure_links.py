@@ -82,7 +82,9 @@ def measure_rank(rank: int, places: tuple[Place, ...], device: torch.device) -> 
     collectives = Collectives(ranks)
     say("memory and matrix products")
     memory, gemms = ranks.all_of(time_memory(ranks)), ranks.all_of(time_gemms(ranks))
-    say(f"copies between {len(ranks.local) * (len(ranks.local) - 1) // 2} pairs")
+    num_pairs = len(ranks.local) * (len(ranks.local) - 1) // 2
+    if num_pairs:
+        say(f"copies between {num_pairs} pairs")
     pairs = ranks.all_of(time_pairs(ranks))
     times: list[CollectiveTime] = ranks.all_of(collectives.within(say))
     node_pairs = time_network(ranks, say)

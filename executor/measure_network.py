@@ -21,6 +21,8 @@ def time_network(ranks: Ranks, say: Callable[[str], None]) -> list[NodePairRate]
 
     The pairs of a round are timed at the same time, as they would talk in a plan's steps.
     """
+    if ranks.num_nodes == 1:
+        return []
     parts: list[_Part] = []
     for number, round_ in enumerate(rounds_of(ranks.num_nodes)):
         if number == _MAX_ROUNDS:

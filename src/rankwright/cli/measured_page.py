@@ -73,9 +73,14 @@ def _print_devices(cluster: Cluster, measured: Measurements, out: Console) -> No
         made.add_row(
             f"{_of_node(cluster, row.node)}{gpu.index} {gpu.device}",
             bandwidth(row.bytes_per_s),
-            ", ".join(f"{dtype} {rate / 1e12:.3g} TFLOP/s" for dtype, rate in best.items()),
+            ", ".join(f"{dtype} {_tera(rate)} TFLOP/s" for dtype, rate in best.items()),
         )
     out.print(made)
+
+
+def _tera(rate: float) -> str:
+    """Return a rate in units of 1e12, to three digits and without an exponent."""
+    return f"{rate / 1e12:.0f}" if rate >= 1e14 else f"{rate / 1e12:.3g}"
 
 
 def _of_node(cluster: Cluster, number: int) -> str:
