@@ -54,6 +54,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     monkeypatch.setenv("PATH", f"{beside.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HOME", str(tmp_path))  # kubectl caches discovery there
+    monkeypatch.chdir(tmp_path)  # folders of launches are made where one is
     with ApiServer() as made:
         context = {"cluster": "stand-in", "user": "nobody", "namespace": "models"}
         config = {

@@ -61,6 +61,7 @@ def environment(
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.chdir(tmp_path)
     made = slurm.environment | {
         "XDG_STATE_HOME": str(tmp_path / "state"),
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
