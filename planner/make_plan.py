@@ -10,6 +10,7 @@ from rankwright.planner.binding import find_binding
 from rankwright.planner.environment import find_environment
 from rankwright.planner.ilp import GOALS, Choice
 from rankwright.planner.infeasible import NoFeasiblePlanError, explain_failure
+from rankwright.planner.pareto import find_front
 from rankwright.planner.placement import place_ranks
 from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
 from rankwright.planner.runners_up import find_runners_up, split_of
@@ -36,6 +37,7 @@ def make_plan(
     top: int = 1,
     allow_pipeline: bool = True,
     engine: str = "rankwright",
+    pareto: bool = False,
     assumptions: tuple[str, ...] = (),
 ) -> Plan:
     """Return the best plan to serve `workload` with `model` on `cluster`.
@@ -49,6 +51,7 @@ def make_plan(
         top: How many other shapes to list, each with the reason why it lost; two at least.
         allow_pipeline: Whether a replica may have several stages.
         engine: Whose efficiency constants to predict with.
+        pareto: Whether to find the front of tokens/s of a GPU against tokens/s of a user too.
         assumptions: What the caller assumed, to be recorded in the plan.
 
     Raises:
@@ -63,7 +66,8 @@ def make_plan(
     choice = search.best()
     if choice is None:
         raise explain_failure(search)
-    return _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
+    plan = _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
+    return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
 
 
 def _check(model: ModelSpec, workload: Workload, budget: int | None, top: int) -> None:

@@ -95,6 +95,24 @@ class Certificate(Value):
     runners_up: tuple[RunnerUp, ...] = ()
 
 
+class ParetoPoint(Value):
+    """A split at a batch of which no other is better for both a GPU and a user."""
+
+    label: str = Field(description="of one replica, such as 'TP8 PP2'")
+    num_gpus: int = Field(ge=1, description="of one replica")
+    batch_size: int = Field(ge=1)
+    tokens_per_s_per_gpu: float = Field(gt=0)
+    tokens_per_s_per_user: float = Field(gt=0, description="1 / TPOT")
+    ttft_s: float = Field(ge=0)
+
+    def describe(self) -> str:
+        """Return the point in one line."""
+        return (
+            f"{self.label} at batch {self.batch_size}: {self.tokens_per_s_per_gpu:,.4g} tokens/s a "
+            f"GPU, {self.tokens_per_s_per_user:,.4g} a user, TTFT {self.ttft_s * 1e3:,.4g} ms"
+        )
+
+
 class EnvironmentVariable(Value):
     """A setting that follows from the topology, with its reason."""
 
@@ -123,6 +141,7 @@ class Plan(Value):
     prediction: Prediction
     certificate: Certificate
     environment: tuple[EnvironmentVariable, ...] = ()
+    pareto: tuple[ParetoPoint, ...] = Field(default=(), description="if asked for")
     assumptions: tuple[str, ...] = Field(default=(), description="what was not said and assumed")
 
     @model_validator(mode="after")

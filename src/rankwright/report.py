@@ -11,6 +11,7 @@ from rankwright.cli.output import gigabytes, seconds
 from rankwright.cli.plan_page import num_devices
 from rankwright.cluster_svg import cluster_svg
 from rankwright.cost_model.prediction import Estimate
+from rankwright.pareto_svg import pareto_svg
 from rankwright.planner.explain import explain
 from rankwright.planner.plan import Plan, RankPlan
 
@@ -126,6 +127,7 @@ def render_report(plan: Plan) -> str:
             )
             if parts
         ),
+        pareto=pareto_svg(plan.pareto) if plan.pareto else "",
         explanation=explain(plan),
     )
 

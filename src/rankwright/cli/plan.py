@@ -36,6 +36,10 @@ def run(
     attention: options.AttentionOption = None,
     engine: options.EngineOption = "rankwright",
     top: Annotated[int, typer.Option(min=1, help="Runners-up to list, with why they lost.")] = 3,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Also what every batch gives: tokens/s of a GPU and a user."),
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say why, in words.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan here, as JSON.")
@@ -61,6 +65,7 @@ def run(
         ),
         pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention),
         engine=engine,
+        pareto=pareto,
         memory_budget_gb=memory_budget,
         dtype=dtype,
         kv_dtype=kv_dtype,

@@ -13,7 +13,7 @@ from rankwright.cli.output import (
     table,
 )
 from rankwright.planner.explain import explain as explain_plan
-from rankwright.planner.plan import Certificate, Plan
+from rankwright.planner.plan import Certificate, ParetoPoint, Plan
 
 _STAGES_SHOWN = 16  # a screen; the JSON has them all
 
@@ -57,6 +57,9 @@ def print_plan(plan: Plan, out: Console | None = None, *, explain: bool = False)
     if plan.certificate.runners_up:
         out.print()
         out.print(_runners_up(plan.certificate))
+    if plan.pareto:
+        out.print()
+        out.print(_pareto(plan.pareto))
     for note in (*plan.assumptions, *plan.cluster.notes):
         out.print(f"[dim]note: {escape(note)}[/]")
 
@@ -116,6 +119,21 @@ def _certificate(certificate: Certificate) -> Table:
         f"{certificate.num_candidates} legal candidates, {certificate.num_illegal} illegal",
     )
     made.add_row("what binds", certificate.binding_constraint)
+    return made
+
+
+def _pareto(points: tuple[ParetoPoint, ...]) -> Table:
+    figures = ("tokens/s a user", "tokens/s a GPU", "TTFT", "batch", "GPUs")
+    made = table("no better for both", *figures, right=figures)
+    for point in points:
+        made.add_row(
+            point.label,
+            f"{point.tokens_per_s_per_user:,.4g}",
+            f"{point.tokens_per_s_per_gpu:,.4g}",
+            seconds(point.ttft_s),
+            str(point.batch_size),
+            str(point.num_gpus),
+        )
     return made
 
 

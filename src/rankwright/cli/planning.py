@@ -25,6 +25,7 @@ def plan_for(
     kv_dtype: Dtype | None = None,
     top: int = 1,
     engine: str = "rankwright",
+    pareto: bool = False,
 ) -> Plan:
     """Return the plan for `model` on the cluster that `cluster` names.
 
@@ -43,6 +44,7 @@ def plan_for(
         pins=pins,
         top=top,
         engine=engine,
+        pareto=pareto,
     )
 
 
