@@ -193,6 +193,33 @@ def activation_bytes(
     )
 
 
+def gathered_bytes(
+    spec: ModelSpec,
+    *,
+    tp: int,
+    cp: int,
+    max_context_tokens: int,
+    max_num_seqs: int,
+    attention: AttentionSplit = "tp",
+) -> int:
+    """Return the bytes of what context parallelism gathers on one rank, in one layer at a time.
+
+    For a prompt the keys and values of its whole context, beside the copy of this rank's own part;
+    for tokens that decode what every rank found, and its own, in float32 with a log-sum-exp.
+    """
+    if cp == 1:
+        return 0
+    layers = [run.layer for run in spec.layer_runs]
+    per_token = max(kv_bytes_per_token(spec, one, tp=tp, attention=attention) for one in layers)
+    context = -(-max_context_tokens * per_token * (cp + 1) // cp)
+    heads_tp = 1 if attention == "dp" else tp
+    row = max(
+        range_size(head_ranges(one.attention, heads_tp, 0)[0]) * (one.attention.head_dim + 1)
+        for one in layers
+    )
+    return context + 4 * max_num_seqs * row * (cp + 1)
+
+
 def _attention_values(layer: Layer, *, tp: int) -> int:
     """Return the values of a token that live at once in attention."""
     heads = layer.attention
@@ -258,6 +285,14 @@ def rank_memory(
                 attention=split.attention,
                 max_batched_tokens=max_batched_tokens,
                 max_num_seqs=max_num_seqs if last else 0,
+            )
+            + gathered_bytes(
+                spec,
+                tp=split.tp,
+                cp=split.cp,
+                attention=split.attention,
+                max_context_tokens=min(spec.max_context_tokens, kv_tokens * split.cp),
+                max_num_seqs=max_num_seqs,
             ),
         ),
         MemoryPart(name="reserved", bytes=RESERVED_BYTES[device]),

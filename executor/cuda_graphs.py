@@ -15,7 +15,7 @@ import torch
 
 from rankwright.executor.forward_context import ForwardContext
 from rankwright.executor.models.decoder import DecoderStage
-from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.rank_batch import Parts, RankBatch
 from rankwright.kernels.token_feed import feed_tokens
 
 # Fine steps where one more padding row costs most; between 32 and 256 a GEMM's tile of 16 rows is
@@ -56,7 +56,7 @@ class DecodeGraphs:
         stage: Its layers.
         sizes: Batch sizes, ascending.
         max_blocks: Blocks a sequence can hold: the width of a block table row.
-        block_tokens: Tokens of a block.
+        parts: What of each batch this rank computes.
         hidden_size: D.
         dtype: Of activations.
         device: A CUDA device.
@@ -71,7 +71,7 @@ class DecodeGraphs:
         *,
         sizes: tuple[int, ...],
         max_blocks: int,
-        block_tokens: int,
+        parts: Parts,
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -81,7 +81,7 @@ class DecodeGraphs:
     ) -> None:
         self._stage = stage
         self._sizes = sizes
-        self._block_tokens = block_tokens
+        self._parts = parts
         self._cos_sin_PD = cos_sin_PD
         largest = sizes[-1]
         # Token ids, positions and slots share a buffer, so that they are one copy.
@@ -113,6 +113,7 @@ class DecodeGraphs:
             context_lens_S=self._lens[:size],
             block_tables_SN=self._tables[:size],
             cos_sin_PD=self._cos_sin_PD,
+            parts=self._parts,
         )
         ids_T = self._wide[0, :size]
         if self._drawn_R is not None:
@@ -133,9 +134,9 @@ class DecodeGraphs:
             self._outputs[size] = self._run(size)
         self._graphs[size] = graph
 
-    def fill(self, batch: StepBatch) -> None:
+    def fill(self, batch: RankBatch) -> None:
         """Copy a decode batch into the input buffers, without waiting for the device."""
-        count = batch.num_sequences
+        count = batch.num_tokens
         size = self.size_for(count)
         width = batch.block_tables_SN.shape[1]
         host = self._host_sets[0]
@@ -144,8 +145,8 @@ class DecodeGraphs:
         wide, lens, tables = host.wide.numpy(), host.lens.numpy(), host.tables.numpy()
         wide[:, count:size] = np.array([[0], [0], [-1]])
         wide[0, :count] = batch.token_ids_T
-        wide[1, :count] = batch.positions()
-        wide[2, :count] = batch.slots(self._block_tokens)
+        wide[1, :count] = batch.positions_T
+        wide[2, :count] = batch.slots_T
         lens[count:size] = 0
         lens[:count] = batch.context_lens_S
         tables[:count, :width] = batch.block_tables_SN
@@ -155,13 +156,14 @@ class DecodeGraphs:
         host.copied.record()
 
     def replay(self, count: int) -> torch.Tensor:
-        """Return the output of `count` rows: hidden states, or logits on the last stage.
+        """Return the output of the batch that `count` rows are padded to.
 
+        Hidden states, or logits on the last stage, with attention DP those of all ranks' batches.
         The result is overwritten by the next replay.
         """
         size = self.size_for(count)
         self._graphs[size].replay()
-        return self._outputs[size][:count]
+        return self._outputs[size]
 
     def size_for(self, count: int) -> int:
         """Return the smallest captured batch of at least `count`."""

@@ -130,13 +130,14 @@ class Leader:
         self._connection = connection
         self.scheduler = Scheduler(
             num_blocks=plan.kv_cache.num_blocks,
-            block_tokens=plan.kv_cache.block_tokens,
+            block_tokens=plan.kv_cache.block_tokens * plan.split.cp,
             max_num_seqs=plan.limits.max_num_seqs,
             max_batched_tokens=plan.limits.max_batched_tokens,
             max_model_len=plan.limits.max_model_len,
             eos_token_ids=eos_token_ids,
             depth=mesh.num_stages,
             ahead=ahead,
+            num_parts=mesh.attention_ranks,
         )
         self._in_flight: deque[InFlight] = deque()
         self._stopping: Stop | None = None
@@ -144,8 +145,8 @@ class Leader:
         self._send(
             Hello(
                 replica=mesh.place.replica,
-                num_kv_blocks=plan.kv_cache.num_blocks,
-                block_tokens=plan.kv_cache.block_tokens,
+                num_kv_blocks=plan.kv_cache.num_blocks * mesh.attention_ranks,
+                block_tokens=self.scheduler.block_tokens,
                 max_num_seqs=plan.limits.max_num_seqs,
                 max_model_len=self.scheduler.max_model_len,
                 eos_token_ids=eos_token_ids,
@@ -245,7 +246,7 @@ class Leader:
                     steps=scheduler.num_steps,
                     running=len(scheduler.running),
                     waiting=len(scheduler.waiting),
-                    free_kv_blocks=scheduler.pool.num_free,
+                    free_kv_blocks=scheduler.num_free_blocks,
                     generated_tokens=scheduler.num_generated,
                     prompt_tokens=scheduler.num_prompt_tokens,
                 )

@@ -152,6 +152,8 @@ class Mesh:
 
     def open_peer_memory(self, *, max_rows: int, dim: int, dtype: torch.dtype) -> None:
         """Share memory within the TP group for sums of up to `max_rows` rows, where that works."""
+        if self.attention_ranks > 1:
+            return  # sums leave each rank with its own rows only
         self._peers = open_peer_memory(
             self.tp.process_group,
             one_machine=self._is_one_machine(self.tp),
@@ -181,8 +183,50 @@ class Mesh:
         dist.all_reduce(tensor, group=self.tp.process_group)
         return tensor
 
+    @property
+    def attention_ranks(self) -> int:
+        """Ranks of a stage with sequences of their own: its TP group with attention DP, else 1."""
+        return self.split.tp if self.split.attention == "dp" else 1
+
+    def gather_tokens(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all tokens that a layer cut over the TP group works on.
+
+        With attention TP every rank has them; with attention DP each rank has its own, as many as
+        every other, and they are gathered in the order of ranks.
+        """
+        if self.attention_ranks == 1:
+            return rows_TD
+        return _gathered(rows_TD, self.tp).flatten(0, 1)
+
+    def sum_tokens(self, parts_TD: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the TP group of what its ranks made of `gather_tokens`' rows.
+
+        With attention TP of all rows, in place; with attention DP of this rank's own.
+        """
+        if self.attention_ranks == 1:
+            return self.all_reduce(parts_TD)
+        out_TD = parts_TD.new_empty(len(parts_TD) // self.tp.size, *parts_TD.shape[1:])
+        dist.reduce_scatter_tensor(out_TD, parts_TD.contiguous(), group=self.tp.process_group)
+        return out_TD
+
+    def gather_context(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the parts of all ranks of the CP group, [cp, ...]."""
+        return part.unsqueeze(0) if self.cp.size == 1 else _gathered(part, self.cp)
+
+    def sum_context(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `rows_RD` over the CP group, in place."""
+        if self.cp.size > 1:
+            dist.all_reduce(rows_RD, group=self.cp.process_group)
+        return rows_RD
+
     def add_norm(
-        self, part_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, residual_TD: torch.Tensor
+        self,
+        part_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        eps: float,
+        residual_TD: torch.Tensor,
+        *,
+        is_whole: bool = False,
     ) -> torch.Tensor:
         """Add the sum of `part_TD` over the TP group to the residual, and return that, normalised.
 
@@ -191,12 +235,15 @@ class Mesh:
             weight_D: Factors of the RMSNorm.
             eps: Added to the mean square.
             residual_TD: Becomes residual plus sum in place.
+            is_whole: The part is all there is to add.
         """
+        if is_whole:
+            return rms_norm(part_TD, weight_D, eps, residual_TD=residual_TD)
         if self._peers is not None:
             out_TD = self._peers.sum(part_TD, weight_D=weight_D, eps=eps, residual_TD=residual_TD)
             if out_TD is not None:
                 return out_TD
-        return rms_norm(self.all_reduce(part_TD), weight_D, eps, residual_TD=residual_TD)
+        return rms_norm(self.sum_tokens(part_TD), weight_D, eps, residual_TD=residual_TD)
 
     def all_gather_columns(self, shard_BV: torch.Tensor) -> torch.Tensor:
         """Return the vocabulary columns of all TP ranks side by side, [B, vocab].
@@ -317,6 +364,15 @@ class Mesh:
     def sampler_rank(self) -> int:
         """World rank that draws the tokens of this replica."""
         return self.control.ranks[(self.num_stages - 1) * self.split.tp * self.split.cp]
+
+
+def _gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
+    """Return the equally large parts of all ranks of `group`, [ranks, ...]."""
+    out = part.new_empty(group.size, *part.shape)
+    dist.all_gather_into_tensor(
+        out.view(-1, *part.shape[1:]), part.contiguous(), group=group.process_group
+    )
+    return out
 
 
 def _gloo_group(ranks: tuple[int, ...]) -> Group:

@@ -4,6 +4,7 @@ Shape letters: S sequences, T tokens, R rows to sample, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,12 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
 from rankwright.executor.drawn import Drawn
 from rankwright.executor.expert_slots import Rebalancer
-from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.forward_context import ForwardContext, GatheredPrompts
 from rankwright.executor.kv_cache import allocate, cache_head_dim
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.models import tensor_names
 from rankwright.executor.models.decoder import DecoderStage
+from rankwright.executor.rank_batch import Parts, RankBatch, rank_batch
 from rankwright.executor.step_batch import StepBatch, made_up_batch
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rotary import rope_table
@@ -56,6 +58,15 @@ class Runner:
         spec: ModelSpec = plan.model
         self.mesh = mesh
         self._block_tokens = plan.kv_cache.block_tokens
+        self._parts = Parts(
+            self._block_tokens,
+            attention_ranks=mesh.attention_ranks,
+            attention_rank=mesh.place.tp_rank if mesh.attention_ranks > 1 else 0,
+            cp=plan.split.cp,
+            cp_rank=mesh.place.cp_rank,
+        )
+        # Blocks of a context on each rank: also what prompts are gathered by at once.
+        self._max_blocks = -(-plan.limits.max_model_len // (self._block_tokens * plan.split.cp))
         self._hidden_size = spec.hidden_size
         self._dtype = dtype
         first, last = mesh.place.layers
@@ -103,12 +114,13 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
         if use_graphs and mesh.device.type == "cuda":
-            sizes = capture_sizes(min(plan.limits.max_num_seqs, LARGEST))
+            most = -(-plan.limits.max_num_seqs // mesh.attention_ranks)
+            sizes = capture_sizes(min(most, LARGEST))
             self._graphs = DecodeGraphs(
                 self.stage,
                 sizes=sizes,
-                max_blocks=-(-plan.limits.max_model_len // self._block_tokens),
-                block_tokens=self._block_tokens,
+                max_blocks=self._max_blocks,
+                parts=self._parts,
                 hidden_size=spec.hidden_size,
                 dtype=dtype,
                 device=mesh.device,
@@ -133,17 +145,22 @@ class Runner:
         without a top-k. They write to the first block of the cache, which holds nothing yet. All
         ranks of a replica must call this together.
         """
-        most = min(limits.max_batched_tokens, limits.max_model_len - 1)
+        ranks = self.mesh.attention_ranks
+        most = min(limits.max_batched_tokens // ranks, limits.max_model_len - 1)
         kinds: tuple[tuple[int, bool, int], ...] = (
             (0, False, 0),
             (1, True, 0),
-            (min(LARGEST, limits.max_num_seqs - 1), True, 5),
+            (min(LARGEST, limits.max_num_seqs - 1) // ranks, True, 5),
         )
+        # With context parallelism, a chunk of each length on each rank in turn.
+        blocks_before = [rank * self._block_tokens for rank in range(self._parts.cp)]
+        chunks = {min(n + before, most) for n in WARM_UP_CHUNKS for before in blocks_before}
         batches = [
-            made_up_batch(chunk, decodes=decodes, sampled=sampled, top_k=top_k)
-            for chunk in sorted({min(length, most) for length in WARM_UP_CHUNKS})
+            made_up_batch(chunk, decodes=decodes, sampled=sampled, top_k=top_k, num_parts=ranks)
+            for chunk in sorted(chunks - {0})
             for decodes, sampled, top_k in kinds
-            if decodes + chunk <= limits.max_batched_tokens and decodes < limits.max_num_seqs
+            if (decodes + chunk) * ranks <= limits.max_batched_tokens
+            and decodes * ranks < limits.max_num_seqs
         ]
         for batch in batches:
             self.execute(batch)
@@ -155,41 +172,62 @@ class Runner:
         """Start a batch; return the R tokens drawn on the rank that samples, None elsewhere."""
         if self.rebalancer is not None:
             self.rebalancer.step()
+        part = self._part(batch)
         if (
             self._graphs is not None
             and batch.decode_only
-            and (batch.num_sequences <= self._graphs.largest)
+            and part.num_tokens <= self._graphs.largest
         ):
-            out = self._replay(self._graphs, batch)
+            out = self._replay(self._graphs, part)
             return None if out is None else self._draw(out, batch)
-        normed_TD = self._forward(batch)
+        normed_TD = self._forward(part)
         if normed_TD is None or not batch.num_samples:
             return Drawn(self._drawn_R[:0]) if self.mesh.is_sampler else None
-        logits_RV = self.stage.logits(normed_TD[self._to_device(batch.sample_rows_R)])
-        return self._draw(logits_RV, batch)
+        return self._draw(self._logits(normed_TD, part), batch)
 
     @torch.inference_mode()
     def all_logits(self, batch: StepBatch) -> torch.Tensor | None:
         """Run a batch; return the logits of all tokens, [T, V], on the last stage."""
-        normed_TD = self._forward(batch)
-        return None if normed_TD is None else self.stage.logits(normed_TD).float()
+        part = self._part(replace(batch, sample_rows_R=np.arange(batch.num_tokens)))
+        normed_TD = self._forward(part)
+        return None if normed_TD is None else self._logits(normed_TD, part).float()
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor | None:
+    def _part(self, batch: StepBatch) -> RankBatch:
+        return rank_batch(batch, self._parts, max_gathered_blocks=self._max_blocks)
+
+    def _logits(self, normed_TD: torch.Tensor, part: RankBatch) -> torch.Tensor:
+        """Return the logits [R, V] of all rows to sample, on every rank of the stage."""
+        rows_R = self._to_device(part.sample_rows_R)
+        if self._parts.is_whole:
+            return self.stage.logits(normed_TD[rows_R])
+        chosen_RD = normed_TD[rows_R.clamp(min=0)] * (rows_R >= 0).unsqueeze(1)
+        logits_RV = self.stage.logits(self.mesh.sum_context(chosen_RD))
+        order = part.sample_order(len(rows_R))
+        return logits_RV if order is None else logits_RV[self._to_device(order)]
+
+    def _forward(self, batch: RankBatch) -> torch.Tensor | None:
         """Run the stage eagerly; return [T, D] on the last one, and send it on elsewhere."""
-        decodes = batch.num_decodes
-        lens, contexts = batch.query_lens_S[decodes:], batch.context_lens_S[decodes:]
-        starts = [0]
-        for length in lens.tolist():
-            starts.append(starts[-1] + length)
         context = ForwardContext(
-            num_decodes=decodes,
-            positions_T=self._to_device(batch.positions()),
-            slots_T=self._to_device(batch.slots(self._block_tokens)),
+            num_decodes=batch.num_decodes,
+            positions_T=self._to_device(batch.positions_T),
+            slots_T=self._to_device(batch.slots_T),
             context_lens_S=self._to_device(batch.context_lens_S).to(torch.int32),
             block_tables_SN=self._to_device(batch.block_tables_SN),
             cos_sin_PD=self._cos_sin_PD,
-            prefill_query_starts=starts,
-            prefill_context_lens=contexts.tolist(),
+            parts=self._parts,
+            num_padding=batch.num_padding,
+            prefill_query_starts=batch.prefill_query_starts,
+            prefill_context_lens=batch.prefill_context_lens,
+            gathers=[
+                GatheredPrompts(
+                    blocks_M=self._to_device(group.blocks_M),
+                    rows=slice(*group.rows),
+                    query_starts=group.query_starts,
+                    context_lens=group.context_lens,
+                    block_tables_PN=self._to_device(group.block_tables_PN),
+                )
+                for group in batch.gathers
+            ],
         )
         hidden_TD = None
         if not self.mesh.is_first_stage:
@@ -208,16 +246,17 @@ class Runner:
         self._send(out_TD)
         return None
 
-    def _replay(self, graphs: DecodeGraphs, batch: StepBatch) -> torch.Tensor | None:
+    def _replay(self, graphs: DecodeGraphs, batch: RankBatch) -> torch.Tensor | None:
         """Run the stage from a graph; return [R, V] on the last one, and send it on elsewhere."""
         graphs.fill(batch)
-        count = batch.num_sequences
+        count = batch.num_tokens
         if not self.mesh.is_first_stage:
             self.mesh.receive_from_previous(graphs.hidden_BD[:count])
         out = graphs.replay(count)
         if self.mesh.is_last_stage:
-            return out
-        self._send(out.clone())  # the next replay overwrites it before the peer may have it
+            order = batch.sample_order(graphs.size_for(count))
+            return out[:count] if order is None else out[self._to_device(order)]
+        self._send(out[:count].clone())  # the next replay overwrites it before the peer may have it
         return None
 
     def _send(self, hidden_TD: torch.Tensor) -> None:

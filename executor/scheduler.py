@@ -10,6 +10,9 @@ One batch ahead (`ahead`), a step is decided while the one before still runs: it
 known yet, so a sequence is taken to go on, and the batch names the row of the step before that its
 input token will come from (`StepBatch.from_row`). What a sequence that has ended got too much is
 dropped when it comes back, and only then are its blocks free.
+
+With attention DP each rank of a stage has sequences, and a pool of blocks, of its own (a part): a
+request joins the part with most blocks free when it starts, and the token budget is shared out.
 """
 
 from collections import deque
@@ -35,6 +38,7 @@ class Sequence:
     max_tokens: int  # prompt and output
     num_cached: int = 0  # scheduled into the cache, in flight or done
     blocks: list[int] = field(default_factory=list)
+    part: int = 0  # whose pool they are of
     num_pending: int = 0  # tokens that batches in flight draw for it
     drawn_step: int = -1  # the last batch that samples it, and its row there
     drawn_row: int = -1
@@ -60,7 +64,7 @@ class Scheduler:
     """Decides batches and takes in their tokens.
 
     Args:
-        num_blocks: Blocks of the KV cache.
+        num_blocks: Blocks of the KV cache of each part.
         block_tokens: Tokens of a block.
         max_num_seqs: Sequences running at once at most.
         max_batched_tokens: Tokens of one step at most; prompts are cut into chunks of that size.
@@ -69,6 +73,7 @@ class Scheduler:
         depth: Stages of the pipeline, each with a batch.
         ahead: Batches decided before the tokens that they go on from are known: 0 or 1. In a
             pipeline 0: the first stage has no tokens but those that came back.
+        num_parts: Ranks with sequences of their own.
     """
 
     def __init__(
@@ -82,9 +87,10 @@ class Scheduler:
         eos_token_ids: Iterable[int] = (),
         depth: int = 1,
         ahead: int = 0,
+        num_parts: int = 1,
     ) -> None:
         assert ahead == 0 or (ahead, depth) == (1, 1)
-        self.pool = BlockPool(num_blocks)
+        self.pools = tuple(BlockPool(num_blocks) for _ in range(num_parts))
         self.block_tokens = block_tokens
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
@@ -104,6 +110,11 @@ class Scheduler:
     def max_in_flight(self) -> int:
         """Batches that may be on their way at once."""
         return self.depth + self.ahead
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks of all parts that nobody holds."""
+        return sum(pool.num_free for pool in self.pools)
 
     @property
     def has_work(self) -> bool:
@@ -151,14 +162,15 @@ class Scheduler:
 
     def schedule(self) -> tuple[StepBatch, list[Sequence]] | None:
         """Return the next batch and the sequences it samples, in order; None: nothing to do now."""
-        budget = self.max_batched_tokens
+        # Each part may fill its share of the step.
+        budgets = [max(1, self.max_batched_tokens // len(self.pools)) for _ in self.pools]
         decodes: list[Sequence] = []
         # A share of the sequences a batch, so that the batches in flight fill the pipeline evenly.
         share = -(-len(self.running) // self.depth)
         for sequence in list(self.running):
-            if len(decodes) == min(share, budget):
+            if len(decodes) == share:
                 break
-            if not self._decodes(sequence):
+            if not self._decodes(sequence) or not budgets[sequence.part]:
                 continue
             # Victims are younger, so none of those chosen already.
             if not self._reserve(sequence, 1, keep=[]):
@@ -166,7 +178,8 @@ class Scheduler:
                 # younger ones would run on while it waits.
                 break
             decodes.append(sequence)
-        chunks = self._prefill_chunks(budget - len(decodes), keep=decodes)
+            budgets[sequence.part] -= 1
+        chunks = self._prefill_chunks(budgets, keep=decodes)
         if not decodes and not chunks:
             return None
         return self._batch(decodes, chunks)
@@ -187,40 +200,63 @@ class Scheduler:
             and sequence.num_tokens < sequence.max_tokens
         )
 
-    def _prefill_chunks(self, budget: int, *, keep: list[Sequence]) -> list[tuple[Sequence, int]]:
+    def _prefill_chunks(
+        self, budgets: list[int], *, keep: list[Sequence]
+    ) -> list[tuple[Sequence, int]]:
         chunks: list[tuple[Sequence, int]] = []
-        oldest = self.running[0] if self.running else None
+        oldest = {sequence.part: sequence for sequence in reversed(self.running)}
         for sequence in list(self.running):
             if not sequence.blocks:
                 continue  # sent back to the queue just now
             left = len(sequence.tokens) - sequence.num_cached
+            budget = budgets[sequence.part]
             if budget and not sequence.in_flight and left > 0 and not self._decodes(sequence):
                 count = min(left, budget)
                 # Only the oldest may take from others: two half prompts must not swap for ever.
-                if self._reserve(sequence, count, keep=keep if sequence is oldest else None):
+                may_take = sequence is oldest[sequence.part]
+                if self._reserve(sequence, count, keep=keep if may_take else None):
                     chunks.append((sequence, count))
-                    budget -= count
-        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+                    budgets[sequence.part] -= count
+        while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            count = min(len(sequence.tokens), budget)
+            part = self._emptiest_part(budgets)
+            if part is None:
+                break
+            sequence.part = part
+            count = min(len(sequence.tokens), budgets[part])
             # The whole prompt must find room, or two half prompts could wait for each other.
-            if not self._room(len(sequence.tokens) + 1) or not self._reserve(
+            if not self._room(part, len(sequence.tokens) + 1) or not self._reserve(
                 sequence, count, keep=None
             ):
                 break
             self.waiting.popleft()
             self.running.append(sequence)
             chunks.append((sequence, count))
-            budget -= count
+            budgets[part] -= count
         return chunks
 
-    def _room(self, tokens: int) -> bool:
+    def _emptiest_part(self, budgets: list[int]) -> int | None:
+        """Return the part with most blocks to give that may take a sequence and tokens more."""
+        most = -(-self.max_num_seqs // len(self.pools))
+        open_parts = [
+            part
+            for part, budget in enumerate(budgets)
+            if budget and sum(other.part == part for other in self.running) < most
+        ]
+        return max(open_parts, key=self._unreserved, default=None)
+
+    def _unreserved(self, part: int) -> int:
+        """Return the free blocks of `part` that its running sequences' own tokens do not need."""
         reserved = sum(
             max(0, -(-(len(other.tokens) + 1) // self.block_tokens) - len(other.blocks))
             for other in self.running
+            if other.part == part
         )
-        return -(-tokens // self.block_tokens) <= max(self.pool.num_free - reserved, 0) or (
-            not self.running
+        return max(self.pools[part].num_free - reserved, 0)
+
+    def _room(self, part: int, tokens: int) -> bool:
+        return -(-tokens // self.block_tokens) <= self._unreserved(part) or not any(
+            other.part == part for other in self.running
         )
 
     def _reserve(self, sequence: Sequence, count: int, *, keep: list[Sequence] | None) -> bool:
@@ -228,26 +264,32 @@ class Scheduler:
 
         Younger sequences are preempted for it, but for those in `keep`; with None, nobody is.
         """
+        pool = self.pools[sequence.part]
         needed = -(-(sequence.num_cached + count) // self.block_tokens) - len(sequence.blocks)
-        while needed > self.pool.num_free:
+        while needed > pool.num_free:
             victim = None if keep is None else self._victim(sequence, keep)
             if victim is None:
                 return False
             self._preempt(victim)
         if needed > 0:
-            sequence.blocks += self.pool.take(needed)
+            sequence.blocks += pool.take(needed)
         return True
 
     def _victim(self, sequence: Sequence, keep: list[Sequence]) -> Sequence | None:
-        """The youngest running sequence that is not in flight and younger than `sequence`."""
+        """The youngest of its part that is not in flight and younger than `sequence`."""
         place = self.running.index(sequence)
         for other in reversed(self.running[place + 1 :]):
-            if not other.in_flight and other.blocks and other not in keep:
+            if (
+                other.part == sequence.part
+                and not other.in_flight
+                and other.blocks
+                and other not in keep
+            ):
                 return other
         return None
 
     def _preempt(self, victim: Sequence) -> None:
-        self.pool.give(victim.blocks)
+        self.pools[victim.part].give(victim.blocks)
         victim.blocks = []
         victim.num_cached = 0
         self.running.remove(victim)
@@ -282,6 +324,7 @@ class Scheduler:
             context_lens_S=np.array([sequence.num_cached for sequence, _ in entries], np.int64),
             token_ids_T=np.array(tokens, dtype=np.int64),
             block_tables_SN=tables,
+            parts_S=np.array([sequence.part for sequence, _ in entries], dtype=np.int64),
             sample_rows_R=np.array(rows, dtype=np.int64),
             temperature_R=np.array([one.temperature for one in sampling], dtype=np.float32),
             top_p_R=np.array([one.top_p for one in sampling], dtype=np.float32),
@@ -334,5 +377,5 @@ class Scheduler:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pool.give(sequence.blocks)
+        self.pools[sequence.part].give(sequence.blocks)
         sequence.blocks = []

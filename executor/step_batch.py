@@ -35,6 +35,7 @@ class StepBatch:
     context_lens_S: Int64  # tokens in the cache once this pass is done
     token_ids_T: Int64
     block_tables_SN: Int32
+    parts_S: Int64  # which rank attends to the sequence, with attention DP; else 0
     sample_rows_R: Int64  # indices into T
     temperature_R: Float32
     top_p_R: Float32
@@ -117,6 +118,7 @@ class StepBatch:
 _ARRAYS: tuple[tuple[str, str, type[np.generic]], ...] = (
     ("query_lens_S", "S", np.int64),
     ("context_lens_S", "S", np.int64),
+    ("parts_S", "S", np.int64),
     ("token_ids_T", "T", np.int64),
     ("sample_rows_R", "R", np.int64),
     ("top_k_R", "R", np.int64),
@@ -128,25 +130,30 @@ _ARRAYS: tuple[tuple[str, str, type[np.generic]], ...] = (
 )
 
 
-def made_up_batch(chunk: int, *, decodes: int, sampled: bool, top_k: int = 0) -> StepBatch:
-    """Return a batch of one prompt chunk and some decodes, all of them in block 0.
+def made_up_batch(
+    chunk: int, *, decodes: int, sampled: bool, top_k: int = 0, num_parts: int = 1
+) -> StepBatch:
+    """Return a batch of a prompt chunk and some decodes for each part, all of them in block 0.
 
     Args:
         chunk: Tokens of the chunk.
         decodes: Sequences that decode a token.
         sampled: Whether the tokens are drawn, at random.
         top_k: Of what draws them.
+        num_parts: Ranks with sequences of their own.
     """
-    lens = np.array([1] * decodes + [chunk], dtype=np.int64)
+    parts = np.arange(num_parts, dtype=np.int64)
+    lens = np.array([1] * (decodes * num_parts) + [chunk] * num_parts, dtype=np.int64)
     rows = np.cumsum(lens) - 1 if sampled else np.array([], dtype=np.int64)
     return StepBatch(
         step=0,
-        num_decodes=decodes,
+        num_decodes=decodes * num_parts,
         query_lens_S=lens,
         context_lens_S=lens,
-        token_ids_T=np.zeros(decodes + chunk, dtype=np.int64),
+        token_ids_T=np.zeros(lens.sum(), dtype=np.int64),
         # Whatever the size of a block, `chunk` of them hold the chunk; those past it are not read.
-        block_tables_SN=np.zeros((decodes + 1, chunk), dtype=np.int32),
+        block_tables_SN=np.zeros((len(lens), chunk), dtype=np.int32),
+        parts_S=np.concatenate([np.repeat(parts, decodes), parts]),
         sample_rows_R=rows,
         temperature_R=np.ones(len(rows), dtype=np.float32),
         top_p_R=np.ones(len(rows), dtype=np.float32),

@@ -10,6 +10,7 @@ from rankwright.cost_model.memory import (
     activation_bytes,
     embedding_weight_bytes,
     final_norm_bytes,
+    gathered_bytes,
     head_weight_bytes,
     kv_bytes_per_token,
     layer_weight_bytes,
@@ -69,9 +70,18 @@ class MemoryTable:
         num_seqs = batch_size if last else 0
         is_cpu = gpu.device == "cpu"
         most = max(chunk_tokens, batch_size)
-        key = (shape.tp, shape.ep, shape.attention, most, num_seqs, stage == 0, last, is_cpu)
+        ends = (stage == 0, last)
+        key = (shape.tp, shape.ep, shape.cp, shape.attention, most, batch_size, *ends, is_cpu)
         if key not in self._extras:
-            self._extras[key] = self._find_extra_bytes(shape, stage, most, num_seqs, gpu)
+            extra = self._find_extra_bytes(shape, stage, most, num_seqs, gpu)
+            self._extras[key] = extra + gathered_bytes(
+                self._model,
+                tp=shape.tp,
+                cp=shape.cp,
+                attention=shape.attention,
+                max_context_tokens=self._model.max_context_tokens,
+                max_num_seqs=batch_size,
+            )
         return self._extras[key]
 
     def _find_extra_bytes(

@@ -182,7 +182,7 @@ def _context_groups(
     """Return the context degrees to look at: powers of two, which is how contexts are cut."""
     if pins.cp is not None:
         return [pins.cp]
-    if short or not FORMS[engine].context_parallel:
+    if short or FORMS[engine].context_parallel == "none":
         return [1]
     degrees = [2**power for power in range(MAX_TP.bit_length())]
     return [cp for cp in degrees if cp == 1 or tp * cp in widths]
@@ -190,7 +190,11 @@ def _context_groups(
 
 def _cuts(model: ModelSpec, tp: int, pins: Pins) -> list[tuple[AttentionSplit, int]]:
     """Return the ways to cut attention and experts over `tp` ranks, legal or not."""
-    splits: tuple[AttentionSplit, ...] = ("tp", "dp") if tp > 1 else ("tp",)
+    splits: tuple[AttentionSplit, ...] = ("tp",)
+    # Every rank then reads all attention weights, which nothing has been measured to repay where
+    # there are no experts: for dense models only when it is asked for.
+    if tp > 1 and has_experts(model):
+        splits = ("tp", "dp")
     if pins.attention is not None:
         splits = (pins.attention,)
     return [(attention, ep) for attention in splits for ep in _expert_groups(model, tp, pins)]

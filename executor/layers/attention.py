@@ -6,12 +6,13 @@ Shape letters: T tokens, D hidden, H query heads and K key-value heads of this r
 import torch
 
 from rankwright.cost_model.model_spec import Attention
-from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.forward_context import ForwardContext, GatheredPrompts
 from rankwright.executor.kv_cache import LayerCache
 from rankwright.executor.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.decode_attention import decode_attention
+from rankwright.kernels.merge_attention import merge_attention
 from rankwright.kernels.prefill_attention import prefill_attention
 from rankwright.kernels.rotary import rotary_and_cache
 
@@ -39,6 +40,7 @@ class PagedAttention:
         first_q, last_q = mesh.place.query_heads
         first_kv, last_kv = mesh.place.kv_heads
         query, key_value = (first_q * dim, last_q * dim), (first_kv * dim, last_kv * dim)
+        self._mesh = mesh
         self._cache = cache
         self._num_heads = last_q - first_q
         self._num_kv_heads = last_kv - first_kv
@@ -101,37 +103,88 @@ class PagedAttention:
         return self._output(self._attend(q_THD, context).flatten(1))
 
     def _attend(self, q_THD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        decodes, outputs = context.num_decodes, []
-        keys, values = self._cache.keys, self._cache.values
+        decodes, outputs = context.num_decodes, list[torch.Tensor]()
         if decodes:
-            outputs.append(
-                decode_attention(
-                    q_THD[:decodes],
-                    keys,
-                    values,
-                    context.block_tables_SN[:decodes],
-                    context.context_lens_S[:decodes],
-                    self._scale,
-                    window=self._window,
-                    sinks_H=self._sinks_H,
-                    group=self._group,
-                    head_offset=self._head_offset,
-                )
-            )
+            outputs.append(self._decode(q_THD[:decodes], context))
+        if context.num_padding:
+            outputs.append(q_THD.new_zeros(context.num_padding, *q_THD.shape[1:]))
         if len(context.prefill_context_lens):
             outputs.append(
-                prefill_attention(
+                self._prefill(
                     q_THD[decodes:],
-                    keys,
-                    values,
+                    self._cache,
                     context.block_tables_SN[decodes:],
                     context.prefill_query_starts,
                     context.prefill_context_lens,
-                    self._scale,
-                    window=self._window,
-                    sinks_H=self._sinks_H,
-                    group=self._group,
-                    head_offset=self._head_offset,
                 )
             )
+        for prompts in context.gathers:
+            outputs.append(self._attend_gathered(q_THD[prompts.rows], prompts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _decode(self, q_BHD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Return the attention of one token a sequence; over all parts of its context."""
+        lens_B, windows_B = context.seen_here(self._window)
+        is_cut = context.parts.cp > 1
+        lse_BH = None
+        if is_cut:
+            lse_BH = torch.empty(q_BHD.shape[:2], dtype=torch.float32, device=q_BHD.device)
+        out_BHD = decode_attention(
+            q_BHD,
+            self._cache.keys,
+            self._cache.values,
+            context.block_tables_SN[: len(q_BHD)],
+            lens_B,
+            self._scale,
+            window=None if is_cut else self._window,
+            windows_B=windows_B,
+            sinks_H=None if is_cut else self._sinks_H,
+            group=self._group,
+            head_offset=self._head_offset,
+            lse_BH=lse_BH,
+        )
+        if lse_BH is None:
+            return out_BHD
+        part_BHE = torch.cat([out_BHD.float(), lse_BH.unsqueeze(-1)], dim=-1)
+        parts_CBHE = self._mesh.gather_context(part_BHE)
+        if self._sinks_H is not None:  # a part without values, whose only score is the sink
+            sink_BHE = torch.zeros_like(part_BHE)
+            sink_BHE[..., -1] = self._sinks_H
+            parts_CBHE = torch.cat([parts_CBHE, sink_BHE.unsqueeze(0)])
+        return merge_attention(parts_CBHE, q_BHD.dtype)
+
+    def _prefill(
+        self,
+        q_THD: torch.Tensor,
+        cache: LayerCache,
+        block_tables_BN: torch.Tensor,
+        query_starts: list[int],
+        context_lens: list[int],
+    ) -> torch.Tensor:
+        return prefill_attention(
+            q_THD,
+            cache.keys,
+            cache.values,
+            block_tables_BN,
+            query_starts,
+            context_lens,
+            self._scale,
+            window=self._window,
+            sinks_H=self._sinks_H,
+            group=self._group,
+            head_offset=self._head_offset,
+        )
+
+    def _attend_gathered(self, q_THD: torch.Tensor, prompts: GatheredPrompts) -> torch.Tensor:
+        """Return the attention of this rank's tokens of some prompts over their whole contexts."""
+        keys, values = (
+            self._mesh.gather_context(pool[prompts.blocks_M]).flatten(0, 1)
+            for pool in (self._cache.keys, self._cache.values)
+        )
+        return self._prefill(
+            q_THD,
+            LayerCache(keys, values),
+            prompts.block_tables_PN,
+            prompts.query_starts,
+            prompts.context_lens,
+        )

@@ -58,7 +58,7 @@ class GatedMlp:
         )
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return [T, D]."""
+        """Return [T, D], with attention DP of this rank's tokens among all ranks'."""
         return self._down(swiglu(self._gate_up(x_TD)))
 
 

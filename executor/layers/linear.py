@@ -3,6 +3,7 @@
 Shape letters: T tokens, D hidden, C columns of a shard.
 A column-parallel layer splits its outputs and needs no communication; a row-parallel layer splits
 its inputs and sums its partial outputs over the group (Megatron-LM, arXiv 1909.08053, section 3).
+A rank that holds all inputs, as with attention DP, has nothing to sum.
 """
 
 from dataclasses import dataclass
@@ -63,17 +64,18 @@ class RowParallelLinear:
         reduce: bool = True,
     ) -> None:
         self._mesh = mesh
-        self._reduce = reduce
+        is_whole = columns == (0, shape[1])
+        self._reduce = reduce and not is_whole
         self.weight_DC = source.shard(f"{name}.weight", shape, None, columns)
         # The sum over ranks must hold the bias once.
-        self.bias_D = (
-            source.shard(f"{name}.bias", (shape[0],)) if bias and mesh.place.tp_rank == 0 else None
-        )
+        self.bias_D = None
+        if bias and (is_whole or mesh.place.tp_rank == 0):
+            self.bias_D = source.shard(f"{name}.bias", (shape[0],))
 
     def __call__(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Return [T, D], equal on every rank of the group; without `reduce`, this rank's part."""
         y_TD = self._part(x_TC)
-        return self._mesh.all_reduce(y_TD) if self._reduce else y_TD
+        return self._mesh.sum_tokens(y_TD) if self._reduce else y_TD
 
     def _part(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Return this rank's part, computed where the sum over the ranks will read it."""

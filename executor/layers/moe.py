@@ -106,7 +106,7 @@ class MoeBlock:
         y_TD = run_experts(x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts)
         if self.shared is not None:
             y_TD += self.shared(x_TD)
-        return self._mesh.all_reduce(y_TD) if self._reduce else y_TD
+        return self._mesh.sum_tokens(y_TD) if self._reduce else y_TD
 
     def _router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         if self._float32_router:

@@ -39,6 +39,7 @@ class DecoderLayer:
     ) -> None:
         hidden = spec.hidden_size
         self._mesh = mesh
+        self._has_all_heads = mesh.attention_ranks > 1
         self._eps = spec.norm_eps
         self.attention_norm_D = source.shard(names.attention_norm.format(layer=index), (hidden,))
         self.feed_forward_norm_D = source.shard(
@@ -60,9 +61,12 @@ class DecoderLayer:
         else:
             x_TD = self._mesh.add_norm(x_TD, self.attention_norm_D, self._eps, residual_TD)
         x_TD = self.attention(x_TD, context)
-        x_TD = self._mesh.add_norm(x_TD, self.feed_forward_norm_D, self._eps, residual_TD)
+        x_TD = self._mesh.add_norm(
+            x_TD, self.feed_forward_norm_D, self._eps, residual_TD, is_whole=self._has_all_heads
+        )
+        x_TD = self._mesh.gather_tokens(x_TD)
         if isinstance(self.feed_forward, MoeBlock) and self.feed_forward.slots is not None:
-            return self.feed_forward(x_TD, context.counted())
+            return self.feed_forward(x_TD, self._mesh.gather_tokens(context.counted()))
         return self.feed_forward(x_TD)
 
 
@@ -199,7 +203,7 @@ class DecoderStage:
             x_TD = layer(x_TD, residual_TD, context)
         assert x_TD is not None
         if self.head is None:
-            return residual_TD.add_(self._mesh.all_reduce(x_TD))
+            return residual_TD.add_(self._mesh.sum_tokens(x_TD))
         return self._mesh.add_norm(x_TD, self.final_norm_D, self._eps, residual_TD)
 
     def expert_slots(self) -> list[tuple[LayerSlots, Matrices]]:
@@ -212,6 +216,6 @@ class DecoderStage:
         ]
 
     def logits(self, normed_RD: torch.Tensor) -> torch.Tensor:
-        """Return [R, vocabulary] on every rank of the last stage."""
+        """Return [R, vocabulary] of the TP group's rows, on every rank of it."""
         assert self.head is not None
         return self.head(normed_RD)

@@ -79,7 +79,6 @@ def test_memory_is_of_the_fullest_rank() -> None:
         (split_of(tp=33), "tp=33 leaves ranks without any of the 32 query heads"),
         (Split(tp=2, ep=2, stage_layers=(32,)), "the model has no experts"),
         (Split(stage_layers=(31,)), r"stage_layers \(31,\) sum to 31"),
-        (Split(cp=2, stage_layers=(32,)), "does not run context parallelism"),
         (split_of(tp=8, dp=2), "has room for 1 such groups, 2 needed"),
     ],
 )

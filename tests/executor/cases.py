@@ -41,12 +41,17 @@ def make(
 
 
 def teacher_batches(
-    sequences: list[list[int]], prefill: list[int], chunk: int, block_tokens: int
+    sequences: list[list[int]],
+    prefill: list[int],
+    chunk: int,
+    block_tokens: int,
+    num_parts: int = 1,
 ) -> Iterator[tuple[StepBatch, list[tuple[int, int]]]]:
     """Batches that compute given tokens: prompts in chunks, then one token a step, mixed.
 
     Yields each batch with the (sequence, position) of its tokens. Sequence i holds blocks
-    i, i + S, i + 2 S, ...: neighbours in time are not neighbours in the cache.
+    i, i + S, i + 2 S, ...: neighbours in time are not neighbours in the cache. With attention DP
+    the ranks take turns.
     """
     done = [0] * len(sequences)
     step = 0
@@ -73,6 +78,7 @@ def teacher_batches(
                     [[i + k * len(sequences) for k in range(width)] for i, _ in entries],
                     dtype=np.int32,
                 ),
+                parts_S=np.array([i % num_parts for i, _ in entries], dtype=np.int64),
                 sample_rows_R=np.array([], dtype=np.int64),
                 temperature_R=np.array([], dtype=np.float32),
                 top_p_R=np.array([], dtype=np.float32),
@@ -101,7 +107,9 @@ def logits(
         np.full((len(tokens), plan.model.vocab_size), np.nan, np.float32) for tokens in sequences
     ]
     prefill = [max(1, len(tokens) - 5 - index) for index, tokens in enumerate(sequences)]
-    for batch, places in teacher_batches(sequences, prefill, 7, plan.kv_cache.block_tokens):
+    block_tokens = plan.kv_cache.block_tokens * plan.split.cp
+    parts = mesh.attention_ranks
+    for batch, places in teacher_batches(sequences, prefill, 7, block_tokens, parts):
         logits_TV = runner.all_logits(batch)
         if logits_TV is not None:
             for row, (index, position) in zip(logits_TV.cpu().numpy(), places, strict=True):

@@ -84,10 +84,26 @@ class Ranks:
                     raise TimeoutError(f"rank {rank} of {world_size} said nothing for 120 s")
                 good, result = self._connections[rank].recv()
                 if not good:
+                    others = self._failures(range(rank + 1, world_size))
                     self.close()
-                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}")
+                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}{others}")
                 results.append(result)
         return results
+
+    def _failures(self, ranks: range) -> str:
+        """Return what else failed: the first to fail takes its peers along."""
+        text = ""
+        for rank in ranks:
+            try:
+                good, result = (
+                    self._connections[rank].recv()
+                    if self._connections[rank].poll(1)
+                    else (True, "")
+                )
+            except EOFError:
+                good, result = False, "it died"
+            text += "" if good else f"rank {rank} failed:\n{result}"
+        return text
 
     def close(self) -> None:
         """End every process; the next `run` starts new ones."""

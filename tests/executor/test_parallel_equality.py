@@ -22,6 +22,9 @@ SPLITS: dict[str, dict[str, Any]] = {
     "uneven PP3": {"pp": 3, "stage_layers": (1, 2, 1)},
     "TP2 PP2": {"tp": 2, "pp": 2},
     "DP2": {"dp": 2},
+    "attention DP2": {"tp": 2, "attention": "dp"},
+    "CP2": {"cp": 2},
+    "TP2 CP2": {"tp": 2, "cp": 2},
 }
 
 
@@ -52,7 +55,10 @@ def test_logits_equal_transformers(
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("split", "ahead"),
-    [("TP1", 0), ("TP2 PP2", 0), ("uneven TP3", 0), ("uneven PP3", 0), ("DP2", 0), ("TP2", 1)],
+    [
+        *(("TP1", 0), ("TP2 PP2", 0), ("uneven TP3", 0), ("uneven PP3", 0), ("DP2", 0)),
+        *(("TP2", 1), ("attention DP2", 0), ("CP2", 0)),
+    ],
 )
 def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
     references: dict[str, Reference], pool: Ranks, model: str, split: str, ahead: int

@@ -2,6 +2,7 @@
 
 from collections import deque
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,21 +33,25 @@ class Cache:
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
-        self.slots: dict[int, int] = {}
+        self.slots: dict[tuple[int, int], int] = {}
         self.drawn: list[int] = []
 
     def run(self, batch: StepBatch) -> list[int]:
         batch = StepBatch.decode(batch.encode())  # as it travels
-        for slot, token in zip(batch.slots(self.block_tokens), batch.token_ids_T, strict=True):
-            self.slots[int(slot)] = int(token) if token >= 0 else self.drawn[-1 - int(token)]
+        parts = batch.parts_S.repeat(batch.query_lens_S)
+        slots = batch.slots(self.block_tokens)
+        for part, slot, token in zip(parts, slots, batch.token_ids_T, strict=True):
+            known = int(token) if token >= 0 else self.drawn[-1 - int(token)]
+            self.slots[int(part), int(slot)] = known
         ends = batch.query_lens_S.cumsum() - 1
         drawn = []
         for row in batch.sample_rows_R:
             index = int((ends == row).argmax())
             context = [
                 self.slots[
+                    int(batch.parts_S[index]),
                     int(batch.block_tables_SN[index, p // self.block_tokens]) * self.block_tokens
-                    + p % self.block_tokens
+                    + p % self.block_tokens,
                 ]
                 for p in range(int(batch.context_lens_S[index]))
             ]
@@ -74,7 +79,9 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
         scheduled = scheduler.schedule()
         if scheduled is not None:
             batch, sampled = scheduled
-            assert batch.num_tokens <= scheduler.max_batched_tokens
+            share = max(1, scheduler.max_batched_tokens // len(scheduler.pools))
+            tokens_of = np.bincount(batch.parts_S, batch.query_lens_S)
+            assert tokens_of.max() <= share
             assert len(scheduler.running) <= scheduler.max_num_seqs
             assert scheduler.ahead or (batch.token_ids_T >= 0).all()
             in_flight.append((sampled, cache.run(batch)))
@@ -97,6 +104,7 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
     max_num_seqs=st.integers(1, 6),
     max_batched_tokens=st.integers(1, 30),
     depth_and_ahead=st.sampled_from([(1, 0), (2, 0), (3, 0), (1, 1)]),
+    num_parts=st.integers(1, 3),
 )
 @settings(max_examples=200, deadline=None)
 def test_every_request_gets_the_tokens_it_would_get_alone(
@@ -106,6 +114,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
     max_num_seqs: int,
     max_batched_tokens: int,
     depth_and_ahead: tuple[int, int],
+    num_parts: int,
 ) -> None:
     depth, ahead = depth_and_ahead
     scheduler = make(
@@ -116,12 +125,23 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
         max_model_len=40,
         depth=depth,
         ahead=ahead,
+        num_parts=num_parts,
     )
     requests = {f"r{i}": prompt for i, prompt in enumerate(prompts)}
     out = drain(scheduler, requests)
     for name, (prompt, count) in requests.items():
         assert out[name] == expected(prompt, min(count, 40 - len(prompt)))
-    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert scheduler.num_free_blocks == scheduler.pools[0].num_blocks * len(scheduler.pools)
+
+
+def test_requests_join_the_part_with_most_room() -> None:
+    scheduler = make(num_parts=2, max_batched_tokens=60)
+    for name, tokens in (("long", 20), ("short", 4), ("next", 4), ("last", 4)):
+        scheduler.add(name, [1] * tokens, Sampling(max_tokens=2))
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    # Two sequences a part at most; the long one's part has the least room.
+    assert scheduled[0].parts_S.tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -187,10 +207,10 @@ def test_what_came_too_much_is_dropped_and_its_blocks_are_free_then(how: str) ->
         assert scheduler.abort("a")
     news = scheduler.complete(first[1], [0])
     assert [one.finish_reason for one in news] == ([] if how == "abort" else ["stop"])
-    assert scheduler.pool.num_free == 6  # the step in flight writes to them
+    assert scheduler.num_free_blocks == 6  # the step in flight writes to them
     assert scheduler.schedule() is None
     assert scheduler.complete(second[1], [9]) == []
-    assert scheduler.pool.num_free == 8
+    assert scheduler.num_free_blocks == 8
 
 
 def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() -> None:
@@ -200,9 +220,9 @@ def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() ->
     assert scheduled is not None
     assert scheduler.abort("a")
     assert not scheduler.abort("a")
-    assert scheduler.pool.num_free == 6
+    assert scheduler.num_free_blocks == 6
     assert scheduler.complete(scheduled[1], [3]) == []
-    assert scheduler.pool.num_free == 8
+    assert scheduler.num_free_blocks == 8
     assert not scheduler.has_work
 
 

@@ -14,7 +14,7 @@ from math import ceil
 from random import Random
 
 from rankwright.cost_model.layout import SlotKind, find_slots, replicas_in_nodes
-from rankwright.cost_model.legality import cut_is_legal
+from rankwright.cost_model.legality import cut_is_legal, has_experts
 from rankwright.cost_model.memory import rank_memory
 from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, LayerRun, ModelSpec
 from rankwright.cost_model.predict import Replicas, cached_tokens
@@ -24,7 +24,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidates import Evaluator
 from rankwright.planner.ilp import burn_per_s
 from rankwright.planner.search import Search
-from rankwright.planner.shapes import Shape
+from rankwright.planner.shapes import LONG_REQUEST_TOKENS, Shape
 from rankwright.topology.cluster import Cluster, Link
 from rankwright.topology.shorthand import parse_cluster
 
@@ -202,10 +202,15 @@ def _values_of(
 
 def _all_shapes(case: Case) -> Iterator[Shape]:
     most = case.cluster.num_gpus
+    load = case.workload
+    is_long = load.input_tokens + load.output_tokens >= LONG_REQUEST_TOKENS
+    splits = ("tp", "dp") if has_experts(case.model) else ("tp",)
     for tp, pp, cp in product(range(1, most + 1), repeat=3):
+        if cp & (cp - 1) or (cp > 1 and not is_long):
+            continue
         if tp * pp * cp > most or pp > case.model.num_layers:
             continue
-        for ep, attention in product(range(1, tp + 1), ("tp", "dp")):
+        for ep, attention in product(range(1, tp + 1), splits):
             if cut_is_legal(case.model, tp=tp, ep=ep, cp=cp, attention=attention) is None:  # type: ignore[arg-type]
                 kinds = find_slots(case.cluster, tp * cp)
                 if sum(kind.count for kind in kinds) < pp:

@@ -1,10 +1,7 @@
 """Attention DP and context parallelism in the search, as if some engine ran every form."""
 
-from dataclasses import replace
-
 import pytest
 
-from rankwright.cost_model.legality import FORMS
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import predict
 from rankwright.cost_model.prediction import Prediction
@@ -20,12 +17,6 @@ DEEPSEEK_V3 = read_model("deepseek-ai/DeepSeek-V3")
 EIGHT = parse_cluster("8xh200-sxm")
 
 
-@pytest.fixture
-def all_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = replace(FORMS["rankwright"], attention_dp="any", context_parallel=True)
-    monkeypatch.setitem(FORMS, "rankwright", row)
-
-
 def predicted(model: ModelSpec, load: Workload, **degrees: object) -> Prediction:
     split = Split(stage_layers=(model.num_layers,), **degrees)  # type: ignore[arg-type]
     return predict(model, EIGHT, load, split)
@@ -35,7 +26,6 @@ def part_of(prediction: Prediction, name: str) -> float:
     return sum(part.bytes for part in prediction.memory_parts if part.name == name)
 
 
-@pytest.mark.usefixtures("all_forms")
 def test_context_parallelism_shares_the_cache_and_long_prompts_out() -> None:
     long = Workload(input_tokens=100_000, output_tokens=100)
     alone = predicted(LLAMA_8B, long)
@@ -49,7 +39,6 @@ def test_context_parallelism_shares_the_cache_and_long_prompts_out() -> None:
     assert predicted(LLAMA_8B, short, cp=4).tpot_s.value > predicted(LLAMA_8B, short).tpot_s.value
 
 
-@pytest.mark.usefixtures("all_forms")
 def test_attention_dp_keeps_the_latent_cache_once() -> None:
     load = Workload(input_tokens=4000, output_tokens=500)
     by_heads = predicted(DEEPSEEK_V3, load, tp=8, ep=8, max_batch_size=64)
@@ -63,7 +52,6 @@ def test_attention_dp_keeps_the_latent_cache_once() -> None:
     assert waiting > predicted(DEEPSEEK_V3, load, **lone).tpot_s.value
 
 
-@pytest.mark.usefixtures("all_forms")
 def test_the_search_covers_every_product() -> None:
     model = read_model("Qwen/Qwen3-30B-A3B")
     shapes = find_shapes(model, EIGHT).legal
@@ -75,7 +63,6 @@ def test_the_search_covers_every_product() -> None:
     assert len(found) == len(shapes)
 
 
-@pytest.mark.usefixtures("all_forms")
 def test_attention_dp_is_planned_where_pinned() -> None:
     load = Workload(input_tokens=2000, output_tokens=200)
     plan = make_plan(DEEPSEEK_V3, EIGHT, load, pins=Pins(tp=8, attention="dp"))

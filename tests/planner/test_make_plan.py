@@ -285,8 +285,9 @@ def test_a_rate_that_cannot_be_served_is_named() -> None:
 
 
 def test_illegal_pins_say_why() -> None:
+    heads = Pins(tp=10, attention="tp")
     with pytest.raises(NoFeasiblePlanError, match="tp=10 leaves ranks without any of the 9 query"):
-        plan_of(SMOLLM2, "10xcpu", pins=Pins(tp=10))
+        plan_of(SMOLLM2, "10xcpu", pins=heads)
     with pytest.raises(NoFeasiblePlanError, match=r"dp=3"):
         plan_of(SMOLLM2, "2xcpu", pins=Pins(dp=3))
 
