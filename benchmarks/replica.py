@@ -45,23 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
+    parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--attention", choices=("tp", "dp"), default="tp")
     parser.add_argument("--max-batch", type=int, default=256, help="sequences of one replica")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
 
 
-def start(arguments: argparse.Namespace) -> Replica:
-    """Plan with the pins, and load this rank of it."""
-    plan = make_plan(
-        read_model(arguments.model),
-        probe(require_gpu=True),
-        Workload(
-            input_tokens=1024,
-            output_tokens=256,
-            concurrency=arguments.max_batch * arguments.dp,
-        ),
-        pins=Pins(tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, ep=arguments.ep),
-    )
+def pinned_plan(arguments: argparse.Namespace, workload: Workload) -> Plan:
+    """Return the plan with the degrees that were asked for."""
+    names = ("tp", "pp", "dp", "ep", "cp", "attention")
+    pins = Pins(**{name: getattr(arguments, name) for name in names})
+    return make_plan(read_model(arguments.model), probe(require_gpu=True), workload, pins=pins)
+
+
+def start(arguments: argparse.Namespace, plan: Plan | None = None) -> Replica:
+    """Load this rank of `plan`, or of one for short requests with the pins."""
+    if plan is None:
+        workload = Workload(
+            input_tokens=1024, output_tokens=256, concurrency=arguments.max_batch * arguments.dp
+        )
+        plan = pinned_plan(arguments, workload)
     rank = int(os.environ["RANK"])
     device = rank_device(plan, rank)
     torch.cuda.set_device(device)
