@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rankwright.executor.backends.slurm_offer import check_offer
 from rankwright.executor.backends.tools import ToolError, check_tool, require, run_tool
 from rankwright.executor.launch_record import LaunchRecord, SlurmPlace, make_record
 from rankwright.executor.launch_state import LaunchState, Phase, ask_server, phase_of
 from rankwright.executor.log_tail import LogTail
 from rankwright.planner.plan import Plan
-from rankwright.templates.layout import NodeShare, node_shares
 from rankwright.templates.options import SlurmOptions, parse_options
 from rankwright.templates.render import render
 from rankwright.templates.slurm_job import SLURM_FILE
@@ -60,7 +60,7 @@ def submit(plan: Plan, folder: Path, settings: Mapping[str, object]) -> "SlurmLa
     """
     require("sbatch", INSTALL)
     options = parse_options(SlurmOptions, "slurm", dict(settings))
-    check_offer(plan, options.partition)
+    check_offer(plan, options)
     folder = folder.resolve()
     render(plan, "slurm", folder, **settings)
     # "JOB" or "JOB;CLUSTER"
@@ -68,46 +68,6 @@ def submit(plan: Plan, folder: Path, settings: Mapping[str, object]) -> "SlurmLa
     logs = folder / _LOGS if options.log_dir is None else Path(options.log_dir)
     place = SlurmPlace(job=job, folder=folder, run_dir=logs / job)
     return SlurmLaunch(make_record(plan, "slurm", place))
-
-
-def check_offer(plan: Plan, partition: str | None) -> None:
-    """Check that Slurm has the machines that `plan` asks for, busy or not.
-
-    Raises:
-        ValueError: It has not; with both counts.
-        ToolError: Slurm does not answer.
-    """
-    command = ["sinfo", "--noheader", "--Node", "--format=%N|%c|%G|%P"]
-    if partition is not None:
-        command.append(f"--partition={partition}")
-    offered: dict[str, dict[str, tuple[int, int]]] = {}
-    for line in check_tool(command).splitlines():
-        node, cpus, gres, name = line.strip().split("|")
-        offered.setdefault(name, {})[node] = (num_gpus(gres), int(cpus))
-    default = [name for name in offered if name.endswith("*")]
-    if partition is None and default:  # that is where the job would go
-        offered = {name: offered[name] for name in default}
-    shares = node_shares(plan)
-    if any(_fits(shares, list(nodes.values())) for nodes in offered.values()):
-        return
-    has = "; ".join(
-        f"partition {name.rstrip('*')} has {_describe(list(nodes.values()))}"
-        for name, nodes in offered.items()
-    )
-    raise ValueError(
-        f"the plan asks for {_describe([(s.num_gpus, s.num_cpus) for s in shares])}, and of Slurm "
-        f"{has or f'partition {partition} has no machine'}; plan for what it has, or choose "
-        "another with --set partition=NAME"
-    )
-
-
-def num_gpus(gres: str) -> int:
-    """Return the GPUs in a node's list of generic resources.
-
-    >>> num_gpus("gpu:h100:4(S:0-1),gpu:a100:2,shard:8"), num_gpus("gpu:8"), num_gpus("(null)")
-    (6, 8, 0)
-    """
-    return sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", gres))
 
 
 @dataclass
@@ -219,27 +179,3 @@ def _why_queued(state: str, fields: Mapping[str, str]) -> str:
     if start != "Unknown":
         words.append(f"expected to start {start}")
     return ", ".join(words)
-
-
-def _fits(shares: tuple[NodeShare, ...], offered: list[tuple[int, int]]) -> bool:
-    """Return whether each share gets a machine of its own, the largest ones first."""
-    asked = sorted(((s.num_gpus, s.num_cpus) for s in shares), reverse=True)
-    machines = sorted(offered, reverse=True)
-    return len(asked) <= len(machines) and all(
-        gpus <= has_gpus and cpus <= has_cpus
-        for (gpus, cpus), (has_gpus, has_cpus) in zip(asked, machines, strict=False)
-    )
-
-
-def _describe(machines: list[tuple[int, int]]) -> str:
-    """Return machines of (GPUs, CPUs) in words.
-
-    >>> _describe([(8, 32), (8, 32), (0, 4)])
-    '2 nodes x 8 GPUs and 32 CPUs + 1 node x 4 CPUs'
-    """
-    parts: list[str] = []
-    for kind in sorted(set(machines), reverse=True):
-        count, (gpus, cpus) = machines.count(kind), kind
-        what = f"{gpus} GPUs and {cpus} CPUs" if gpus else f"{cpus} CPUs"
-        parts.append(f"{count} node{'s' * (count != 1)} x {what}")
-    return " + ".join(parts)

@@ -25,6 +25,7 @@ from tests.templates.slurm_rig.rig import SlurmRig
 
 from rankwright.cli import main
 from rankwright.cost_model.read_model import read_model
+from rankwright.executor.backends.slurm_offer import Machine, fits
 from rankwright.executor.launch_record import read_records
 from rankwright.executor.tokenizer import HubTokenizer
 from rankwright.planner.plan import Plan
@@ -207,14 +208,38 @@ def test_a_job_that_fails_is_told_with_its_cause(
     assert read_records() == []
 
 
+def test_unlike_nodes_are_one_launch(
+    slurm: SlurmRig, environment: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path, SERVE)
+    arguments = ["launch", write_plan(tmp_path, gpu_plan((8, 4), tp=4, pp=1)), "--backend", "slurm"]
+    with command(*arguments, environment=environment, cwd=tmp_path) as it:
+        it.url()
+        (found,) = launch_status(capsys)
+        assert found["state"] == "ready"
+        assert main(["stop"]) == 0
+        assert it.exit_code() == 0
+    assert slurm.wait(found["place"]["job"]).state == "COMPLETED"
+
+
+def test_machines_are_given_out_so_that_all_fit() -> None:
+    h100, small, cpus = Machine({"h100": 8}, 64), Machine({"": 4}, 32), Machine({}, 64)
+    assert fits([Machine({"": 4}, 1), Machine({"": 8}, 1)], [small, h100])
+    assert fits([Machine({"h100": 4}, 1), Machine({"": 4}, 1)], [h100, small])
+    assert fits([cpus], [h100])
+    assert not fits([Machine({"a100": 4}, 1)], [h100, small])
+    assert not fits([Machine({"": 4}, 64)], [small])
+    assert not fits([Machine({"": 4}, 1)] * 3, [h100, small])
+
+
 def test_a_plan_that_slurm_has_no_machines_for_is_refused_with_both_counts(
     environment: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_plan(tmp_path, gpu_plan((8, 8, 8), tp=8, pp=1))
     assert main(["launch", path, "--backend", "slurm"]) == 2
     error = capsys.readouterr().err
-    assert "the plan asks for 3 nodes x 8 GPUs" in error
-    assert "partition gpu has 2 nodes x 8 GPUs" in error
+    assert "the plan asks for 3 nodes x (8 GPUs" in error
+    assert "partition gpu has 2 nodes x (8 GPUs and 32 CPUs)" in error
     path = write_plan(tmp_path, gpu_plan((16,), tp=8))
     assert main(["launch", path, "--backend", "slurm", "--set", "partition=nosuch"]) == 2
     assert "partition nosuch has no machine" in capsys.readouterr().err
