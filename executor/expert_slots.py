@@ -140,6 +140,7 @@ class Rebalancer:
     """Counts, places and moves the experts of one stage.
 
     Attributes:
+        totals: Of each MoE layer, how often each expert was chosen in the intervals that ended.
         imbalances: Of each interval that ended, for each MoE layer: the busiest rank's load over
             the mean, with the slots that were in force.
     """
@@ -160,6 +161,7 @@ class Rebalancer:
         self._steps = 0
         self._thread: threading.Thread | None = None
         self._placed: list[Slots] | None = None
+        self.totals = [[0] * len(slots.load_E) for slots, _ in layers]
         self.imbalances: deque[list[float]] = deque(maxlen=_REMEMBERED)
 
     def reset(self) -> None:
@@ -169,8 +171,9 @@ class Rebalancer:
         self._thread = self._placed = None
         self._steps = 0
         self.imbalances.clear()
-        for slots, _ in self._layers:
+        for (slots, _), total in zip(self._layers, self.totals, strict=True):
             slots.load_E.zero_()
+            total[:] = [0] * len(total)
 
     def step(self) -> None:
         """Note that a step is over; now and then move experts."""
@@ -180,8 +183,9 @@ class Rebalancer:
         if self._steps > self._every:
             self._apply(self._agree())
         loads = [slots.load_E.tolist() for slots, _ in self._layers]
-        for slots, _ in self._layers:
+        for (slots, _), total, load in zip(self._layers, self.totals, loads, strict=True):
             slots.load_E.zero_()
+            total[:] = map(sum, zip(total, load, strict=True))
         current = [slots.slots for slots, _ in self._layers]
         self.imbalances.append(
             [imbalance(load, held) for load, held in zip(loads, current, strict=True)]

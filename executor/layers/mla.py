@@ -166,6 +166,8 @@ class LatentAttention:
         out_THV = q_THE.new_empty(*q_THE.shape[:2], self._value_dim)
         for b, length in enumerate(lens):
             start, stop = starts[b], starts[b + 1]
+            if start == stop:
+                continue
             blocks = tables[b, : -(-length // block_tokens)].long()
             c_KC = self._cache[blocks, 0].flatten(0, 1)[:length]
             # Keys and values of so many heads at a time that a long context takes no more memory
