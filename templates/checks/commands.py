@@ -18,6 +18,7 @@ from rankwright.templates.checks.mismatch import (
     shell_words,
     variables,
 )
+from rankwright.templates.checks.objects import LOADER
 from rankwright.templates.checks.sbatch import check_job, slurm_headers
 
 Flags = dict[str, str | None]  # None: a switch
@@ -254,7 +255,7 @@ def _check_fraction(plan: Plan, fraction: float) -> None:
 
 
 def _check_trtllm_config(plan: Plan, text: str) -> None:
-    config = yaml.safe_load(text)
+    config = yaml.load(text, LOADER)
     split, limits = plan.split, plan.limits
     cache = config.pop("kv_cache_config")
     fraction = cache.pop("free_gpu_memory_fraction")

@@ -1,5 +1,6 @@
 """What every check shares: how a difference is said, and facts of a plan that all compare with."""
 
+import functools
 import re
 
 from rankwright.planner.plan import Plan
@@ -22,9 +23,14 @@ def expect(what: str, found: object, expected: object) -> None:
 def expect_plan(plan: Plan, text: str) -> None:
     """Raise unless `text` is `plan` as JSON."""
     # Both through JSON: a plan built in Python may hold a subclass or -0.0 that compares otherwise.
-    embedded = Plan.model_validate_json(text).model_dump_json()
-    if embedded != plan.model_dump_json():
+    if _normal(text) != plan.model_dump_json():
         raise ManifestMismatchError("the embedded plan.json is not the plan")
+
+
+@functools.lru_cache(maxsize=2)
+def _normal(text: str) -> str:
+    """Return a plan's JSON as the plan itself would write it."""
+    return Plan.model_validate_json(text).model_dump_json()
 
 
 def ranks_by_node(plan: Plan) -> list[int]:

@@ -20,7 +20,7 @@ from rankwright.templates.checks.mismatch import (
 _INTERFACES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
 # libyaml's reader takes the same YAML and is ten times as fast, where PyYAML was built with it.
-_LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_objects(text: str) -> list[dict[str, Any]]:
@@ -29,9 +29,16 @@ def read_objects(text: str) -> list[dict[str, Any]]:
     Raises:
         ManifestMismatchError: A mapping has a key twice, of which readers silently keep one.
     """
-    for node in yaml.compose_all(text, _LOADER):
-        _refuse_double_keys(node)
-    return list(yaml.load_all(text, _LOADER))
+    loader = LOADER(text)
+    objects: list[dict[str, Any]] = []
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            _refuse_double_keys(node)
+            objects.append(loader.construct_document(node))
+    finally:
+        loader.dispose()
+    return objects
 
 
 def _refuse_double_keys(node: yaml.Node | None) -> None:
