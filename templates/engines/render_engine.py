@@ -38,7 +38,7 @@ def engine_files(plan: Plan, options: EngineOptions, *, target: str) -> dict[str
         ValueError: The engine cannot express a part of the plan.
     """
     engine = ENGINES[target]
-    engine.limits(plan)
+    _check(engine, plan)
     places = replica_places(plan)
     num_nodes = 1 + max(place.node_rank for place in places)
     nodes_each = nodes_of_a_replica(places)
@@ -88,7 +88,7 @@ def engine_slurm_files(plan: Plan, options: SlurmOptions, *, target: str) -> dic
         ValueError: The engine cannot express a part of the plan, or a job cannot place it.
     """
     engine = ENGINES[target]
-    engine.limits(plan)
+    _check(engine, plan)
     places = replica_places(plan)
     nodes_each = nodes_of_a_replica(places)
     common: dict[str, object] = {
@@ -135,6 +135,17 @@ def engine_slurm_files(plan: Plan, options: SlurmOptions, *, target: str) -> dic
         **common,
     )
     return {SLURM_FILE: script}
+
+
+def _check(engine: Engine, plan: Plan) -> None:
+    """Raise for what no engine, or not this one, can express."""
+    if plan.expert_slots is not None:
+        refuse(
+            engine.title,
+            "which experts each rank holds, and how often: it places copies of hot ones itself",
+            "plan without expert slots",
+        )
+    engine.limits(plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tests.templates.plans import cpu_plan, mixed_plan, moe_spec, plan, spec, with_split
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.plan import ExpertSlots, Plan
 from rankwright.templates.checks.commands import command_flags, script_places
 from rankwright.templates.checks.mismatch import ManifestMismatchError
 from rankwright.templates.engines.table import ENGINES
@@ -138,9 +138,15 @@ def one() -> Plan:
     return plan((8,), tp=8, pp=1)
 
 
+def with_slots() -> Plan:
+    slots = ExpertSlots(layers=((tuple(range(256)),),))
+    return one().model_copy(update={"expert_slots": slots})
+
+
 @pytest.mark.parametrize(
     ("target", "make", "message"),
     [
+        *[(target, with_slots, "which experts each rank holds") for target in ENGINES],
         ("vllm", lambda: moe(ep=4), "vLLM cannot express ep=4 within tp=8"),
         ("vllm", lambda: with_split(one(), attention="dp"), "attention of a dense model"),
         ("sglang", lambda: with_split(one(), attention="dp"), "attention of a dense model"),
