@@ -18,6 +18,7 @@ from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.gather import find_method, gather
 from rankwright.topology.gather_slurm import read_labelled
+from rankwright.topology.gather_torchrun import Machine, bring_together
 from rankwright.topology.read_cluster import read_cluster
 from rankwright.topology.rendezvous import collect, send
 from rankwright.topology.shorthand import parse_cluster
@@ -265,3 +266,28 @@ def test_a_slurm_node_without_a_gpu_is_named_where_one_is_required(
     ended = slurm.wait(slurm.submit(script, {"PYTHONPATH": path}))
     assert (ended.state, ended.exit_code) == ("FAILED", 4), ended.output
     assert "rig1: " in ended.output
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_machine_that_cannot_be_read_ends_the_wait_of_all(broken: int) -> None:
+    port = free_port()  # of torchrun, which has the next one for us
+    ended: dict[int, str] = {}
+
+    def run(number: int) -> None:
+        def probe_here() -> Cluster:
+            if number == broken:
+                raise ProbeError("device_lost", "a GPU has fallen off the bus")
+            return parse_cluster("1xcpu")
+
+        machine = Machine(number, 2, "127.0.0.1", port, KEY, leads=True)
+        with pytest.raises(ProbeError) as caught:
+            bring_together(machine, probe_here, 30.0)
+        ended[number] = str(caught.value)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("fallen off the bus" in said for said in ended.values())
+    assert f"machine {broken} of 2" in ended[0]
