@@ -1,4 +1,4 @@
-"""What the user sees while ranks start: a spinner on a terminal, plain lines elsewhere."""
+"""What the user sees while ranks start: a spinner on a terminal, a line now and then elsewhere."""
 
 import sys
 import time
@@ -9,6 +9,9 @@ from rich.markup import escape
 from rich.status import Status
 
 from rankwright.planner.plan import Plan
+
+# Between lines of a log: often enough to see that it goes on, too seldom to fill the log.
+_LINE_EVERY_S = 10.0
 
 
 class Progress:
@@ -21,11 +24,12 @@ class Progress:
         count = len(plan.ranks)
         self._what = f"starting {count} rank{'s' * (count > 1)} ({plan.split.label()})"
         self._status: Status | None = None
-        self._started_s = 0.0
+        self._started_s = self._printed_s = 0.0
+        self._text = ""
 
     def __enter__(self) -> "Progress":
         """Start the clock."""
-        self._started_s = time.monotonic()
+        self._started_s = self._printed_s = time.monotonic()
         if self._quiet:
             return self
         if self._stream.isatty():
@@ -42,10 +46,14 @@ class Progress:
             self._status = None
 
     def show(self, text: str) -> None:
-        """Show `text` beside the spinner."""
+        """Show `text`: what the first rank does."""
+        now_s = time.monotonic()
+        seconds = f"{now_s - self._started_s:.0f} s"
         if self._status is not None:
-            seconds = time.monotonic() - self._started_s
-            self._status.update(f"{escape(self._what)} {seconds:.0f} s  [dim]{escape(text)}[/dim]")
+            self._status.update(f"{escape(self._what)} {seconds}  [dim]{escape(text)}[/dim]")
+        elif not self._quiet and text != self._text and now_s - self._printed_s >= _LINE_EVERY_S:
+            self._text, self._printed_s = text, now_s
+            self._print(f"{self._what} {seconds}  {text}")
 
     def ready(self, what: str) -> None:
         """Say that it took so long until `what`."""

@@ -104,7 +104,8 @@ class Session:
         missing = sorted(set(range(self.plan.split.dp)) - self.front_end.replicas.keys())
         leader = next(rank for rank in self.plan.ranks if rank.replica == missing[0])
         log = self.run_dir / f"rank-{leader.rank}.log"
-        said = "\n".join(f"  {line}" for line in tail(log, 10)) or "  (nothing)"
+        said = "\n".join(f"  {line}" for line in tail(log, 10))
+        said = said or f"  {self._ranks.doing() or '(nothing)'}"
         return (
             f"not ready after {self._start_timeout_s:g} s: no word from replica "
             f"{', '.join(map(str, missing))}; allow more with --start-timeout. "

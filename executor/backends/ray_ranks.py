@@ -7,6 +7,7 @@ environment that torchrun would give it, so that ranks need not follow one anoth
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Coroutine
@@ -31,6 +32,7 @@ _POLL_S = 0.1
 # From the first rank's end until the others are killed: time for them to say what they saw.
 _LAST_WORDS_S = 2.0
 _KILL_S = 10.0
+_RAISED = re.compile(r"[\w.]+(Error|Exception)\b: .")
 # Settings of the launching shell that ranks on other machines should have too.
 _FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "TRITON_", "HF_", "RANKWRIGHT_", "OMP_NUM_THREADS")
 
@@ -255,7 +257,9 @@ def explain(error: Exception) -> str:
         if isinstance(cause, Exception):
             return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    # An actor that could not be made: the remote traceback ends with what was raised.
+    raised = [line for line in lines if _RAISED.match(line)]
+    return (raised or lines or [type(error).__name__])[-1 if raised else 0]
 
 
 async def _get(reference: Any) -> Any:

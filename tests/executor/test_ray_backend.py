@@ -193,6 +193,15 @@ def test_gpus_and_nodes_are_counted() -> None:
         make_bundles(plan, nodes("a"))
 
 
+def test_of_a_remote_traceback_the_cause_is_told() -> None:
+    from rankwright.executor.backends.ray_ranks import explain
+
+    text = "The actor died\n  File x\nModuleNotFoundError: No module named 'rankwright'\n"
+    assert explain(RuntimeError(text)) == "ModuleNotFoundError: No module named 'rankwright'"
+    assert explain(RuntimeError("The node is gone\nmore of it")) == "The node is gone"
+    assert explain(RuntimeError()) == "RuntimeError"
+
+
 def test_without_ray_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
