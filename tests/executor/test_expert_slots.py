@@ -114,12 +114,17 @@ def test_weights_arrive_where_the_placement_says(
         assert found == expected
 
 
-@pytest.mark.parametrize(("tp", "ep", "slots"), [(2, 2, 7), (4, 4, 5), (4, 2, 12)])
+@pytest.mark.parametrize(
+    ("tp", "ep", "slots", "attention"),
+    [(2, 2, 7, "tp"), (4, 4, 5, "tp"), (4, 2, 12, "tp"), (2, 2, 7, "dp")],
+)
 def test_logits_with_replicas_equal_transformers(
-    skewed: Reference, pool: Ranks, tp: int, ep: int, slots: int
+    skewed: Reference, pool: Ranks, tp: int, ep: int, slots: int, attention: str
 ) -> None:
     loads = [[float(1 + 10 * (expert < 2)) for expert in range(NUM_EXPERTS)]] * 2
-    plan = with_expert_slots(a_plan(skewed, tp=tp, ep=ep, num_blocks=200), slots, loads=loads)
+    plan = with_expert_slots(
+        a_plan(skewed, tp=tp, ep=ep, attention=attention, num_blocks=200), slots, loads=loads
+    )
     sequences = prompts(skewed.vocab_size, (1, 23, 40))
     results = pool.run(tp, CASES, "logits", plan.model_dump_json(), str(skewed.folder), sequences)
     (result,) = (result for result in results if result is not None)

@@ -115,6 +115,11 @@ SPLITS: dict[str, dict[str, Any]] = {
     "EP4": {"tp": 4, "ep": 4},
     "PP2 EP2": {"pp": 2, "tp": 2, "ep": 2},
 }
+# With each rank's own sequences: tokens are gathered before the experts, and scattered after.
+ATTENTION_DP: dict[str, dict[str, Any]] = {
+    "attention DP2 EP2": {"tp": 2, "ep": 2, "attention": "dp"},
+    "attention DP4 EP2": {"tp": 4, "ep": 2, "attention": "dp"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -150,10 +155,9 @@ def run_tokens(pool: Ranks, reference: Reference, **split: Any) -> None:
         assert tokens[name] == reference.greedy(text, 48)
 
 
-WHOLE = [
-    (model, split)
-    for model in ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
-    for split in SPLITS
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+WHOLE = [(model, split) for model in FAMILIES for split in SPLITS] + [
+    (model, "attention DP2 EP2") for model in FAMILIES
 ]
 
 
@@ -165,7 +169,7 @@ def test_logits_equal_transformers(
     moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
 ) -> None:
     reference = moe_references[model]
-    plan = cpu_plan(read_model(reference.folder), **SPLITS[split])
+    plan = cpu_plan(read_model(reference.folder), **(SPLITS | ATTENTION_DP)[split])
     sequences = prompts(reference.vocab_size, (1, 23, 40))
     results = pool.run(
         plan.num_gpus, CASES, "logits", plan.model_dump_json(), str(reference.folder), sequences
@@ -176,8 +180,15 @@ def test_logits_equal_transformers(
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize(("model", "split"), [("mixtral", "TP4 EP2"), ("qwen3_moe", "PP2 EP2")])
+@pytest.mark.parametrize(
+    ("model", "split"),
+    [
+        ("mixtral", "TP4 EP2"),
+        ("qwen3_moe", "PP2 EP2"),
+        ("deepseek_v3", "attention DP4 EP2"),
+    ],
+)
 def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
     moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
 ) -> None:
-    run_tokens(pool, moe_references[model], **SPLITS[split])
+    run_tokens(pool, moe_references[model], **(SPLITS | ATTENTION_DP)[split])
