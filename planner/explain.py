@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rankwright.cost_model.prediction import MemoryPart, Part
-from rankwright.planner.plan import Plan
+from rankwright.planner.plan import Certificate, Plan
 
 
 def explain(plan: Plan) -> str:
@@ -100,6 +100,7 @@ def _certificate(plan: Plan) -> str:
     proof = plan.certificate
     return "\n".join(
         [
+            *_unproved(proof),
             f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound "
             f"{proof.bound:,.5g}, gap {proof.gap:.2g} ({proof.solver}, {proof.status}, "
             f"{proof.solve_s:.2f} s)",
@@ -107,6 +108,13 @@ def _certificate(plan: Plan) -> str:
             f"  binding: {proof.binding_constraint}",
         ]
     )
+
+
+def _unproved(proof: Certificate) -> list[str]:
+    """Return the warning that a plan needs of which the solver did not say that it is the best."""
+    if proof.status == "optimal":
+        return []
+    return [f"NOT PROVED BEST: {proof.status}; a better plan may be better by {proof.gap:.2%}"]
 
 
 def _list(title: str, lines: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ import pulp
 from rankwright.cost_model.workload import Objective, Workload
 from rankwright.planner.balance import StageCosts
 from rankwright.planner.candidates import Candidate
-from rankwright.planner.solver import Ending, solve
+from rankwright.planner.solver import TIME_LIMIT_S, Ending, NoIncumbentError, solve
 from rankwright.topology.cluster import Gpu
 from rankwright.topology.devices import device_of
 
@@ -83,6 +83,7 @@ def choose(
     replicas: int | None = None,
     *,
     settle: bool = True,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Choice | None:
     """Return the best candidate that keeps every limit; None when none does.
 
@@ -91,11 +92,15 @@ def choose(
         workload: Objective, limits and load.
         replicas: Number of replicas, if pinned.
         settle: Whether to choose well among equals, which takes a second solve.
+        time_limit_s: Of each solve.
+
+    Raises:
+        NoIncumbentError: The time was over before any plan was found.
     """
     columns = prune(candidates, workload)
     if not columns:
         return None
-    return _Program(columns, workload, replicas).solve(settle=settle)
+    return _Program(columns, workload, replicas, time_limit_s).solve(settle=settle)
 
 
 def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate]:
@@ -186,9 +191,14 @@ class _Program:
     """The program over one set of columns."""
 
     def __init__(
-        self, columns: Sequence[Candidate], workload: Workload, replicas: int | None
+        self,
+        columns: Sequence[Candidate],
+        workload: Workload,
+        replicas: int | None,
+        time_limit_s: float,
     ) -> None:
         self._columns = columns
+        self._time_limit_s = time_limit_s
         self._workload = workload
         self._goal = GOALS[workload.objective]
         most = max(
@@ -220,27 +230,50 @@ class _Program:
         """Return the best plan; ties go to the fewest GPUs, then to the shortest request."""
         primary = self._objective()
         self._problem.setObjective(primary)
-        ending = solve(self._problem)
+        ending = solve(self._problem, self._time_limit_s, self._bound())
         if ending is None:
             return None
-        if settle:
-            self._settle(primary, ending)
+        found = self._found()
+        if settle and ending.status == "optimal":
+            found = self._settle(primary, ending) or found
         unit = self._unit
         ending = replace(ending, value=ending.value * unit, bound=ending.bound * unit)
-        index = max(range(len(self._columns)), key=lambda column: self._chosen[column].value())
-        counts = tuple(round(count.value()) for count in self._counts[index])
+        index, counts = found
         return Choice(self._columns[index], counts, ending.value, ending)
 
-    def _settle(self, primary: "pulp.LpAffineExpression", ending: Ending) -> None:
-        """Solve again for the tie-break among what equals the best."""
+    def _found(self) -> tuple[int, tuple[int, ...]]:
+        """Return the column that the last solve chose, and its replicas."""
+        index = max(range(len(self._columns)), key=lambda column: self._chosen[column].value())
+        return index, tuple(round(count.value()) for count in self._counts[index])
+
+    def _bound(self) -> float:
+        """Return what no choice can beat, from the columns alone, in the unit of the objective."""
+        workload = self._workload
+        if workload.objective == "latency":
+            return min(one.request_s(workload.output_tokens) for one in self._columns) / self._unit
+        if workload.objective == "throughput":
+            return _LARGEST
+        return max(ratio_of(one, 0, workload) for one in self._columns) / self._unit
+
+    def _settle(
+        self, primary: "pulp.LpAffineExpression", ending: Ending
+    ) -> tuple[int, tuple[int, ...]] | None:
+        """Return what a second solve, for the tie-break, chooses among what equals the best.
+
+        None where its time was over: any of them is as good in what was asked for.
+        """
         slack = _TIE * abs(ending.value)
         if self._goal.sense == pulp.LpMaximize:
             self._problem += primary >= ending.value - slack
         else:
             self._problem += primary <= ending.value + slack
         self._problem.setObjective(self._tie_break())
-        settled = solve(self._problem)
+        try:
+            settled = solve(self._problem, self._time_limit_s, 0.0)
+        except NoIncumbentError:
+            return None
         assert settled is not None, "the first solution satisfies the second program"
+        return self._found()
 
     def _add_column(self, index: int, replicas: int | None) -> None:
         column, workload, problem = self._columns[index], self._workload, self._problem

@@ -16,6 +16,7 @@ from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
 from rankwright.planner.runners_up import find_runners_up, split_of
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
+from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.cluster import Cluster
 
 __all__ = ["NoFeasiblePlanError", "Pins", "make_plan"]
@@ -38,6 +39,7 @@ def make_plan(
     allow_pipeline: bool = True,
     engine: str = "rankwright",
     pareto: bool = False,
+    time_limit_s: float = TIME_LIMIT_S,
     assumptions: tuple[str, ...] = (),
 ) -> Plan:
     """Return the best plan to serve `workload` with `model` on `cluster`.
@@ -52,16 +54,26 @@ def make_plan(
         allow_pipeline: Whether a replica may have several stages.
         engine: Whose efficiency constants to predict with.
         pareto: Whether to find the front of tokens/s of a GPU against tokens/s of a user too.
+        time_limit_s: Of the solver; then the best plan until then is returned, and its certificate
+            says `time limit` and how far from the bound it may be.
         assumptions: What the caller assumed, to be recorded in the plan.
 
     Raises:
         NoFeasiblePlanError: No split keeps memory and limits; the message names what binds and the
             nearest change that was verified to help.
+        NoIncumbentError: The solver had no plan when its time was over.
         ValueError: The request exceeds the model's context, or a pin or budget is out of range.
     """
-    _check(model, workload, memory_budget_bytes, top)
+    _check(model, workload, memory_budget_bytes, top, time_limit_s)
     search = Search(
-        model, cluster, workload, memory_budget_bytes, pins or Pins(), allow_pipeline, engine
+        model,
+        cluster,
+        workload,
+        memory_budget_bytes,
+        pins or Pins(),
+        allow_pipeline,
+        engine,
+        time_limit_s=time_limit_s,
     )
     choice = search.best()
     if choice is None:
@@ -70,7 +82,9 @@ def make_plan(
     return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
 
 
-def _check(model: ModelSpec, workload: Workload, budget: int | None, top: int) -> None:
+def _check(
+    model: ModelSpec, workload: Workload, budget: int | None, top: int, time_limit_s: float
+) -> None:
     tokens = workload.input_tokens + workload.output_tokens
     if tokens > model.max_context_tokens:
         raise ValueError(
@@ -81,6 +95,8 @@ def _check(model: ModelSpec, workload: Workload, budget: int | None, top: int) -
         raise ValueError(f"memory budget of {budget} bytes: expected more than 0")
     if top < 1:
         raise ValueError(f"top={top}: expected 1 or more")
+    if time_limit_s <= 0:
+        raise ValueError(f"time_limit_s={time_limit_s:g}: expected more than 0")
 
 
 def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]) -> Plan:

@@ -23,7 +23,10 @@ def find_front(search: Search) -> tuple[ParetoPoint, ...]:
     return front_of(
         point
         for candidate in wide.candidates
-        if not candidate.broken and len(candidate.pool.replicas) == 1
+        if not candidate.broken
+        and len(candidate.pool.replicas) == 1
+        # Where prompts wait for room in the steps, fewer requests are really running.
+        and candidate.serving[0].flow.waiting < 1
         for point in [_point(candidate, workload.output_tokens)]
     )
 

@@ -7,6 +7,7 @@ from rankwright.cost_model.split import Split
 from rankwright.planner.ilp import GOALS, Choice
 from rankwright.planner.plan import RunnerUp
 from rankwright.planner.search import Search
+from rankwright.planner.solver import NoIncumbentError
 
 
 def find_runners_up(search: Search, choice: Choice, count: int) -> tuple[RunnerUp, ...]:
@@ -14,7 +15,10 @@ def find_runners_up(search: Search, choice: Choice, count: int) -> tuple[RunnerU
     seen = {choice.candidate.shape.label()}
     found: list[RunnerUp] = []
     while len(found) < count:
-        other = search.best(without=frozenset(seen), settle=False)
+        try:
+            other = search.best(without=frozenset(seen), settle=False)
+        except NoIncumbentError:
+            break
         if other is None:
             break
         seen.add(other.candidate.shape.label())

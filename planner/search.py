@@ -12,6 +12,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidates import Candidate, Evaluator
 from rankwright.planner.ilp import Choice, choose
 from rankwright.planner.shapes import Illegal, Pins, Shape, Shapes, find_shapes
+from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.cluster import Cluster
 
 
@@ -27,6 +28,7 @@ class Search:
         pins: Degrees to keep.
         allow_pipeline: Whether a replica may have several stages.
         engine: Whose efficiency constants to use.
+        time_limit_s: Of each solve.
         every_level: Whether to look at small batches too where only large ones can be best.
     """
 
@@ -38,6 +40,7 @@ class Search:
     allow_pipeline: bool = True
     engine: str = "rankwright"
     every_level: bool = False
+    time_limit_s: float = TIME_LIMIT_S
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -79,7 +82,13 @@ class Search:
         allowed = [
             candidate for candidate in self.candidates if candidate.shape.label() not in without
         ]
-        return choose(allowed, self.workload, self.pins.dp, settle=settle)
+        return choose(
+            allowed,
+            self.workload,
+            self.pins.dp,
+            settle=settle,
+            time_limit_s=self.time_limit_s,
+        )
 
     def changed(self, **changes: object) -> "Search":
         """Return the same search with other inputs."""

@@ -39,14 +39,26 @@ class Ending:
 
 
 class SolverError(RuntimeError):
-    """The solver neither solved the program nor proved it infeasible."""
+    """The solver failed, or none is installed."""
 
 
-def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Ending | None:
+class NoIncumbentError(SolverError):
+    """The solver's time was over before it had a solution or a proof that there is none."""
+
+
+def solve(
+    problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S, bound: float | None = None
+) -> Ending | None:
     """Solve `problem` in place and return how it ended; None when it has no solution.
 
+    Args:
+        problem: Its variables have the solution afterwards.
+        time_limit_s: After which the best solution until then is taken.
+        bound: What no solution can beat, for a solver that reports no bound of its own.
+
     Raises:
-        SolverError: The solver stopped without a solution and without a proof that none exists.
+        NoIncumbentError: Its time was over without a solution.
+        SolverError: It failed.
     """
     # One thread: our programs are solved at the root, and HiGHS's threads cost more than that.
     options: dict[str, object] = {
@@ -69,18 +81,20 @@ def solve(problem: "pulp.LpProblem", time_limit_s: float = TIME_LIMIT_S) -> Endi
     name = f"HiGHS {_highs_version(problem)}" if use_highs else "CBC"
     found = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     if problem.status != pulp.LpStatusOptimal or not found:
-        raise SolverError(
+        raise NoIncumbentError(
             f"{name} ended as {pulp.LpStatus[problem.status]!r} after {seconds:.1f} s without a "
-            "plan; pin some degrees (--tp, --pp) to make the program smaller"
+            "plan; give it more time (--time-limit), or pin some degrees (--tp, --pp) to make the "
+            "program smaller"
         )
     value = float(pulp.value(problem.objective) or 0.0)
-    bound = _bound(problem) if use_highs else value
-    optimal = problem.sol_status == pulp.LpSolutionOptimal
-    if not use_highs and not optimal:
+    if problem.sol_status == pulp.LpSolutionOptimal:
+        return Ending("optimal", value, _bound(problem) if use_highs else value, name, seconds)
+    least = _bound(problem) if use_highs else bound
+    if least is None:
         raise SolverError(
             f"CBC reached its limit of {time_limit_s:.0f} s and reports no bound; install highspy"
         )
-    return Ending("optimal" if optimal else "time limit", value, bound, name, seconds)
+    return Ending("time limit", value, least, name, seconds)
 
 
 def _cbc(options: dict[str, object]) -> "pulp.LpSolver":

@@ -18,6 +18,7 @@ class RunError(Exception):
 _EXIT_CODES = (
     ("rankwright.planner.make_plan", "NoFeasiblePlanError", 3),
     ("rankwright.topology.errors", "ProbeError", 4),
+    ("rankwright.planner.solver", "NoIncumbentError", 3),
     ("rankwright.planner.solver", "SolverError", 5),
     ("rankwright.executor.backends.tools", "MissingToolError", 4),
     ("rankwright.executor.backends.tools", "ToolError", 5),

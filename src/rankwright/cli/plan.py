@@ -12,6 +12,7 @@ from rankwright.cli.planning import plan_for
 from rankwright.cost_model.read_model import read_model
 from rankwright.planner.make_plan import Pins
 from rankwright.planner.read_plan import write_plan
+from rankwright.planner.solver import TIME_LIMIT_S
 
 
 def run(
@@ -40,6 +41,10 @@ def run(
         bool,
         typer.Option("--pareto", help="Also what every batch gives: tokens/s of a GPU and a user."),
     ] = False,
+    time_limit: Annotated[
+        float,
+        typer.Option(metavar="S", help="Of the solver; then the best plan until then, so marked."),
+    ] = TIME_LIMIT_S,
     explain: Annotated[bool, typer.Option("--explain", help="Say why, in words.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the plan here, as JSON.")
@@ -66,6 +71,7 @@ def run(
         pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention),
         engine=engine,
         pareto=pareto,
+        time_limit_s=time_limit,
         memory_budget_gb=memory_budget,
         dtype=dtype,
         kv_dtype=kv_dtype,

@@ -111,6 +111,9 @@ def _capacity_bytes(plan: Plan) -> int:
 
 def _certificate(certificate: Certificate) -> Table:
     made = table("proof", "")
+    if certificate.status != "optimal":
+        warning = f"{certificate.status}: a better plan may be better by {certificate.gap:.2%}"
+        made.add_row("[bold red]NOT PROVED BEST[/]", warning)
     made.add_row("objective", f"{certificate.objective}: {certificate.objective_value:.5g}")
     made.add_row("no plan is better than", f"{certificate.bound:.5g} (gap {certificate.gap:.2%})")
     made.add_row(

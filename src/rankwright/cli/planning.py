@@ -11,6 +11,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
+from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.read_cluster import read_cluster
 
 
@@ -26,6 +27,7 @@ def plan_for(
     top: int = 1,
     engine: str = "rankwright",
     pareto: bool = False,
+    time_limit_s: float = TIME_LIMIT_S,
 ) -> Plan:
     """Return the plan for `model` on the cluster that `cluster` names.
 
@@ -45,6 +47,7 @@ def plan_for(
         top=top,
         engine=engine,
         pareto=pareto,
+        time_limit_s=time_limit_s,
     )
 
 
