@@ -82,9 +82,15 @@ def find_group(cluster: Cluster, places: tuple[Place, ...]) -> Group:
 
 
 def all_reduce_s(
-    size_bytes: float, group: Group, algorithms: tuple[AllReduce, ...] = ("library",)
+    size_bytes: float,
+    group: Group,
+    algorithms: tuple[AllReduce, ...] = ("library",),
+    one_shot_bytes: float = 0.0,
 ) -> float:
     """Return the seconds of the fastest all-reduce that `algorithms` allow.
+
+    Up to `one_shot_bytes` it is one-shot, where allowed, even if another were faster: that is how
+    some engines choose.
 
     >>> h200 = Group(2, bytes_per_s=450e9, latency_s=0.8e-6)
     >>> round(all_reduce_s(64 * 1024, h200) * 1e6, 1)
@@ -98,7 +104,10 @@ def all_reduce_s(
     if "one_shot" in algorithms:
         rate = group.bytes_per_s * _PEER_SHARE
         others = group.size - 1
-        times.append(_ONE_SHOT_BASE_S + others * size_bytes / rate + 2 * group.latency_s)
+        one_shot_s = _ONE_SHOT_BASE_S + others * size_bytes / rate + 2 * group.latency_s
+        if size_bytes <= one_shot_bytes:
+            return one_shot_s
+        times.append(one_shot_s)
         wire = 2 * others / group.size * size_bytes
         times.append(_TWO_SHOT_BASE_S + wire / rate + 4 * group.latency_s)
     return min(times)

@@ -110,16 +110,16 @@ class Rates:
 
     def _terms(self, op: Op) -> tuple[float, float, float]:
         """Return the seconds of arithmetic, of memory traffic and of launches."""
-        compute_rate, memory_rate = self._peak[op.kind, op.dtype]
+        compute_rate, memory_rate, launch_s = self._peak[op.kind, op.dtype]
         return (
             (op.flops + op.padding_flops) / compute_rate,
             op.bytes / memory_rate,
-            op.launches * self.efficiency.launch_s,
+            op.launches * launch_s,
         )
 
     @cached_property
-    def _peak(self) -> dict[tuple[OpKind, Dtype], tuple[float, float]]:
-        """What a kernel of each kind and format reaches: FLOP/s and bytes/s."""
+    def _peak(self) -> dict[tuple[OpKind, Dtype], tuple[float, float, float]]:
+        """What a kernel of each kind and format reaches: FLOP/s, bytes/s, seconds a launch."""
         share = self.efficiency
         shares: dict[OpKind, tuple[float, float]] = {
             "gemm": (share.gemm_compute, share.gemm_memory),
@@ -128,11 +128,17 @@ class Rates:
             "attention decode": (share.attention_compute, share.attention_memory),
             "elementwise": (1.0, share.elementwise_memory),
         }
-        peaks: dict[tuple[OpKind, Dtype], tuple[float, float]] = {}
+        starts: dict[OpKind, float] = {
+            "gemm": share.product_s,
+            "moe": share.product_s,
+            "attention decode": share.attention_s / 2,  # it has two launches
+        }
+        peaks: dict[tuple[OpKind, Dtype], tuple[float, float, float]] = {}
         for kind, (compute, memory) in shares.items():
             for dtype, flops in self.flops_per_s.items():
                 of_dtype = share.gemm_compute_float8 if (kind, dtype) == _FP8_GEMM else compute
-                peaks[kind, dtype] = flops * of_dtype, self.memory_bytes_per_s * memory
+                launch_s = share.launch_s + starts.get(kind, 0.0)
+                peaks[kind, dtype] = flops * of_dtype, self.memory_bytes_per_s * memory, launch_s
         return peaks
 
 
@@ -238,13 +244,18 @@ class LayerModel:
 
         Tokens of a prompt are already this rank's part of it under context parallelism.
         """
+        qkv, *others = self.other_ops(tokens)
+        return (qkv, *self.attention_ops(tokens), *others)
+
+    def rows(self, tokens: StepTokens) -> float:
+        """Return the tokens that the fullest rank projects for attention."""
         decode, prefill = self._attended(tokens)
-        rows = decode + prefill
-        ops = [
-            self._qkv.op(rows, self._width),
-            *self._attention_ops(tokens),
-            self._output.op(rows, self._width),
-        ]
+        return decode + prefill
+
+    def other_ops(self, tokens: StepTokens) -> tuple[Op, ...]:
+        """Return the ops but for attention itself: these depend on `tokens.total` and `rows`."""
+        rows = self.rows(tokens)
+        ops = [self._qkv.op(rows, self._width), self._output.op(rows, self._width)]
         activated = 0.0
         if self._mlp is not None:
             ops.append(self._mlp.op(tokens.total, self._width))
@@ -278,7 +289,8 @@ class LayerModel:
         decode = max(tokens.decode / ranks, min(1.0, tokens.decode))
         return decode, tokens.prefill / min(ranks, max(1.0, tokens.prompts))
 
-    def _attention_ops(self, tokens: StepTokens) -> list[Op]:
+    def attention_ops(self, tokens: StepTokens) -> list[Op]:
+        """Return the ops of attention, which depend on contexts too."""
         spec, heads = self._spec, self._layer.attention
         kv_width = BITS[spec.kv_dtype] / 8
         head_values = heads.head_dim + heads.value_head_dim

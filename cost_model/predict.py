@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from rankwright.cost_model.collectives import Group
 from rankwright.cost_model.efficiency import device_class
+from rankwright.cost_model.engine_run import chunk_tokens, kv_capacity_tokens, run_on_engine
+from rankwright.cost_model.engines import ENGINE_ROWS
+from rankwright.cost_model.intervals import MEMORY, Intervals, estimate, intervals_of
 from rankwright.cost_model.layout import (
     SlotKind,
     boundary_groups,
@@ -26,17 +29,6 @@ from rankwright.cost_model.split import Split
 from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel, make_pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.cluster import Cluster
-
-# Bounds of the intervals, as factors of the value. From scoring this model, uncalibrated, against
-# 600 published points (TensorRT-LLM, vLLM and SGLang on H100 and H200, TP1 to TP8, Llama-3.1-8B and
-# 70B and Qwen3-32B, 4 to 128 requests in flight): 80 % of the measured TPOT lie between 0.78 and
-# 1.31 of the predicted. TTFT depends on how a benchmark starts: 80 % lie below 1.5 times the
-# prompt's own time and 6 times its wait. Memory: weights and KV are exact, the rest is a bound.
-TPOT_BOUNDS = (0.78, 1.31)
-RATE_BOUNDS = (1 / TPOT_BOUNDS[1], 1 / TPOT_BOUNDS[0])
-_PROMPT_BOUNDS = (0.8, 1.5)
-_WAIT_BOUNDS = (0.5, 6.0)
-MEMORY_BOUNDS = (0.95, 1.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +108,53 @@ def predict(
     check_split(model, split, engine)
     groups = choose_replicas(cluster, split)
     models = StageModels(model, cluster, engine)
+    if engine in ENGINE_ROWS:
+        return _predict_engine(models, workload, split, groups)
     return predict_replicas(models, workload, split, groups)
+
+
+def _predict_engine(
+    models: StageModels, workload: Workload, split: Split, groups: Sequence[Replicas]
+) -> Prediction:
+    """Return the prediction with the means of a simulated run, as published benchmarks give them.
+
+    Terms of a step and memory are those of the steady state.
+    """
+    gpu, engine = groups[0].stages[0].gpu, models.engine
+    split = split.model_copy(update={"chunk_tokens": chunk_tokens(split, engine)})
+    capacity = kv_capacity_tokens(models.spec, split, gpu, engine)
+    tokens = workload.input_tokens + workload.output_tokens
+    fitting = max(1, min(split.max_batch_size, int(capacity // tokens)))
+    full = split.model_copy(update={"max_batch_size": fitting})
+    steady = predict_replicas(models, workload, full, groups)
+    update: dict[str, object] = {}
+    if workload.concurrency is not None:
+        update["concurrency"] = -(-workload.concurrency // split.dp)
+    if workload.request_rate is not None:
+        update["request_rate"] = workload.request_rate / split.dp
+    mine = workload.model_copy(update=update)
+    runs = [
+        run_on_engine(
+            models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp),
+            models.spec,
+            mine,
+            split,
+            group.stages[0].gpu,
+            engine,
+        )
+        for group in groups
+    ]
+    rate = sum(run.requests_per_s * group.count for run, group in zip(runs, groups, strict=True))
+    if workload.concurrency is not None:  # a replica's share of it was rounded up
+        rate *= workload.concurrency / (split.dp * -(-workload.concurrency // split.dp))
+    intervals = intervals_of(engine, "analytic")
+    return steady.model_copy(
+        update={
+            "ttft_s": estimate(max(run.ttft_s() for run in runs), intervals.prompt),
+            "tpot_s": estimate(max(run.tpot_s() for run in runs), intervals.tpot),
+            "output_tokens_per_s": estimate(rate * workload.output_tokens, intervals.rate),
+        }
+    )
 
 
 def check_split(model: ModelSpec, split: Split, engine: str = "rankwright") -> None:
@@ -209,11 +247,12 @@ def predict_replicas(
     requests_per_s = cap_requests(requests_per_s, workload, batch * split.dp)
     worst, pipeline, _ = max(served, key=lambda item: item[0].request_s(workload.output_tokens))
     memory = fullest_rank(models.spec, split, groups, workload, kv_tokens)
+    intervals = intervals_of(models.engine, pipeline.stages[0].provenance)
     return Prediction(
-        ttft_s=_ttft([state for state, _, _ in served]),
-        tpot_s=_estimate(max(state.tpot_s for state, _, _ in served), TPOT_BOUNDS),
-        output_tokens_per_s=_estimate(requests_per_s * workload.output_tokens, RATE_BOUNDS),
-        memory_bytes_per_gpu=_estimate(sum(part.bytes for part in memory), MEMORY_BOUNDS),
+        ttft_s=_ttft([state for state, _, _ in served], intervals),
+        tpot_s=estimate(max(state.tpot_s for state, _, _ in served), intervals.tpot),
+        output_tokens_per_s=estimate(requests_per_s * workload.output_tokens, intervals.rate),
+        memory_bytes_per_gpu=estimate(sum(part.bytes for part in memory), MEMORY),
         decode_parts=decode_parts(pipeline, worst),
         prefill_parts=prefill_parts(pipeline, worst),
         memory_parts=memory,
@@ -246,17 +285,13 @@ def cap_requests(requests_per_s: float, workload: Workload, slots: int) -> float
     return requests_per_s
 
 
-def _estimate(value: float, bounds: tuple[float, float]) -> Estimate:
-    return Estimate(value=value, low=value * bounds[0], high=value * bounds[1])
-
-
-def _ttft(states: Sequence[Serving]) -> Estimate:
-    """Return the TTFT of the slowest of `states`: its prompt and wait have their own bounds."""
+def _ttft(states: Sequence[Serving], intervals: Intervals) -> Estimate:
+    """Return the TTFT of the slowest of `states`: its prompt and wait have their own intervals."""
     state = max(states, key=lambda one: one.ttft_s)
     prompt_s, wait_s = state.ttft_s - state.wait_s, state.wait_s
     low, high = (
         prompt_s * prompt + wait_s * wait
-        for prompt, wait in zip(_PROMPT_BOUNDS, _WAIT_BOUNDS, strict=True)
+        for prompt, wait in zip(intervals.prompt, intervals.wait, strict=True)
     )
     return Estimate(value=state.ttft_s, low=low, high=high)
 

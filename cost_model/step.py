@@ -7,6 +7,7 @@ With one stage and one micro-batch the pipeline's round is simply the step.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log2
 
 from rankwright.cost_model.collectives import (
     Group,
@@ -16,8 +17,10 @@ from rankwright.cost_model.collectives import (
     send_s,
 )
 from rankwright.cost_model.dtypes import BITS
+from rankwright.cost_model.efficiency import AllReduce
 from rankwright.cost_model.memory import kv_bytes_per_token
 from rankwright.cost_model.model_spec import Layer, ModelSpec
+from rankwright.cost_model.one_shot import one_shot_max_bytes
 from rankwright.cost_model.ops import (
     AttentionSplit,
     LayerModel,
@@ -75,6 +78,16 @@ class StageModel:
         self._group = group
         self._attention = attention
         self._width = BITS[spec.dtype] / 8
+        # The executor sums over peers' memory where NVLink joins them, and by NCCL elsewhere.
+        self._peer_sums = (
+            rates.efficiency.peer_sums
+            and group.size > 1
+            and group.num_nodes == 1
+            and group.bytes_per_s >= _NVLINK_BYTES_PER_S
+            and one_shot_max_bytes(group.size) > 0
+        )
+        self.provenance = rates.efficiency.provenance
+        self._skew_s = rates.efficiency.skew_s * log2(group.size)
         self._layers = [
             LayerModel(
                 spec,
@@ -83,23 +96,31 @@ class StageModel:
                 ep=ep,
                 cp=self._context.size,
                 attention=attention,
-                fused_norms=rates.efficiency.fused_norms,
+                fused_norms=rates.efficiency.fused_norms or self._peer_sums,
             )
             for layer in layers.kinds
         ]
         self._cache: dict[tuple[int, StepTokens], float] = {}
+        # By kind of layer, all tokens, and tokens that a rank attends for.
+        self._others_s: dict[tuple[int, float, float], float] = {}
 
     def layer_s(self, kind: int, tokens: StepTokens) -> float:
         """Return the seconds of one layer of kind `kind`."""
-        key = (kind, tokens)
-        if key not in self._cache:
+        seconds = self._cache.get((kind, tokens))
+        if seconds is None:
             mine = self._mine(tokens)
-            compute_s = self._rates.seconds(self._layers[kind].ops(mine))
-            exchange_s = self._exchange_s(mine)
+            layer = self._layers[kind]
+            # A simulated run asks for thousands of steps of few sizes: only contexts differ.
+            key = (kind, mine.total, layer.rows(mine))
+            others_s = self._others_s.get(key)
+            if others_s is None:
+                others_s = self._rates.seconds(layer.other_ops(mine)) + self._exchange_s(mine)
+                self._others_s[key] = others_s
+            seconds = others_s + self._rates.seconds(layer.attention_ops(mine))
             if self._context.size > 1:
-                exchange_s += self._context_s(kind, tokens)[0]
-            self._cache[key] = compute_s + exchange_s
-        return self._cache[key]
+                seconds += self._context_s(kind, tokens)[0]
+            self._cache[kind, tokens] = seconds
+        return seconds
 
     def layer_parts(self, kind: int, tokens: StepTokens) -> list[Part]:
         """Return the terms of one layer of kind `kind`."""
@@ -127,26 +148,28 @@ class StageModel:
             seconds = all_gather_s(size, self._group)
             parts.append(_link_part("logits gather", seconds, size))
         step_s = self._rates.efficiency.step_s
-        parts.append(Part(name="sampling and host", seconds=step_s, bound="launch", source=_SOURCE))
+        parts.append(
+            Part(name="sampling and host", seconds=step_s, bound="launch", source=self.provenance)
+        )
         return parts
 
     def first_s(self, tokens: StepTokens) -> float:
         """Return the seconds of the embedding."""
-        key = (-1, tokens)
-        if key not in self._cache:
-            mine = self._mine(tokens)
+        mine = self._mine(tokens)
+        key = (_FIRST, mine.total, 0.0)
+        if key not in self._others_s:
             seconds = self._rates.seconds([embedding_op(self._spec, mine)])
-            self._cache[key] = seconds + self._exchange_s(mine, times=1)
-        return self._cache[key]
+            self._others_s[key] = seconds + self._exchange_s(mine, times=1)
+        return self._others_s[key]
 
     def last_s(self, tokens: StepTokens) -> float:
         """Return the seconds of head, sampling and host."""
-        key = (-2, tokens)
-        if key not in self._cache:
+        key = (_LAST, tokens.decode + tokens.prompts, 0.0)
+        if key not in self._others_s:
             seconds = self._rates.seconds([logits_op(self._spec, tokens, tp=self._group.size)])
             seconds += all_gather_s(self._logits_bytes(tokens), self._group)
-            self._cache[key] = seconds + self._rates.efficiency.step_s
-        return self._cache[key]
+            self._others_s[key] = seconds + self._rates.efficiency.step_s
+        return self._others_s[key]
 
     def _logits_bytes(self, tokens: StepTokens) -> float:
         return (tokens.decode + tokens.prompts) * self._spec.vocab_size * self._width
@@ -197,8 +220,19 @@ class StageModel:
         """Return the seconds of a layer's collectives: after attention and after feed-forward."""
         size = self.message_bytes(tokens)
         if self._attention == "dp":
-            return all_gather_s(size, self._group) + reduce_scatter_s(size, self._group)
-        return times * all_reduce_s(size, self._group, self._rates.efficiency.all_reduce)
+            seconds = all_gather_s(size, self._group) + reduce_scatter_s(size, self._group)
+            return seconds + 2 * self._skew_s
+        share = self._rates.efficiency
+        algorithms, one_shot_bytes = share.all_reduce, share.one_shot_bytes
+        if share.peer_sums:
+            one_shot_bytes = one_shot_max_bytes(self._group.size) if self._peer_sums else 0
+            algorithms = share.all_reduce if size <= one_shot_bytes else _LIBRARY
+        once_s = all_reduce_s(size, self._group, algorithms, one_shot_bytes)
+        return times * (once_s + self._skew_s)
+
+    def host_s(self, tokens: StepTokens) -> float:
+        """Return the seconds of the host's work for the sequences of a step."""
+        return self._rates.efficiency.host_sequence_s * tokens.decode
 
     def _exchange(self, tokens: StepTokens, times: int = 2) -> Part:
         name = "all-reduce" if self._attention == "tp" else "all-gather and reduce-scatter"
@@ -213,12 +247,18 @@ class StageModel:
             flops=op.flops,
             bytes=op.bytes,
             bound=cost.bound,
-            source=_SOURCE,
+            source=self.provenance,
         )
 
 
-_SOURCE = "analytic"
 _ALONE = Group(1)
+# NVLink begins at 100 GB/s each way on the GPUs that serve (A100: 300); PCIe 5 has 63.
+_NVLINK_BYTES_PER_S = 100e9
+_LIBRARY: tuple[AllReduce, ...] = ("library",)
+_FIRST, _LAST = -1, -2  # in place of a kind of layer: the embedding, the head
+
+
+_SOURCE = "analytic"
 
 
 def _link_part(name: str, seconds: float, size_bytes: float) -> Part:
@@ -270,7 +310,8 @@ class Pipeline:
         With equal stages and `m >= pp` both terms meet but for the hand-overs.
         """
         busy, sends = self._busy_s(tokens)
-        return max(sum(busy) + sends, micro_batches * max(busy))
+        host_s = micro_batches * self.stages[0].host_s(tokens)
+        return max(sum(busy) + sends, micro_batches * max(busy), host_s)
 
     def prompt_s(self, tokens: StepTokens, steps: int) -> float:
         """Return the seconds in which one prompt passes all stages in `steps` chunks.

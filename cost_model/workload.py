@@ -12,12 +12,21 @@ Objective = Literal["throughput", "latency", "cost", "energy"]
 class Workload(Value):
     """Requests of one kind with their limits. Tokens and seconds."""
 
-    input_tokens: int = Field(default=1024, ge=1, description="prompt length")
-    output_tokens: int = Field(default=128, ge=1, description="tokens generated a request")
+    input_tokens: int = Field(default=1024, ge=1, le=100_000_000, description="prompt length")
+    output_tokens: int = Field(
+        default=128, ge=1, le=100_000_000, description="tokens generated a request"
+    )
     concurrency: int | None = Field(
         default=None, ge=1, description="requests in flight at most; None: as many as memory holds"
     )
     request_rate: float | None = Field(default=None, gt=0, description="requests/s")
+    length_spread: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="lengths lie evenly within this share of both means, to both sides; None: as "
+        "the engine's published runs had it, else all equal",
+    )
     shared_prefix: float = Field(
         default=0.0, ge=0, le=1, description="share of a prompt that is already cached"
     )

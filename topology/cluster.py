@@ -48,6 +48,11 @@ class Gpu(Value):
     flops_per_s: dict[str, float] | None = Field(
         default=None, description="dense FLOP/s by dtype; None: the device table's"
     )
+    efficiency: dict[str, float] | None = Field(
+        default=None,
+        description="shares of peak and launch times that a calibration of this machine gave; "
+        "None: the shipped ones",
+    )
 
 
 class Link(Value):

@@ -22,6 +22,10 @@ _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # Keys of the rope dictionaries that are not part of the scaling.
 _NOT_SCALING = {"rope_theta", "type", "rope_type", "partial_rotary_factor"}
 
+# What no model comes near, so that it must be a slip: sizes beyond it would take hours to add up.
+_LARGEST_SIZE = 100_000_000
+_LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "hidden_size": 1_000_000}
+
 
 def _is_positive(value: object) -> bool:
     """Return whether `value` is a number above 0; JSON readers let `NaN` and `Infinity` in."""
@@ -57,6 +61,9 @@ class Config:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.wrong(key, f"a whole number of at least {minimum}")
+        maximum = _LARGEST.get(key, _LARGEST_SIZE)
+        if value > maximum:
+            raise self.wrong(key, f"a whole number of at most {maximum:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

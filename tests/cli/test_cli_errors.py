@@ -35,7 +35,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         (["plan", "Qwen/Qwen3-8B", "--cluster", "8xh100-smx"], ["h100-smx", "h100-sxm"]),
         (["plan", "Qwen/Qwen3-8B", "--cluster", "2x8xh100-sxm"], ["fabric", "+ib400"]),
         (["predict", "Qwen/Qwen3-8B", "--tp", "8", *SMALL], ["TP8", "8 GPUs", "4"]),
-        (["predict", "Qwen/Qwen3-8B", "--tp", "3", *SMALL], ["3", "heads"]),
+        (["predict", "Qwen/Qwen3-8B", "--tp", "2", "--ep", "2", *SMALL], ["ep=2", "no experts"]),
         (["predict", "Qwen/Qwen3-8B", "--pp", "99", *SMALL], ["--pp", "99", "36 layers"]),
         (["render", "none.json", "--target", "slurm"], ["none.json"]),
         (["launch", "none.json"], ["none.json", "rankwright plan"]),

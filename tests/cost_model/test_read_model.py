@@ -265,6 +265,9 @@ def without(config: dict[str, Any], key: str) -> dict[str, Any]:
     [
         (without(LLAMA, "hidden_size"), ["'hidden_size' is missing", "whole number"]),
         (LLAMA | {"hidden_size": 0}, ["'hidden_size' is 0", "at least 1"]),
+        (LLAMA | {"hidden_size": 10**15}, ["'hidden_size' is 1000000000000000", "at most"]),
+        (LLAMA | {"num_hidden_layers": 10**9}, ["'num_hidden_layers'", "at most 10,000"]),
+        (LLAMA | {"vocab_size": 10**12}, ["'vocab_size'", "at most 100,000,000"]),
         (LLAMA | {"hidden_size": "48"}, ["'hidden_size' is '48'"]),
         (LLAMA | {"vocab_size": True}, ["'vocab_size' is True"]),
         (LLAMA | {"num_key_value_heads": 4}, ["num_key_value_heads", "divisor"]),

@@ -5,10 +5,10 @@ The rows are not ours to ship: they lie beside the repository, and the test skip
 
 import csv
 import statistics
-from pathlib import Path
 
 import pytest
 
+from published import DEFAULT_ROWS
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
@@ -16,7 +16,7 @@ from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
 from rankwright.topology.shorthand import parse_cluster
 
-ROWS = Path(__file__).parents[2] / ".." / "shared" / "reference" / "published_serving.csv"
+ROWS = DEFAULT_ROWS
 MODELS = {"Llama 3.1 8B": "meta-llama/Llama-3.1-8B", "Llama 3.1 70B": "meta-llama/Llama-3.1-70B"}
 
 

@@ -5,10 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from rankwright.cost_model.apply_calibration import apply_calibration
+from rankwright.cost_model.calibration import find_calibration, read_calibration
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.legality import AttentionSplit
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Objective, Workload
+from rankwright.topology import cluster as topology
 
 Model = Annotated[
     str,
@@ -101,6 +104,26 @@ StartTimeout = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Run PLAN where the machine differs from its cluster.")
 ]
+
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="What `rankwright calibrate` measured.  [default: its table for these GPUs, where "
+        "there is one]",
+    ),
+]
+
+
+def calibrated(cluster: topology.Cluster, path: Path | None) -> topology.Cluster:
+    """Return the cluster with what a calibration of its GPUs measured: `path`, or the user's own.
+
+    Raises:
+        ValueError: The file is bad, or of another device than the cluster has.
+    """
+    found = find_calibration(cluster) if path is None else read_calibration(path)
+    return cluster if found is None else apply_calibration(cluster, found)
 
 
 def workload(

@@ -36,6 +36,7 @@ def run(
     cp: options.Cp = None,
     attention: options.AttentionOption = None,
     engine: options.EngineOption = "rankwright",
+    calibration: options.CalibrationFile = None,
     top: Annotated[int, typer.Option(min=1, help="Runners-up to list, with why they lost.")] = 3,
     pareto: Annotated[
         bool,
@@ -72,6 +73,7 @@ def run(
         engine=engine,
         pareto=pareto,
         time_limit_s=time_limit,
+        calibration=calibration,
         memory_budget_gb=memory_budget,
         dtype=dtype,
         kv_dtype=kv_dtype,

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from rankwright.cli.options import with_dtypes
+from rankwright.cli.options import calibrated, with_dtypes
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
@@ -28,8 +28,11 @@ def plan_for(
     engine: str = "rankwright",
     pareto: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
+    calibration: Path | None = None,
 ) -> Plan:
     """Return the plan for `model` on the cluster that `cluster` names.
+
+    It uses `calibration`, or where that is None what `rankwright calibrate` left for these GPUs.
 
     Raises:
         ValueError: An input is unsound.
@@ -40,7 +43,7 @@ def plan_for(
         raise ValueError(f"--memory-budget must be above 0 GB, got {memory_budget_gb:g}")
     return make_plan(
         with_dtypes(model, dtype, kv_dtype),
-        read_cluster(cluster),
+        calibrated(read_cluster(cluster), calibration),
         workload,
         memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
         pins=pins,

@@ -37,6 +37,7 @@ def run(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Sequences that a replica decodes at once.")
     ] = 1,
+    calibration: options.CalibrationFile = None,
     dtype: options.DtypeOption = None,
     kv_dtype: options.KvDtype = None,
     as_json: options.Json = False,
@@ -47,7 +48,7 @@ def run(
     if pp > spec.num_layers:
         raise ValueError(f"--pp is {pp}, {spec.name} has {spec.num_layers} layers to share")
     stages = [even_range(spec.num_layers, pp, stage) for stage in range(pp)]
-    machines = read_cluster(cluster)
+    machines = options.calibrated(read_cluster(cluster), calibration)
     split = Split(
         tp=tp,
         pp=pp,
