@@ -6,7 +6,7 @@ First `executor/measure.py` runs as the command does; then a process for each GP
 timed in the plainest way: copies, cuBLAS products and NCCL collectives called on the stream between
 two CUDA events, without a graph. Each row has both figures and their ratio. Products heat the
 board, which then lowers its clock, so both ways take turns there, in one process; the row has the
-medians of three turns each, and what the full run had read.
+medians of five turns each, each way first in turn, and what the full run had read.
 
 A row is held to 5 % where the size decides its time; small messages are listed too, but there the
 plain call pays for a launch that a graph does not, so no agreement is due. On CPUs (gloo) the
@@ -50,7 +50,7 @@ PEER_COPY_BYTES = 128 * 2**20
 
 # Products first run until the board is as warm, and its clock as low, as it will stay.
 WARM_S = 0.3
-TURNS = 3
+TURNS = 5
 # This process's view of all ranks, once they have met.
 _RANKS: list[Ranks] = []
 
@@ -178,13 +178,16 @@ def _of_one_gpu(ours: Measurements, ranks: Ranks) -> list[Row]:
         a = torch.randn(gemm.m, gemm.k, device=device, dtype=kind)
         b = torch.randn(gemm.n, gemm.k, device=device, dtype=kind)
         flops = 2.0 * gemm.m * gemm.n * gemm.k
+        out = torch.empty(gemm.m, gemm.n, device=device, dtype=kind)
+        ways: list[Callable[[], float]] = [
+            partial(gemm_s, ranks, gemm.dtype, gemm.m, gemm.n, gemm.k),
+            partial(_seconds, partial(torch.mm, a, b.t(), out=out), device, WARM_S),
+        ]
         both: tuple[list[float], list[float]] = ([], [])
-        for _ in range(TURNS):
-            _meet()
-            both[0].append(flops / gemm_s(ranks, gemm.dtype, gemm.m, gemm.n, gemm.k))
-            _meet()
-            plainly_s = _seconds(partial(torch.nn.functional.linear, a, b), device, WARM_S)
-            both[1].append(flops / plainly_s)
+        for turn in range(TURNS):
+            for way in (0, 1) if turn % 2 == 0 else (1, 0):
+                _meet()
+                both[way].append(flops / ways[way]())
         rows.append(
             {
                 "what": f"gemm {gemm.dtype} {gemm.m}x{gemm.n}x{gemm.k} {gpu}",

@@ -98,8 +98,8 @@ def _fabric(
         notes.append(
             f"machines reach {100 * middle / due:.0f} % of what {fabric.ports_per_node} x "
             f"{fabric.bytes_per_s * 8 / 1e9:.0f} Gb/s should carry ({middle / 1e9:.3g} of "
-            f"{due / 1e9:.3g} GB/s): see how NCCL goes between them, and whether the fabric is "
-            "what --fabric or the ports say"
+            f"{due / 1e9:.3g} GB/s): see which way {measured.backend} takes between them, and "
+            "whether the fabric is what --fabric or the ports say"
         )
     latency_s = statistics.median(pair.latency_s for pair in measured.node_pairs)
     update = {

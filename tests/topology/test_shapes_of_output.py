@@ -153,6 +153,7 @@ MACHINES: dict[str, tuple[str, str, Mapping[str, int], Mapping[str, float]]] = {
         *("2 x h100-sxm", {"NV18": 1}, {"NV18": 450}),
     ),
     "srun --label": (prefixed(H100, " 0: "), "2 x h100-sxm", {"NV18": 1}, {"NV18": 450}),
+    "pdsh": (prefixed(H100, "node07: "), "2 x h100-sxm", {"NV18": 1}, {"NV18": 450}),
     "frame of a terminal": (
         "".join(f"\u2502 {line:<90} \u2502\n" for line in H100.expandtabs(8).splitlines()),
         *("2 x h100-sxm", {"NV18": 1}, {"NV18": 450}),
