@@ -13,6 +13,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from rankwright.cost_model.dtypes import Dtype
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.split import Split
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.measurements import CollectiveTime
 from rankwright.topology.value import Value
@@ -36,20 +38,15 @@ class OpTime(Value):
     seconds: float = Field(gt=0)
 
 
-class StepTime(Value):
-    """One step of the whole engine, as `benchmarks/bench_engine.py` or `rankwright bench` saw it.
+class RunTime(Value):
+    """What `rankwright bench` measured of a plan: mean time per output token, closed loop."""
 
-    Decode steps have `prompt_tokens` 0 and a batch; the prefill of one prompt has batch 0.
-    """
-
-    model: str
-    tp: int = Field(ge=1)
-    pp: int = Field(default=1, ge=1)
-    ep: int = Field(default=1, ge=1)
-    batch: int = Field(ge=0, description="sequences that get a token")
-    context_tokens: float = Field(ge=0, description="mean tokens each of them attends to")
-    prompt_tokens: int = Field(default=0, ge=0)
-    seconds: float = Field(gt=0)
+    model: ModelSpec
+    split: Split
+    input_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=2)
+    concurrency: int = Field(ge=1)
+    tpot_s: float = Field(gt=0)
 
 
 class Calibration(Value):
@@ -62,9 +59,19 @@ class Calibration(Value):
     measured_at: str = Field(default="", description="UTC, ISO 8601")
     seconds: float = Field(default=0.0, ge=0, description="that it took")
     ops: tuple[OpTime, ...] = Field(min_length=1)
-    steps: tuple[StepTime, ...] = ()
+    runs: tuple[RunTime, ...] = Field(default=(), description="of the whole engine, oldest first")
     collectives: tuple[CollectiveTime, ...] = ()
     notes: tuple[str, ...] = Field(default=(), description="what could not be timed, and why")
+
+
+# Runs that are kept: older ones are of another state of the machine and of the engine.
+_MOST_RUNS = 32
+
+
+def add_run(calibration: Calibration, run: RunTime) -> Calibration:
+    """Return the calibration with one more run of the engine, without the oldest of too many."""
+    runs = (*calibration.runs, run)[-_MOST_RUNS:]
+    return calibration.model_copy(update={"runs": runs})
 
 
 def calibration_folder(environment: Mapping[str, str] = os.environ) -> Path:

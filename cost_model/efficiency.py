@@ -236,7 +236,9 @@ def find_efficiency(engine: str, gpu: Gpu) -> Efficiency:
         raise ValueError(f"engine {engine!r} is unknown; expected one of {', '.join(ENGINES)}")
     kind = device_class(gpu)
     if kind == "cpu":
-        return _CPU
+        if gpu.efficiency is None or engine != "rankwright":
+            return _CPU
+        return _calibrated(_CPU, gpu.efficiency, "measured here", "rankwright calibrate")
     row = CUDA_ROWS[engine]
     if kind == "rocm":
         row = _on_rocm(row)

@@ -8,6 +8,13 @@ import pytest
 
 from rankwright.cli import main
 from rankwright.cli.bench import served
+from rankwright.cost_model.calibration import (
+    Calibration,
+    OpTime,
+    default_path,
+    read_calibration,
+    write_calibration,
+)
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,6 +74,30 @@ def test_bench_puts_measured_beside_predicted(
     assert 0 < measured["ttft_s"]["p50"] <= measured["ttft_s"]["p99"]
     assert measured["output_tokens_per_s"] * measured["duration_s"] == pytest.approx(4 * 8)
     assert predicted["output_tokens_per_s"]["value"] > 0
+
+
+def test_bench_adds_to_a_calibration(
+    capsys: pytest.CaptureFixture[str],
+    url: str,
+    plan_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    args = ["bench", url, "--plan", str(plan_path), "--num-requests", "2", "--calibrate"]
+    assert main(args) == 2
+    assert "there is no calibration" in capsys.readouterr().err
+    shape = {"kind": "launch", "name": "it", "dtype": "bfloat16", "shape": ()}
+    launch = OpTime.model_validate(shape | {"flops": 0, "bytes": 0, "seconds": 1e-5})
+    path = default_path("cpu")
+    write_calibration(Calibration(device="cpu", name="CPU", ops=(launch,)), path)
+    assert main(args) == 0
+    capsys.readouterr()
+    (run,) = read_calibration(path).runs
+    assert (run.concurrency, run.output_tokens) == (2, 8)
+    assert run.tpot_s > 0
+    assert main([*args, "--rate", "5"]) == 2
+    assert "--concurrency instead of --rate" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,14 @@ import pytest
 
 from rankwright.cli import main
 from rankwright.cost_model.apply_calibration import apply_calibration
-from rankwright.cost_model.calibration import Calibration, OpTime, TimedKind, write_calibration
+from rankwright.cost_model.calibration import (
+    Calibration,
+    OpTime,
+    RunTime,
+    TimedKind,
+    add_run,
+    write_calibration,
+)
 from rankwright.cost_model.efficiency import find_efficiency
 from rankwright.cost_model.fit import fit_shares
 from rankwright.cost_model.predict import predict
@@ -85,6 +92,31 @@ def test_predictions_follow_the_calibration_of_this_machine() -> None:
     assert find_efficiency("vllm", gpu).provenance == "analytic"
     assert slow.fingerprint == plain.fingerprint
     assert predict(model, slow, load, split).decode_parts[0].source == "measured here"
+
+
+def test_runs_of_the_engine_say_what_a_step_takes_besides() -> None:
+    model = read_model("meta-llama/Llama-3.1-8B")
+    split = Split(stage_layers=(32,), max_batch_size=4)
+    load = Workload(input_tokens=512, output_tokens=64, concurrency=4)
+    plain = parse_cluster("1xh200-sxm")
+    measured = machine(0.6, 0.8)
+    ours = apply_calibration(plain, measured)
+    expected_s = predict(model, ours, load, split).tpot_s.value + 2e-3
+    run = RunTime(
+        model=model,
+        split=split,
+        input_tokens=512,
+        output_tokens=64,
+        concurrency=4,
+        tpot_s=expected_s,
+    )
+    too_large = run.model_copy(update={"split": split.model_copy(update={"tp": 4})})
+    folded = apply_calibration(plain, add_run(add_run(measured, run), too_large))
+    assert predict(model, folded, load, split).tpot_s.value == pytest.approx(expected_s, rel=1e-3)
+    many = measured
+    for _ in range(40):
+        many = add_run(many, run)
+    assert len(many.runs) == 32
 
 
 def test_a_calibration_that_ships_is_used_and_named() -> None:

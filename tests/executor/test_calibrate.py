@@ -17,10 +17,13 @@ def test_the_command_times_kernels_of_every_kind_and_saves_them(
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert main(["calibrate", "--quick", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
     path = default_path("cpu")
     assert path == tmp_path / "rankwright" / "calibration" / "cpu.json"
+    assert main(["calibrate", "--quick"]) == 0
+    assert not path.exists()  # a few shapes are no table to plan by
+    capsys.readouterr()
+    assert main(["calibrate", "--quick", "--json", "-o", str(path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
     saved = read_calibration(path)
     assert json.loads(saved.model_dump_json()) == printed
     assert {op.kind for op in saved.ops} == {
@@ -35,6 +38,11 @@ def test_the_command_times_kernels_of_every_kind_and_saves_them(
     assert [file.name for file in path.parent.iterdir()] == ["cpu.json"]
     assert find_calibration(parse_cluster("2xcpu")) == saved
     assert find_calibration(parse_cluster("2xh100-sxm")) is None
+    # A machine's own table is used at once.
+    command = ["predict", "Qwen/Qwen3-0.6B", "--cluster", "1xcpu", "--json"]
+    assert main(command) == 0
+    parts = json.loads(capsys.readouterr().out)["decode_parts"]
+    assert {part["source"] for part in parts} == {"measured here"}
 
 
 def test_machines_that_one_table_cannot_describe_are_refused() -> None:

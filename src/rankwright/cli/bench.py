@@ -19,6 +19,14 @@ from rankwright.cli import options
 from rankwright.cli.errors import RunError
 from rankwright.cli.load_values import Load, Measured
 from rankwright.cli.output import console, print_json, seconds, status, table
+from rankwright.cost_model.calibration import (
+    Calibration,
+    RunTime,
+    add_run,
+    default_path,
+    find_calibration,
+    write_calibration,
+)
 from rankwright.cost_model.predict import predict
 from rankwright.cost_model.prediction import Estimate, Prediction
 from rankwright.cost_model.workload import Workload
@@ -57,6 +65,13 @@ def run(
     ] = None,
     load_format: options.LoadFormat = "auto",
     model_path: options.ModelPath = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Add the result to what `rankwright calibrate` measured on these GPUs.",
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a server beside what its plan predicts."""
@@ -67,12 +82,15 @@ def run(
     from rankwright.cli.load import measure  # needs httpx, which is of rankwright[executor]
 
     load = _load(made, isl, osl, concurrency, rate, num_requests)
+    kept = _calibration_of(made, load) if calibrate else None
     if is_url:
         measured = measure(target, load)
     else:
         with served(Path(target), load_format, model_path) as url:
             measured = measure(url, load)
     predicted = None if made is None else _predict(made, load)
+    if made is not None and kept is not None:
+        _add_to(kept, made, load, measured)
     if as_json:
         print_json(
             {
@@ -89,6 +107,43 @@ def run(
         )
         return
     _print(load, measured, predicted)
+
+
+def _calibration_of(plan: Plan | None, load: Load) -> Calibration:
+    """Return this user's calibration of the plan's GPUs.
+
+    Raises:
+        ValueError: There is none, no plan, or the load is no closed loop of several tokens.
+    """
+    if plan is None or load.concurrency is None or load.output_tokens < 2:
+        raise ValueError(
+            "--calibrate needs a plan, --concurrency instead of --rate, and --osl of 2 or more"
+        )
+    found = find_calibration(plan.cluster)
+    if found is None:
+        raise ValueError(
+            f"there is no calibration of the GPUs of {plan.cluster.describe()} to add to; make one "
+            "with: rankwright calibrate"
+        )
+    return found
+
+
+def _add_to(calibration: Calibration, plan: Plan, load: Load, measured: Measured) -> None:
+    assert load.concurrency is not None
+    if measured.tpot_s is None or measured.num_failed:
+        status("not added to the calibration: requests failed")
+        return
+    run = RunTime(
+        model=plan.model,
+        split=plan.split,
+        input_tokens=load.input_tokens,
+        output_tokens=load.output_tokens,
+        concurrency=load.concurrency,
+        tpot_s=measured.tpot_s.mean,
+    )
+    path = default_path(calibration.device)
+    write_calibration(add_run(calibration, run), path)
+    status(f"added to {path}")
 
 
 def _load(

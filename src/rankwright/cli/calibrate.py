@@ -22,7 +22,10 @@ def run(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few shapes and no links: to try that it works.")
+        bool,
+        typer.Option(
+            "--quick", help="A few shapes and no links: to try that it works. Kept only with -o."
+        ),
     ] = False,
     require_gpu: Annotated[
         bool, typer.Option("--require-gpu", help="Fail where there is no GPU.")
@@ -33,9 +36,10 @@ def run(
     from rankwright.executor.calibrate import calibrate  # only here: plans are made without it
 
     measured = calibrate(probe(require_gpu=require_gpu), progress=status, quick=quick)
-    path = default_path(measured.device) if output is None else output
-    write_calibration(measured, path)
-    status(f"wrote {path}")
+    if output is not None or not quick:
+        path = default_path(measured.device) if output is None else output
+        write_calibration(measured, path)
+        status(f"wrote {path}")
     if as_json:
         print_json(measured)
     else:
