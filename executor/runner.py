@@ -133,10 +133,12 @@ class Runner:
     def feeds_itself(self) -> bool:
         """Whether every rank of the replica draws each step's tokens, for its own next step.
 
-        The ranks of one TP group hold equal logits, and a draw is a function of its row.
+        The ranks of one TP group hold equal logits, with attention DP of all their sequences, and a
+        draw is a function of its row. Ranks of a CP group sum in groups of their own: nothing makes
+        their last bits equal.
         """
         split = self.mesh.split
-        return split.pp == 1 and split.cp == 1 and split.attention == "tp"
+        return split.pp == split.cp == 1
 
     def warm_up(self, limits: Limits) -> None:
         """Run made-up batches, so that no request waits for a kernel to compile.

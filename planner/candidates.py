@@ -131,7 +131,7 @@ class Evaluator:
         self.is_cpu = all(device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus)
 
     @property
-    def block_tokens(self) -> int:
+    def _usual_block_tokens(self) -> int:
         """Tokens of a KV block."""
         return BLOCK_TOKENS["cpu" if self.is_cpu else "cuda"]
 
@@ -201,9 +201,18 @@ class Evaluator:
         Attention DP deals requests to its ranks, context parallelism cuts each into parts.
         """
         tokens = self.workload.input_tokens + self.workload.output_tokens
-        blocks = ceil(ceil(tokens / shape.cp) / self.block_tokens)
+        block_tokens = self.block_tokens(shape.cp)
+        blocks = ceil(ceil(tokens / shape.cp) / block_tokens)
         sequences = ceil(batch_size / shape.tp) if shape.attention == "dp" else batch_size
-        return sequences * blocks * self.block_tokens
+        return sequences * blocks * block_tokens
+
+    def block_tokens(self, cp: int) -> int:
+        """Return the tokens of a KV block on one rank.
+
+        Under context parallelism a rank's prompt tokens are runs of one block each: twice the usual
+        size fills the 128 rows that a program of the prefill kernel takes.
+        """
+        return self._usual_block_tokens * (2 if cp > 1 and not self.is_cpu else 1)
 
     def chunk_levels(self, batch_size: int, pp: int) -> list[int]:
         """Return the tokens of a step that are tried: up to one that takes a whole prompt."""

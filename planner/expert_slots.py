@@ -46,7 +46,7 @@ def with_expert_slots(
     num_blocks = plan.kv_cache.num_blocks - _blocks_for_slots(
         plan, slots_per_rank, moves=rebalance_steps is not None
     )
-    needed = ceil(plan.limits.max_model_len / plan.kv_cache.block_tokens)
+    needed = ceil(plan.limits.max_model_len / (plan.kv_cache.block_tokens * plan.split.cp))
     if num_blocks < needed:
         raise ValueError(
             f"{slots_per_rank} expert slots leave {num_blocks} KV blocks, and one request may take "

@@ -104,7 +104,7 @@ def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]
     groups = _placed(choice)
     split = split_of(choice)
     num_blocks = _num_blocks(search, choice)
-    block_tokens = search.evaluator.block_tokens
+    block_tokens = search.evaluator.block_tokens(split.cp)
     kv_tokens = num_blocks * block_tokens
     # Attention DP keeps a request on one rank, context parallelism spreads it.
     longest = min(model.max_context_tokens, kv_tokens * split.cp)
@@ -174,7 +174,7 @@ def _num_blocks(search: Search, choice: Choice) -> int:
         wanted = evaluator.kv_tokens(candidate.shape, candidate.batch_size)
         usual = min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)
         tokens = min(tokens, max(wanted, ceil(usual / candidate.shape.cp)))
-    return max(1, floor(tokens / evaluator.block_tokens))
+    return max(1, floor(tokens / evaluator.block_tokens(candidate.shape.cp)))
 
 
 def _room(stage: StageCosts, weight_bytes: int) -> float:

@@ -103,6 +103,13 @@ def logits(
 ) -> list[np.ndarray] | None:
     """Logits of every token of every sequence, from the ranks that sample; None elsewhere."""
     plan, mesh, runner = make(rank, plan_json, folder, device, dtype)
+    return teacher_logits(plan, mesh, runner, sequences)
+
+
+def teacher_logits(
+    plan: Plan, mesh: Mesh, runner: Runner, sequences: list[list[int]]
+) -> list[np.ndarray] | None:
+    """Logits of every token of every sequence, on the rank that samples."""
     out = [
         np.full((len(tokens), plan.model.vocab_size), np.nan, np.float32) for tokens in sequences
     ]
@@ -135,6 +142,18 @@ def serve(
     """
     plan, mesh, runner = make(rank, plan_json, folder, device, dtype)
     runner.warm_up(plan.limits)
+    return answers(plan, mesh, runner, requests, abort, ahead)
+
+
+def answers(
+    plan: Plan,
+    mesh: Mesh,
+    runner: Runner,
+    requests: list[tuple[str, list[int], dict[str, Any]]],
+    abort: str | None = None,
+    ahead: int | None = None,
+) -> dict[str, list[int]] | None:
+    """Tokens of this replica's requests, on its leader."""
     if not mesh.is_leader:
         Follower(mesh, runner).run()
         return None
@@ -148,6 +167,19 @@ def serve(
     client.join(timeout=60)
     ours.close()
     return out
+
+
+def logits_and_tokens(
+    rank: int,
+    plan_json: str,
+    folder: str,
+    sequences: list[list[int]],
+    requests: list[tuple[str, list[int], dict[str, Any]]],
+) -> tuple[list[np.ndarray] | None, dict[str, list[int]] | None]:
+    """What `logits` and `serve` return, from one set of ranks."""
+    plan, mesh, runner = make(rank, plan_json, folder)
+    found = teacher_logits(plan, mesh, runner, sequences)
+    return found, answers(plan, mesh, runner, requests)
 
 
 def _client(
@@ -210,8 +242,8 @@ def moved_experts(
 
 def serve_and_rebalance(
     rank: int, plan_json: str, folder: str, requests: list[tuple[str, list[int], dict[str, Any]]]
-) -> tuple[dict[str, list[int]], list[list[float]], list[list[int]]] | None:
-    """Tokens of each request, imbalance of each interval and layer, loads of each layer."""
+) -> tuple[dict[str, list[int]], list[list[float]]] | None:
+    """Tokens of each request, and the imbalance of each interval and layer, from the leader."""
     plan, mesh, runner = make(rank, plan_json, folder)
     runner.warm_up(plan.limits)
     assert runner.rebalancer is not None
@@ -226,7 +258,7 @@ def serve_and_rebalance(
     theirs.close()
     client.join(timeout=60)
     ours.close()
-    return out, list(runner.rebalancer.imbalances), runner.rebalancer.totals
+    return out, list(runner.rebalancer.imbalances)
 
 
 def control(rank: int, plan_json: str, size: int) -> bytes:

@@ -269,7 +269,7 @@ def _fits(
         stage_layers=layers,
     )
     load = case.workload
-    block = evaluator.block_tokens
+    block = evaluator.block_tokens(shape.cp)
     tokens = ceil(ceil((load.input_tokens + load.output_tokens) / shape.cp) / block) * block
     kv_tokens = cached_tokens(batch_size, tokens, split.model_copy(update={"cp": 1}))
     return all(
