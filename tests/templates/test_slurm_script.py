@@ -90,7 +90,7 @@ def test_a_script_larger_than_slurm_takes_is_refused(monkeypatch: pytest.MonkeyP
     replicas=st.integers(1, 4),
     device=st.sampled_from(["gpu", "cpu"]),
 )
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_nodes_times_gpus_is_what_the_plan_uses(
     num_nodes: int, tp: int, replicas: int, device: str
 ) -> None:
@@ -109,7 +109,7 @@ variable_names = st.from_regex(r"\A(NCCL|GLOO)_[A-Z0-9_]{1,20}\Z")
     values=st.dictionaries(variable_names, st.text().filter(str.isprintable), max_size=4),
     reason=st.text(),
 )
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_environment_reaches_a_shell_as_it_is_in_the_plan(
     values: dict[str, str], reason: str
 ) -> None:
