@@ -211,8 +211,11 @@ def model_argument(plan: Plan, model_path: str | None) -> str:
             f"the model is called {model!r}, and a command line needs a printable name that does "
             "not start with '-'; set model_path"
         )
-    if not plan.model.name.isprintable():
-        raise ValueError(f"the model is called {plan.model.name!r}; expected a printable name")
+    if not plan.model.name.isprintable() or not plan.model.name:
+        raise ValueError(
+            f"the model is called {plan.model.name!r}, which is also its name for clients; "
+            "expected a printable name"
+        )
     return str(PurePosixPath(model)) if model_path else model
 
 

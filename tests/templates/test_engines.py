@@ -185,6 +185,11 @@ def test_a_model_that_is_no_argument_is_refused(name: str) -> None:
         render(plan(model=spec(name)), "vllm")
 
 
+def test_a_model_without_a_name_has_none_for_clients() -> None:
+    with pytest.raises(ValueError, match="its name for clients"):
+        render(plan(model=spec("")), "vllm", model_path="/m")
+
+
 def test_weights_in_a_folder_are_served_under_the_plans_name() -> None:
     found = flags(plan(), "vllm", model_path="/m/it's $HOME")
     assert found["--served-model-name"] == "meta-llama/Llama-3.1-405B"
