@@ -89,6 +89,11 @@ class Candidate:
         """Replicas that the pool has room for."""
         return sum(group.count for group in self.pool.replicas)
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells candidates apart, wherever they are placed."""
+        return (*self.shape.degrees, self.batch_size, self.chunk_tokens, self.stage_layers)
+
     def label(self) -> str:
         """Return shape, batch and chunk for messages."""
         return f"{self.shape.label()} at batch {self.batch_size}"

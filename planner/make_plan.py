@@ -1,9 +1,11 @@
 """Makes a plan: search, choice, placement, and the certificate that goes with it."""
 
+from collections.abc import Sequence
 from math import ceil, floor
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict_replicas
+from rankwright.cost_model.trace import TraceRow
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import StageCosts
 from rankwright.planner.binding import find_binding
@@ -15,6 +17,7 @@ from rankwright.planner.placement import place_ranks
 from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
 from rankwright.planner.runners_up import find_runners_up, split_of
 from rankwright.planner.search import Search
+from rankwright.planner.settle import needs_simulation, settle
 from rankwright.planner.shapes import Pins
 from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.cluster import Cluster
@@ -40,6 +43,7 @@ def make_plan(
     engine: str = "rankwright",
     pareto: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
+    trace: Sequence[TraceRow] = (),
     assumptions: tuple[str, ...] = (),
 ) -> Plan:
     """Return the best plan to serve `workload` with `model` on `cluster`.
@@ -56,6 +60,8 @@ def make_plan(
         pareto: Whether to find the front of tokens/s of a GPU against tokens/s of a user too.
         time_limit_s: Of the solver; then the best plan until then is returned, and its certificate
             says `time limit` and how far from the bound it may be.
+        trace: Requests as they came, with whose means `workload` was made: the plan is held to its
+            limits by simulating them.
         assumptions: What the caller assumed, to be recorded in the plan.
 
     Raises:
@@ -78,6 +84,9 @@ def make_plan(
     choice = search.best()
     if choice is None:
         raise explain_failure(search)
+    if needs_simulation(search, trace):
+        settled = settle(search, choice, trace)
+        choice, assumptions = settled.choice, (*assumptions, settled.note)
     plan = _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
     return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
 

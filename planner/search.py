@@ -77,10 +77,24 @@ class Search:
         """Shapes that the model or the cluster forbids."""
         return self.shapes.illegal
 
-    def best(self, without: frozenset[str] = frozenset(), *, settle: bool = True) -> Choice | None:
-        """Return the best choice whose shape is not in `without`; None when nothing fits."""
+    def best(
+        self,
+        without: frozenset[str] = frozenset(),
+        *,
+        barred: frozenset[tuple[object, ...]] = frozenset(),
+        settle: bool = True,
+    ) -> Choice | None:
+        """Return the best choice; None when nothing fits.
+
+        Args:
+            without: Labels of shapes to leave out.
+            barred: Identities of candidates to leave out.
+            settle: Whether to choose well among equals.
+        """
         allowed = [
-            candidate for candidate in self.candidates if candidate.shape.label() not in without
+            candidate
+            for candidate in self.candidates
+            if candidate.shape.label() not in without and candidate.identity not in barred
         ]
         return choose(
             allowed,

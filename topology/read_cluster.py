@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from rankwright.topology.cluster import Cluster
-from rankwright.topology.probe import probe
 from rankwright.topology.shorthand import parse_cluster
 
 _FILE_TYPES = (".yaml", ".yml", ".json")
@@ -31,6 +30,9 @@ def read_cluster(text_or_path: str) -> Cluster:
     """
     text = text_or_path.strip()
     if text == "auto":
+        # Its readers take 60 ms to import, and a plan for a shorthand needs none of them.
+        from rankwright.topology.probe import probe
+
         return probe()
     path = Path(text)
     if path.suffix.lower() in _FILE_TYPES:

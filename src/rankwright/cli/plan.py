@@ -10,6 +10,7 @@ from rankwright.cli.output import print_json, status
 from rankwright.cli.plan_page import print_plan
 from rankwright.cli.planning import plan_for
 from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.trace import read_trace, workload_of
 from rankwright.planner.make_plan import Pins
 from rankwright.planner.read_plan import write_plan
 from rankwright.planner.solver import TIME_LIMIT_S
@@ -18,8 +19,18 @@ from rankwright.planner.solver import TIME_LIMIT_S
 def run(
     model: options.Model,
     cluster: options.Cluster = "auto",
-    isl: options.InputTokens = 1024,
-    osl: options.OutputTokens = 128,
+    isl: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Prompt length, tokens.  [default: 1024]"),
+    ] = None,
+    osl: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens generated a request.  [default: 128]"),
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests as they came, JSON Lines or CSV, instead of lengths and load."),
+    ] = None,
     concurrency: options.Concurrency = None,
     rate: options.Rate = None,
     ttft: options.Ttft = None,
@@ -56,23 +67,34 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Find the best split of MODEL, and prove it."""
+    rows = () if trace is None else read_trace(trace)
+    given = {"--isl": isl, "--osl": osl, "--concurrency": concurrency, "--rate": rate}
+    load = options.workload(
+        isl=isl or 1024,
+        osl=osl or 128,
+        concurrency=concurrency,
+        rate=rate,
+        ttft_ms=ttft,
+        tpot_ms=tpot,
+        percentile=percentile,
+        objective=objective,
+    )
+    if rows:
+        twice = next((name for name, value in given.items() if value is not None), None)
+        if twice is not None:
+            raise ValueError(f"{twice} and --trace both say what the requests are; give one")
+        means = workload_of(rows)
+        names = ("input_tokens", "output_tokens", "concurrency", "request_rate", "shared_prefix")
+        load = load.model_copy(update={name: getattr(means, name) for name in names})
     plan = plan_for(
         read_model(model),
         cluster,
-        options.workload(
-            isl=isl,
-            osl=osl,
-            concurrency=concurrency,
-            rate=rate,
-            ttft_ms=ttft,
-            tpot_ms=tpot,
-            percentile=percentile,
-            objective=objective,
-        ),
+        load,
         pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention),
         engine=engine,
         pareto=pareto,
         time_limit_s=time_limit,
+        trace=rows,
         calibration=calibration,
         memory_budget_gb=memory_budget,
         dtype=dtype,

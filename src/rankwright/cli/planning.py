@@ -1,12 +1,14 @@
 """From what was typed to a `Plan`: the road that `plan`, `launch`, `generate` and `bench` share."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rankwright.cli.options import calibrated, with_dtypes
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.trace import TraceRow
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
@@ -29,6 +31,7 @@ def plan_for(
     pareto: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
     calibration: Path | None = None,
+    trace: Sequence[TraceRow] = (),
 ) -> Plan:
     """Return the plan for `model` on the cluster that `cluster` names.
 
@@ -51,6 +54,7 @@ def plan_for(
         engine=engine,
         pareto=pareto,
         time_limit_s=time_limit_s,
+        trace=trace,
     )
 
 
