@@ -21,6 +21,7 @@ from rankwright.cost_model.memory import (
     activation_bytes,
     embedding_weight_bytes,
     final_norm_bytes,
+    gathered_bytes,
     head_weight_bytes,
     kv_bytes_per_token,
     layer_weight_bytes,
@@ -321,3 +322,14 @@ def test_activations_grow_with_tokens_and_never_with_ranks(
     )
     assert here < more
     assert here <= activation_bytes(spec, tp=1, max_batched_tokens=tokens, max_num_seqs=rows)
+
+
+def test_context_parallelism_counts_what_it_gathers() -> None:
+    spec = read_model(LLAMA)
+    options: dict[str, Any] = {"tp": 1, "max_context_tokens": 1000, "max_num_seqs": 8}
+    assert gathered_bytes(spec, cp=1, **options) == 0
+    token = kv_bytes_per_token(spec, spec.layers[0], tp=1)
+    heads = spec.layers[0].attention
+    # The context of one prompt and this rank's half of it again; rows of decoding, ours and both.
+    rows = 8 * heads.num_heads * (heads.head_dim + 1) * 4 * 3
+    assert gathered_bytes(spec, cp=2, **options) == 1500 * token + rows

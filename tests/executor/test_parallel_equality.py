@@ -158,3 +158,15 @@ def test_smollm2_gives_the_greedy_tokens_of_transformers(
         tokens.update(result or {})
     for name, prompt, _ in requests:
         assert tokens[name] == smollm2_reference.greedy(prompt, 24)
+
+
+def test_a_context_that_fits_on_no_rank_is_served_by_several(
+    references: dict[str, Reference], pool: Ranks
+) -> None:
+    reference = references["qwen2"]
+    (text,) = prompts(reference.vocab_size, (100,))
+    requests = [("long", text, {"temperature": 0.0, "max_tokens": 20})]
+    plan = cpu_plan(read_model(reference.folder), cp=2, num_blocks=5)
+    assert plan.kv_cache.num_blocks * plan.kv_cache.block_tokens == 80 < len(text)
+    answer, _ = pool.run(2, CASES, "serve", plan.model_dump_json(), str(reference.folder), requests)
+    assert answer["long"] == reference.greedy(text, 20)
