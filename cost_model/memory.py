@@ -202,14 +202,21 @@ def gathered_bytes(
     max_num_seqs: int,
     attention: AttentionSplit = "tp",
 ) -> int:
-    """Return the bytes of what context parallelism gathers on one rank, in one layer at a time.
+    """Return the bytes that a rank makes of a whole context, in one layer at a time.
 
-    For a prompt the keys and values of its whole context, beside the copy of this rank's own part;
-    for tokens that decode what every rank found, and its own, in float32 with a log-sum-exp.
+    With context parallelism, of a prompt the keys and values of its whole context, beside the copy
+    of this rank's own part; for tokens that decode what every rank found, and its own, in float32
+    with a log-sum-exp. With latent attention, the keys and values of one head, expanded.
     """
-    if cp == 1:
-        return 0
     layers = [run.layer for run in spec.layer_runs]
+    if cp == 1:
+        heads = max(
+            3 * one.attention.head_dim + one.attention.value_head_dim
+            if one.attention.kind == "mla"
+            else 0
+            for one in layers
+        )
+        return num_bytes(max_context_tokens * heads, spec.dtype)
     per_token = max(kv_bytes_per_token(spec, one, tp=tp, attention=attention) for one in layers)
     context = -(-max_context_tokens * per_token * (cp + 1) // cp)
     heads_tp = 1 if attention == "dp" else tp
@@ -230,8 +237,13 @@ def _attention_values(layer: Layer, *, tp: int) -> int:
         assert heads.kv_lora_rank is not None
         assert heads.rope_head_dim is not None
         latent = heads.kv_lora_rank + heads.rope_head_dim
-        # A prefill expands the latent to keys and values of the rank's heads.
-        return (heads.q_lora_rank or 0) + latent + 2 * queries + 2 * output
+        absorbed = range_size(query) * (latent + 2 * heads.kv_lora_rank)
+        # Latents of queries come before and after their norm. Then a prompt's tokens meet keys and
+        # values of so many heads at a time as take half of these, or one head's
+        # (`gathered_bytes`); those that decode have queries as wide as the latent.
+        expanded = queries + (3 * queries + output) // 2
+        both = queries + 2 * output + max(expanded, absorbed)
+        return 2 * (heads.q_lora_rank or 0) + latent + both
     return 2 * queries + range_size(kv) * (heads.head_dim + heads.value_head_dim) + output
 
 

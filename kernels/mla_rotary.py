@@ -20,10 +20,9 @@ def mla_rotary_and_cache_reference(
     positions_T: torch.Tensor,
     slots_T: torch.Tensor,
     cache: torch.Tensor,
-    out_THC: torch.Tensor,
     eps: float,
 ) -> None:
-    """Rotate queries into `out_THC`; normed latents and rotated keys go to their cache slots."""
+    """Rotate the queries in place; normed latents and rotated keys go to their cache slots."""
     rotary, latent = cos_sin_PR.shape[1], len(norm_L)
     cos_T1R, sin_T1R = cos_sin_PR[positions_T][:, None].chunk(2, dim=-1)
 
@@ -32,7 +31,7 @@ def mla_rotary_and_cache_reference(
         rotated = [low * cos_T1R - high * sin_T1R, high * cos_T1R + low * sin_T1R]
         return torch.cat(rotated, dim=-1).to(x.dtype)
 
-    out_THC[..., latent:] = rotate(q_THE[..., -rotary:])
+    q_THE[..., -rotary:] = rotate(q_THE[..., -rotary:])
     kept = slots_T >= 0
     block_tokens = cache.shape[2]
     block, offset = slots_T[kept] // block_tokens, slots_T[kept] % block_tokens
@@ -50,7 +49,6 @@ def _mla_rotary_kernel(
     positions_ptr,
     slots_ptr,
     cache_ptr,
-    out_ptr,
     eps,
     q_stride,
     kv_stride,
@@ -81,15 +79,9 @@ def _mla_rotary_kernel(
         )
         low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
-        to = (
-            out_ptr
-            + (token * NUM_HEADS + head[:, None]) * (LATENT + 2 * HALF)
-            + LATENT
-            + r[None, :]
-        )
-        kind = out_ptr.dtype.element_ty
-        tl.store(to, (low * cos[None, :] - high * sin[None, :]).to(kind), mask=mask)
-        tl.store(to + HALF, (high * cos[None, :] + low * sin[None, :]).to(kind), mask=mask)
+        kind = q_ptr.dtype.element_ty
+        tl.store(at, (low * cos[None, :] - high * sin[None, :]).to(kind), mask=mask)
+        tl.store(at + HALF, (high * cos[None, :] + low * sin[None, :]).to(kind), mask=mask)
     else:
         slot = tl.load(slots_ptr + token)
         kept = slot >= 0
@@ -123,12 +115,11 @@ def mla_rotary_and_cache(
     positions_T: torch.Tensor,
     slots_T: torch.Tensor,
     cache: torch.Tensor,
-    out_THC: torch.Tensor,
     eps: float,
     *,
     backend: Backend = "auto",
 ) -> None:
-    """Rotate the queries into `out_THC[..., L:]`, and write each token's row of the cache.
+    """Rotate the queries in place, and write each token's row of the cache.
 
     Args:
         q_THE: Queries, their last R columns rotary; the last two axes are dense.
@@ -138,7 +129,6 @@ def mla_rotary_and_cache(
         positions_T: int64.
         slots_T: int64, `block * block_tokens + offset`; negative writes nothing.
         cache: Written in place.
-        out_THC: Contiguous [T, H, L + R]; its first L columns are left alone.
         eps: Of the norm.
         backend: What runs it, see `runs_triton`.
 
@@ -150,16 +140,17 @@ def mla_rotary_and_cache(
     columns = latent + rotary
     if (
         kv_TC.shape != (num_tokens, columns)
-        or out_THC.shape != (num_tokens, num_heads, columns)
+        or head_dim < rotary
         or cache.shape[1::2] != (1, columns)
     ):
         raise ValueError(
-            f"mla_rotary_and_cache: latents {tuple(kv_TC.shape)}, queries {tuple(out_THC.shape)}, "
-            f"cache {tuple(cache.shape)}; expected {latent} + {rotary} columns each"
+            f"mla_rotary_and_cache: latents {tuple(kv_TC.shape)}, queries {tuple(q_THE.shape)}, "
+            f"cache {tuple(cache.shape)}; expected {latent} + {rotary} columns of latents "
+            f"and cache, and {rotary} of each query head at least"
         )
     if not runs_triton(q_THE, backend):
         mla_rotary_and_cache_reference(
-            q_THE, kv_TC, norm_L, cos_sin_PR, positions_T, slots_T, cache, out_THC, eps
+            q_THE, kv_TC, norm_L, cos_sin_PR, positions_T, slots_T, cache, eps
         )
         return
     if not num_tokens:
@@ -173,7 +164,6 @@ def mla_rotary_and_cache(
         positions_T,
         slots_T,
         cache,
-        out_THC,
         eps,
         q_THE.stride(0),
         kv_TC.stride(0),

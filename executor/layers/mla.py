@@ -117,7 +117,6 @@ class LatentAttention:
         if self._query_rank:
             x_TD = rms_norm(a_TC[:, : self._query_rank], self._q_a_norm, EPS)
         q_THE = self._q(x_TD).view(len(x_TD), self._num_heads, self._head_dim)
-        rotated_THC = q_THE.new_empty(*q_THE.shape[:2], self._latent + self._rotary)
         mla_rotary_and_cache(
             q_THE,
             kv_TC,
@@ -126,26 +125,25 @@ class LatentAttention:
             context.positions_T,
             context.slots_T,
             self._cache,
-            rotated_THC,
             EPS,
         )
         decodes, outputs = context.num_decodes, []
         if decodes:
-            outputs.append(self._decode(q_THE[:decodes], rotated_THC[:decodes], context))
+            outputs.append(self._decode(q_THE[:decodes], context))
         if len(context.prefill_context_lens):
-            outputs.append(self._prefill(q_THE[decodes:], rotated_THC[decodes:], context))
+            outputs.append(self._prefill(q_THE[decodes:], context))
         out_THV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self._output(out_THV.flatten(1))
 
-    def _decode(
-        self, q_THE: torch.Tensor, rotated_THC: torch.Tensor, context: ForwardContext
-    ) -> torch.Tensor:
+    def _decode(self, q_THE: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         before = self._head_dim - self._rotary
-        rotated_THC[..., : self._latent] = torch.bmm(
+        absorbed_THC = q_THE.new_empty(*q_THE.shape[:2], self._latent + self._rotary)
+        absorbed_THC[..., : self._latent] = torch.bmm(
             q_THE[..., :before].transpose(0, 1), self._keys_HEL
         ).transpose(0, 1)
+        absorbed_THC[..., self._latent :] = q_THE[..., before:]
         found_THL = mla_decode_attention(
-            rotated_THC,
+            absorbed_THC,
             self._cache,
             context.block_tables_SN[: len(q_THE)],
             context.context_lens_S[: len(q_THE)],
@@ -156,13 +154,10 @@ class LatentAttention:
             0, 1
         )
 
-    def _prefill(
-        self, q_THE: torch.Tensor, rotated_THC: torch.Tensor, context: ForwardContext
-    ) -> torch.Tensor:
+    def _prefill(self, q_THE: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         tables = context.block_tables_SN[context.num_decodes :]
         starts, lens = context.prefill_query_starts, context.prefill_context_lens
-        before, block_tokens = self._head_dim - self._rotary, self._cache.shape[2]
-        q_THE = torch.cat([q_THE[..., :before], rotated_THC[..., self._latent :]], dim=-1)
+        block_tokens = self._cache.shape[2]
         out_THV = q_THE.new_empty(*q_THE.shape[:2], self._value_dim)
         for b, length in enumerate(lens):
             start, stop = starts[b], starts[b + 1]
@@ -170,9 +165,9 @@ class LatentAttention:
                 continue
             blocks = tables[b, : -(-length // block_tokens)].long()
             c_KC = self._cache[blocks, 0].flatten(0, 1)[:length]
-            # Keys and values of so many heads at a time that a long context takes no more memory
-            # than this step's own tokens do.
-            step = max(1, self._num_heads * len(q_THE) // length)
+            # So many heads at a time that a long context's keys and values take no more memory
+            # than half of what this step's own tokens would have, or one head's.
+            step = max(1, self._num_heads * len(q_THE) // (2 * length))
             for head in range(0, self._num_heads, step):
                 some = slice(head, head + step)
                 out_THV[start:stop, some] = self._expanded(q_THE[start:stop, some], c_KC, some)
