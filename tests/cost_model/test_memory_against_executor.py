@@ -85,6 +85,7 @@ def test_every_rank_loads_what_is_predicted(family: str, tp: int, ep: int, pp: i
         mesh = SimpleNamespace(
             place=place,
             tp=SimpleNamespace(size=tp),
+            attention_ranks=1,
             expert_slots=None,
             is_first_stage=place.stage == 0,
             is_last_stage=place.stage == pp - 1,
