@@ -40,7 +40,7 @@ OURS: dict[Provenance, Intervals] = {
     "measured table": Intervals((0.87, 1.15), (0.86, 1.15), (0.87, 1.25), (0.5, 6.0)),
     "measured here": Intervals((0.90, 1.12), (0.89, 1.12), (0.90, 1.2), (0.5, 6.0)),
 }
-# Tenths of measured / predicted of the published runs that the constants were fitted to.
+# About the tenths of measured / predicted of the published runs that the constants were fitted to.
 ENGINES: dict[str, Intervals] = {
     "vllm": Intervals((0.95, 1.06), (0.88, 1.14), (0.82, 1.12), (0.82, 1.12)),
     "sglang": Intervals((0.92, 1.12), (0.88, 1.14), (0.34, 1.34), (0.34, 1.34)),

@@ -39,6 +39,11 @@ def test_the_cache_of_a_prompt_over_one_link_by_hand() -> None:
     # GPU sends, at 0.7 of 450 GB/s.
     seconds = transfer_seconds(LLAMA, parse_cluster("8xh100-sxm"), LOAD, PREFILL, DECODE)
     assert seconds == pytest.approx(131072 * 4000 / (0.7 * 450e9), rel=0.01)
+    # Two ranks send to four: 32,768 bytes a token for each receiver, two of them at each sender.
+    two = PREFILL.model_copy(update={"tp": 2})
+    four = DECODE.model_copy(update={"tp": 4})
+    halves = transfer_seconds(LLAMA, parse_cluster("8xh100-sxm"), LOAD, two, four)
+    assert halves == pytest.approx(65536 * 4000 / (0.7 * 450e9), rel=0.01)
     far = transfer_seconds(LLAMA, parse_cluster("2x8xh100-sxm+ib400"), LOAD, PREFILL, DECODE)
     assert far == pytest.approx(131072 * 4000 / (0.72 * 50e9), rel=0.01)
 
