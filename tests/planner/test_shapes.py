@@ -2,6 +2,7 @@ import pytest
 
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
+from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import find_widths
 from rankwright.topology.shorthand import parse_cluster
@@ -35,3 +36,15 @@ def test_batches_that_are_not_looked_at_are_never_the_best(
     assert (one is None) == (other is None)
     if one is not None and other is not None:
         assert one.value == pytest.approx(other.value)
+
+
+def test_racks_of_72_are_planned_as_one_machine_each() -> None:
+    load = Workload(input_tokens=2000, output_tokens=500)
+    racks = parse_cluster("4x72xgb200+ib400")
+    assert 72 in find_widths(racks)
+    model = read_model("meta-llama/Llama-3.1-405B")
+    plan = make_plan(model, racks, load, pins=Pins(tp=8))
+    assert plan.num_gpus == 288
+    # Nine replicas of 8, or fewer of several stages, fill a rack: none leaves it.
+    for replica in range(plan.split.dp):
+        assert len({rank.node for rank in plan.ranks if rank.replica == replica}) == 1
