@@ -21,6 +21,7 @@ from rankwright.templates.checks.objects import read_objects
 from rankwright.templates.render import render
 
 NUM_CASES = int(os.environ.get("RANKWRIGHT_FUZZ", "100"))
+pytestmark = pytest.mark.timeout(300 + 2 * NUM_CASES)
 fuzzed = settings(
     max_examples=NUM_CASES,
     deadline=None,
