@@ -144,12 +144,13 @@ class RayRanks:
         self._doing = f"queued: Ray has no room yet for {wanted}"
         bound = all(bundle.node_id is not None for bundle in bundles)
         labels = [{"ray.io/node-id": str(bundle.node_id)} for bundle in bundles]
-        self._group = placement_group(
+        selector: dict[str, Any] = {"bundle_label_selector": labels} if bound else {}
+        self._group = group = placement_group(
             [bundle.resources for bundle in bundles],
             strategy="STRICT_PACK" if len(bundles) == 1 else "STRICT_SPREAD",
-            **({"bundle_label_selector": labels} if bound else {}),
+            **selector,
         )
-        while not await asyncio.to_thread(self._group.wait, 1):
+        while not await asyncio.to_thread(group.wait, 1):
             pass
         self._doing = "starting an actor for each rank"
         plan = self._plan.model_dump_json()
@@ -160,7 +161,7 @@ class RayRanks:
                     num_gpus=bundle.gpus_per_rank,
                     max_concurrency=4,  # `kill` must not wait for `news`
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        self._group, placement_group_bundle_index=index
+                        group, placement_group_bundle_index=index
                     ),
                 )
                 self._actors[rank.rank] = actor.remote(plan, rank.rank)

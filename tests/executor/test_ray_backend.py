@@ -147,6 +147,16 @@ def test_an_actor_that_dies_takes_its_rank_along_and_is_named(
     assert "of node 1 'here') failed: its actor is gone" in it.lines[-1]
 
 
+def test_a_launch_that_is_killed_takes_its_ranks_along(ray_address: str, tmp_path: Path) -> None:
+    plan = two_nodes(cpu_plan(SPEC, dp=2))
+    options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER}
+    with launched_on_ray(tmp_path, plan, ray_address, **options) as it:
+        it.wait_for(lambda: "ready in" in it.text, within_s=90)
+        assert len(pids_of_ranks()) == 2
+        it.process.kill()
+        assert it.exit_code() == -signal.SIGKILL
+
+
 def test_a_cluster_that_is_smaller_than_the_plan_is_refused_with_both_counts(
     ray_address: str, tmp_path: Path
 ) -> None:
