@@ -249,7 +249,7 @@ def cases() -> Iterator[Case]:
     for tokens in (1, 4, 8, 16, 64):
         for inputs, outputs in LINEARS:
             yield linear_case(tokens, inputs, outputs)
-            config = skinny_config(tokens, outputs, inputs, num_multiprocessors())
+            config = skinny_config(tokens, outputs, num_multiprocessors())
             if config is not None:
                 yield linear_case(tokens, inputs, outputs, config)
     for shape, contexts in DECODES.items():

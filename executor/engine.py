@@ -110,6 +110,7 @@ class Leader:
         eos_token_ids: tuple[int, ...],
         peak_memory_bytes: tuple[int, ...] = (),
         ahead: int | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         """Say hello to the front end.
 
@@ -122,6 +123,7 @@ class Leader:
             peak_memory_bytes: Of each rank, after start.
             ahead: Batches decided before the tokens they go on from are known; None: 1 where that
                 is possible and hides work, which is on GPUs.
+            prefix_cache: Share KV blocks of equal tokens, where every rank holds all of them.
         """
         if ahead is None:
             ahead = int(mesh.device.type == "cuda" and runner.feeds_itself)
@@ -138,6 +140,7 @@ class Leader:
             depth=mesh.num_stages,
             ahead=ahead,
             num_parts=mesh.attention_ranks,
+            prefix_cache=prefix_cache and mesh.split.cp == 1 and mesh.split.attention == "tp",
         )
         self._in_flight: deque[InFlight] = deque()
         self._stopping: Stop | None = None
@@ -249,6 +252,7 @@ class Leader:
                     free_kv_blocks=scheduler.num_free_blocks,
                     generated_tokens=scheduler.num_generated,
                     prompt_tokens=scheduler.num_prompt_tokens,
+                    reused_tokens=scheduler.num_reused_tokens,
                 )
             )
         if self._mesh.control.size > 1 and now - self._last_word >= HEARTBEAT_S:

@@ -54,6 +54,7 @@ def launch(
     host_interface: str | None = None,
     start_timeout_s: float = 1800.0,
     drain_s: float = 10.0,
+    prefix_cache: bool = True,
     force: bool = False,
     model_name: str | None = None,
     worker: Sequence[str] = WORKER,
@@ -82,6 +83,7 @@ def launch(
         host_interface: Address on which machine 0 listens for leaders; None: `master_addr`.
         start_timeout_s: Until every replica must be ready.
         drain_s: For running requests, after a signal.
+        prefix_cache: Share KV blocks of prompts that begin alike.
         force: Run also where this machine is not the one the plan was made for.
         model_name: Name in the API; None: the plan's.
         worker: Command of a rank.
@@ -111,6 +113,7 @@ def launch(
         start_timeout_s=start_timeout_s,
         worker=worker,
         ray_address=ray_address,
+        prefix_cache=prefix_cache,
         force=force,
     )
     if drain_s < 0:

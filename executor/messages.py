@@ -90,6 +90,7 @@ class Stats(Value):
     free_kv_blocks: int
     generated_tokens: int
     prompt_tokens: int
+    reused_tokens: int = Field(default=0, description="not computed: their KV blocks were there")
 
 
 Message = Annotated[

@@ -135,7 +135,12 @@ class _Replicas(Collector):
             "rankwright_engine_generated_tokens", "Tokens sampled.", labels=["replica"]
         )
         prefilled = CounterMetricFamily(
-            "rankwright_engine_prompt_tokens", "Prompt tokens computed.", labels=["replica"]
+            "rankwright_engine_prompt_tokens", "Prompt tokens taken in.", labels=["replica"]
+        )
+        reused = CounterMetricFamily(
+            "rankwright_engine_reused_tokens",
+            "Tokens found in the prefix cache instead of being computed.",
+            labels=["replica"],
         )
         up = GaugeMetricFamily("rankwright_replica_up", "1: it runs.", labels=["replica"])
         for number, replica in sorted(self._front_end.replicas.items()):
@@ -150,4 +155,5 @@ class _Replicas(Collector):
             steps.add_metric(label, stats.steps)
             generated.add_metric(label, stats.generated_tokens)
             prefilled.add_metric(label, stats.prompt_tokens)
-        yield from (running, waiting, usage, steps, generated, prefilled, up)
+            reused.add_metric(label, stats.reused_tokens)
+        yield from (running, waiting, usage, steps, generated, prefilled, reused, up)

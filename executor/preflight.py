@@ -46,6 +46,7 @@ def make_options(
     start_timeout_s: float = 1800.0,
     worker: Sequence[str] = WORKER,
     ray_address: str | None = None,
+    prefix_cache: bool = True,
     force: bool = False,
 ) -> RunOptions:
     """Return the options, checked against each other and the plan.
@@ -77,6 +78,7 @@ def make_options(
     return RunOptions(
         backend=chosen,
         ray_address=ray_address,
+        prefix_cache=prefix_cache,
         force=force,
         load_format=load_format,
         model_path=None if model_path is None else Path(model_path),

@@ -32,6 +32,7 @@ class RunOptions:
         start_timeout_s: From the start until every replica is ready.
         worker: Command of a rank.
         ray_address: Of a Ray cluster; None: `RAY_ADDRESS`, or the one that runs here.
+        prefix_cache: Share KV blocks of prompts that begin alike.
         force: Run also where a machine is not the one that the plan was made for.
     """
 
@@ -47,6 +48,7 @@ class RunOptions:
     start_timeout_s: float = 1800.0
     worker: Sequence[str] = WORKER
     ray_address: str | None = None
+    prefix_cache: bool = True
     force: bool = False
 
 
@@ -55,6 +57,8 @@ def worker_arguments(options: RunOptions, plan_path: Path) -> list[str]:
     arguments = ["--plan", str(plan_path), "--load-format", options.load_format]
     if options.model_path is not None:
         arguments += ["--model-path", str(options.model_path)]
+    if not options.prefix_cache:
+        arguments.append("--no-prefix-cache")
     return [*arguments, "--device", options.device]
 
 

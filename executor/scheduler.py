@@ -13,6 +13,10 @@ dropped when it comes back, and only then are its blocks free.
 
 With attention DP each rank of a stage has sequences, and a pool of blocks, of its own (a part): a
 request joins the part with most blocks free when it starts, and the token budget is shared out.
+
+With `prefix_cache`, full blocks stay known by their tokens, and a sequence that starts (again)
+takes those that its tokens begin with instead of computing them. Steps run in the order in which
+they are issued, so a block is known as soon as the step that fills it is issued.
 """
 
 from collections import deque
@@ -21,7 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rankwright.executor.block_pool import BlockPool
+from rankwright.executor.block_pool import ROOT, BlockPool, chain_hash
 from rankwright.executor.messages import FinishReason, Sampling, Tokens
 from rankwright.executor.step_batch import StepBatch, from_row
 
@@ -39,6 +43,8 @@ class Sequence:
     num_cached: int = 0  # scheduled into the cache, in flight or done
     blocks: list[int] = field(default_factory=list)
     part: int = 0  # whose pool they are of
+    hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
+    num_known: int = 0  # blocks that the pool knows
     num_pending: int = 0  # tokens that batches in flight draw for it
     drawn_step: int = -1  # the last batch that samples it, and its row there
     drawn_row: int = -1
@@ -74,6 +80,7 @@ class Scheduler:
         ahead: Batches decided before the tokens that they go on from are known: 0 or 1. In a
             pipeline 0: the first stage has no tokens but those that came back.
         num_parts: Ranks with sequences of their own.
+        prefix_cache: Share blocks of equal tokens.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Scheduler:
         depth: int = 1,
         ahead: int = 0,
         num_parts: int = 1,
+        prefix_cache: bool = False,
     ) -> None:
         assert ahead == 0 or (ahead, depth) == (1, 1)
         self.pools = tuple(BlockPool(num_blocks) for _ in range(num_parts))
@@ -99,11 +107,13 @@ class Scheduler:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.depth = depth
         self.ahead = ahead
+        self.prefix_cache = prefix_cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_steps = 0
         self.num_generated = 0
         self.num_prompt_tokens = 0
+        self.num_reused_tokens = 0  # not computed, because blocks that hold them were known
         self._by_id: dict[str, Sequence] = {}
 
     @property
@@ -223,17 +233,50 @@ class Scheduler:
             if part is None:
                 break
             sequence.part = part
-            count = min(len(sequence.tokens), budgets[part])
+            known = self._known_blocks(sequence)
             # The whole prompt must find room, or two half prompts could wait for each other.
-            if not self._room(part, len(sequence.tokens) + 1) or not self._reserve(
-                sequence, count, keep=None
-            ):
+            if not self._room(part, len(sequence.tokens) + 1, known):
                 break
+            self.pools[part].share(known)
+            sequence.blocks = known
+            sequence.num_known = len(known)
+            sequence.num_cached = len(known) * self.block_tokens
+            count = min(len(sequence.tokens) - sequence.num_cached, budgets[part])
+            if not self._reserve(sequence, count, keep=None):
+                self._take_back(sequence)
+                break
+            self.num_reused_tokens += sequence.num_cached
             self.waiting.popleft()
             self.running.append(sequence)
             chunks.append((sequence, count))
             budgets[part] -= count
         return chunks
+
+    def _known_blocks(self, sequence: Sequence) -> list[int]:
+        """Return the blocks that the sequence's tokens begin with; its last token is computed."""
+        if not self.prefix_cache:
+            return []
+        count = (len(sequence.tokens) - 1) // self.block_tokens
+        self._hash_blocks(sequence, count)
+        return self.pools[sequence.part].find(sequence.hashes[:count])
+
+    def _hash_blocks(self, sequence: Sequence, count: int) -> None:
+        """Have the hashes of its first `count` blocks."""
+        for index in range(len(sequence.hashes), count):
+            before = sequence.hashes[-1] if sequence.hashes else ROOT
+            first = index * self.block_tokens
+            tokens = sequence.tokens[first : first + self.block_tokens]
+            sequence.hashes.append(chain_hash(before, tokens))
+
+    def _know_blocks(self, sequence: Sequence) -> None:
+        """Tell the pool of blocks that are full of tokens that are known here."""
+        count = min(sequence.num_cached, len(sequence.tokens)) // self.block_tokens
+        if not self.prefix_cache or count <= sequence.num_known:
+            return
+        self._hash_blocks(sequence, count)
+        for index in range(sequence.num_known, count):
+            self.pools[sequence.part].know(sequence.blocks[index], sequence.hashes[index])
+        sequence.num_known = count
 
     def _emptiest_part(self, budgets: list[int]) -> int | None:
         """Return the part with most blocks to give that may take a sequence and tokens more."""
@@ -248,14 +291,17 @@ class Scheduler:
     def _unreserved(self, part: int) -> int:
         """Return the free blocks of `part` that its running sequences' own tokens do not need."""
         reserved = sum(
-            max(0, -(-(len(other.tokens) + 1) // self.block_tokens) - len(other.blocks))
+            max(0, -(-(other.num_tokens + 1) // self.block_tokens) - len(other.blocks))
             for other in self.running
             if other.part == part
         )
         return max(self.pools[part].num_free - reserved, 0)
 
-    def _room(self, part: int, tokens: int) -> bool:
-        return -(-tokens // self.block_tokens) <= self._unreserved(part) or not any(
+    def _room(self, part: int, tokens: int, known: list[int]) -> bool:
+        """Whether a sequence of `tokens` finds room, with `known` blocks that it shares."""
+        unheld = self.pools[part].num_unheld(known)
+        needed = -(-tokens // self.block_tokens) - len(known) + unheld
+        return needed <= self._unreserved(part) or not any(
             other.part == part for other in self.running
         )
 
@@ -289,9 +335,7 @@ class Scheduler:
         return None
 
     def _preempt(self, victim: Sequence) -> None:
-        self.pools[victim.part].give(victim.blocks)
-        victim.blocks = []
-        victim.num_cached = 0
+        self._take_back(victim)
         self.running.remove(victim)
         self.waiting.appendleft(victim)
 
@@ -308,6 +352,7 @@ class Scheduler:
             else:
                 tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + count]
             sequence.num_cached += count
+            self._know_blocks(sequence)
             if sequence.num_cached == sequence.num_tokens:
                 sequence.drawn_step, sequence.drawn_row = self.num_steps, len(sampled)
                 sampled.append(sequence)
@@ -377,5 +422,10 @@ class Scheduler:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        self.pools[sequence.part].give(sequence.blocks)
+        self._take_back(sequence)
+
+    def _take_back(self, sequence: Sequence) -> None:
+        """Take its blocks; the last first, as more sequences begin alike than end alike."""
+        self.pools[sequence.part].give(reversed(sequence.blocks))
         sequence.blocks = []
+        sequence.num_cached = sequence.num_known = 0

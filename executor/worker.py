@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--model-path", type=Path)
+    parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args()
     # A terminal's Ctrl-C reaches every process; the launcher decides what it means.
@@ -52,7 +53,14 @@ def main() -> None:
     faulthandler.enable()
     rank = int(os.environ["RANK"])
     try:
-        run(arguments.plan, arguments.load_format, arguments.model_path, arguments.device, rank)
+        run(
+            arguments.plan,
+            arguments.load_format,
+            arguments.model_path,
+            arguments.device,
+            rank,
+            prefix_cache=arguments.prefix_cache,
+        )
     except BaseException as error:
         _report(rank, error)
         # No clean-up: a collective that waits for a dead peer would keep us here.
@@ -62,7 +70,13 @@ def main() -> None:
 
 
 def run(
-    plan_path: Path, load_format: str, model_path: Path | None, device_kind: str, rank: int
+    plan_path: Path,
+    load_format: str,
+    model_path: Path | None,
+    device_kind: str,
+    rank: int,
+    *,
+    prefix_cache: bool = True,
 ) -> None:
     """Load rank `rank` of the plan and serve until stopped."""
     started = time.monotonic()
@@ -100,7 +114,15 @@ def run(
     if mesh.is_leader:
         connection = Client(_front_end(), authkey=bytes.fromhex(os.environ["RANKWRIGHT_AUTHKEY"]))
         eos = eos_token_ids(plan, folder)
-        Leader(plan, mesh, runner, connection, eos_token_ids=eos, peak_memory_bytes=peaks).run()
+        Leader(
+            plan,
+            mesh,
+            runner,
+            connection,
+            eos_token_ids=eos,
+            peak_memory_bytes=peaks,
+            prefix_cache=prefix_cache,
+        ).run()
         connection.close()
     else:
         Follower(mesh, runner).run()

@@ -2,9 +2,8 @@
 
 Shapes: B rows (one a sequence), V vocabulary, W chunks of the vocabulary.
 
-A token is drawn as the argmax of `logit / temperature + Gumbel noise`, which needs no normalised
-probabilities. The noise is a hash of (seed, position, token id), so a draw is the same on every
-rank, on CPU and GPU, in whatever batch its sequence runs, and when a request is run again.
+A token is drawn as the argmax of `logit / temperature + Gumbel noise` (`noise.py`), which needs no
+normalised probabilities. Top-k and top-p are in `filtered_sampling.py`.
 """
 
 from __future__ import annotations
@@ -14,43 +13,13 @@ import math
 import torch
 
 from rankwright.kernels.backend import Backend, ceil_div, jit, next_power_of_two, runs_triton, tl
-
-_MASK = 0xFFFFFFFF
-# Multipliers of lowbias32, a 32-bit hash with an avalanche bias of 0.17
-# (C. Wellons, "Prospecting for Hash Functions", nullprogram.com, 2018).
-_MULTIPLY_1 = 0x7FEB352D
-_MULTIPLY_2 = 0x846CA68B
-# 2**32 over the golden ratio: any odd constant that keeps equal words from cancelling would do.
-_WEYL = 0x9E3779B9
-# Largest float32 below 1: the noise of a hash that rounds up to 1 stays finite.
-_BELOW_ONE = 1.0 - 2.0**-24
-
-
-def _hash(x: torch.Tensor) -> torch.Tensor:
-    """Return a hash of the low 32 bits of int64 `x`, in 0 to 2**32 - 1."""
-    x = x & _MASK
-    x = ((x ^ (x >> 16)) * _MULTIPLY_1) & _MASK
-    x = ((x ^ (x >> 15)) * _MULTIPLY_2) & _MASK
-    return x ^ (x >> 16)
-
-
-def _row_keys(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return two 32-bit keys a row, from all 64 bits of the seed and 32 of the position."""
-    key_B = _hash(_hash(_hash(seeds_B) + (seeds_B >> 32)) + positions_B.long() * _WEYL)
-    return key_B, _hash(key_B + _WEYL)
-
-
-def exponential_noise(
-    seeds_B: torch.Tensor, positions_B: torch.Tensor, tokens_BV: torch.Tensor
-) -> torch.Tensor:
-    """Return float32 [B, V]: an exponential variate of mean 1 for each row and token id.
-
-    Small variates decide a draw, so these are the finely spaced ones: steps of 2**-32 near 0.
-    """
-    first_B, second_B = _row_keys(seeds_B, positions_B)
-    bits_BV = _hash(_hash(tokens_BV + first_B[:, None]) ^ second_B[:, None])
-    uniform_BV = (bits_BV.float() + 0.5) * 2.0**-32
-    return -torch.log1p(-uniform_BV.clamp(max=_BELOW_ONE))
+from rankwright.kernels.filtered_sampling import sample_filtered
+from rankwright.kernels.noise import (
+    CONSTANTS,
+    exponential_noise,
+    log_noise_kernel,
+    row_keys_kernel,
+)
 
 
 def _hide_filtered(
@@ -99,13 +68,6 @@ def sample_reference(
 
 
 @jit()
-def _hash_kernel(x, MULTIPLY_1: tl.constexpr, MULTIPLY_2: tl.constexpr):
-    x = (x ^ (x >> 16)) * MULTIPLY_1
-    x = (x ^ (x >> 15)) * MULTIPLY_2
-    return x ^ (x >> 16)
-
-
-@jit()
 def _sample_kernel(
     logits_ptr,
     temperature_ptr,
@@ -130,19 +92,10 @@ def _sample_kernel(
     score = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
     if temperature > 0:
-        seed = tl.load(seeds_ptr + row)
-        position = tl.load(positions_ptr + row).to(tl.uint32)
-        first = _hash_kernel(seed.to(tl.uint32), MULTIPLY_1, MULTIPLY_2)
-        first = _hash_kernel(first + (seed >> 32).to(tl.uint32), MULTIPLY_1, MULTIPLY_2)
-        first = _hash_kernel(first + position * WEYL, MULTIPLY_1, MULTIPLY_2)
-        second = _hash_kernel(first + WEYL, MULTIPLY_1, MULTIPLY_2)
-        bits = _hash_kernel(token.to(tl.uint32) + first, MULTIPLY_1, MULTIPLY_2)
-        bits = _hash_kernel(bits ^ second, MULTIPLY_1, MULTIPLY_2)
-        u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, BELOW_ONE)
-        # -log(1 - u); below 1/128 by its series, whose first term left out is u**4 / 4.
-        series = u * (1.0 + u * (0.5 + u * 0.3333333333))
-        noise = tl.where(u < 0.0078125, series, -tl.log(1.0 - u))
-        score = score / temperature - tl.log(noise)
+        seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+        first, second = row_keys_kernel(seed, position, MULTIPLY_1, MULTIPLY_2, WEYL)
+        noise = log_noise_kernel(token, first, second, MULTIPLY_1, MULTIPLY_2, BELOW_ONE)
+        score = score / temperature - noise
     chunk = row * num_chunks + tl.program_id(0)
     index = tl.argmax(score, axis=0, tie_break_left=True)
     tl.store(best_ptr + chunk, tl.max(score, axis=0))
@@ -192,10 +145,7 @@ def _sample_unfiltered(
         vocab,
         num_chunks,
         BLOCK=_BLOCK,
-        MULTIPLY_1=_MULTIPLY_1,
-        MULTIPLY_2=_MULTIPLY_2,
-        WEYL=_WEYL,
-        BELOW_ONE=_BELOW_ONE,
+        **CONSTANTS,
         num_warps=8,
     )
     _pick_kernel[(batch,)](
@@ -224,9 +174,9 @@ def sample(
         top_p_B: Keep the best tokens that together reach this probability; 1 or more: all.
         seeds_B: int64, one a request.
         positions_B: int64, position in its sequence of the token to draw.
-        filtered: Whether any row has a top-k or top-p, which sorts every row; None: looked up on
-            the CPU, and taken as true on a GPU, where looking would wait for it.
-        backend: What runs the unfiltered case, see `runs_triton`; a filtered one is PyTorch.
+        filtered: Whether any row has a top-k or top-p; None: looked up on the CPU, and taken as
+            true on a GPU, where looking would wait for it.
+        backend: What runs it, see `runs_triton`; a filtered draw only by "triton" without sorting.
 
     Raises:
         ValueError: When shapes disagree.
@@ -243,8 +193,12 @@ def sample(
             return logits_BV.argmax(-1)
         if filtered is None:
             filtered = bool(((top_k_B > 0) | (top_p_B < 1)).any())
-    if filtered is not False or not runs_triton(logits_BV, backend):
+    # The kernel for filtered rows has not run on a GPU yet, so only who asks for it gets it.
+    by_kernel = runs_triton(logits_BV, backend) and (filtered is False or backend == "triton")
+    if not by_kernel:
         return sample_reference(
             logits_BV, temperature_B, top_k_B, top_p_B, seeds_B, positions_B, filtered is not False
         )
+    if filtered is not False:
+        return sample_filtered(logits_BV, temperature_B, top_k_B, top_p_B, seeds_B, positions_B)
     return _sample_unfiltered(logits_BV, temperature_B, seeds_B, positions_B)

@@ -12,7 +12,7 @@ from rankwright.executor.scheduler import Scheduler, Sequence
 from rankwright.executor.step_batch import StepBatch
 
 
-def make(**changes: int) -> Scheduler:
+def make(**changes: int | bool) -> Scheduler:
     sizes = {
         "num_blocks": 8,
         "block_tokens": 4,
@@ -95,7 +95,11 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
 
 @given(
     prompts=st.lists(
-        st.tuples(st.lists(st.integers(1, 97), min_size=1, max_size=20), st.integers(1, 12)),
+        st.tuples(
+            # Of few tokens, so that many prompts begin alike.
+            st.lists(st.integers(1, 2), min_size=1, max_size=20),
+            st.integers(1, 12),
+        ),
         min_size=1,
         max_size=9,
     ),
@@ -105,6 +109,7 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
     max_batched_tokens=st.integers(1, 30),
     depth_and_ahead=st.sampled_from([(1, 0), (2, 0), (3, 0), (1, 1)]),
     num_parts=st.integers(1, 3),
+    prefix_cache=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_every_request_gets_the_tokens_it_would_get_alone(
@@ -115,6 +120,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
     max_batched_tokens: int,
     depth_and_ahead: tuple[int, int],
     num_parts: int,
+    prefix_cache: bool,
 ) -> None:
     depth, ahead = depth_and_ahead
     scheduler = make(
@@ -126,6 +132,7 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
         depth=depth,
         ahead=ahead,
         num_parts=num_parts,
+        prefix_cache=prefix_cache,
     )
     requests = {f"r{i}": prompt for i, prompt in enumerate(prompts)}
     out = drain(scheduler, requests)
@@ -142,6 +149,59 @@ def test_requests_join_the_part_with_most_room() -> None:
     assert scheduled is not None
     # Two sequences a part at most; the long one's part has the least room.
     assert scheduled[0].parts_S.tolist() == [0, 1, 1, 0]
+
+
+def start(scheduler: Scheduler, name: str, prompt: list[int]) -> tuple[int, list[int]]:
+    """Return how many tokens of a new request its first step computes, and its blocks."""
+    scheduler.add(name, prompt, Sampling(max_tokens=9))
+    scheduled = scheduler.schedule()
+    assert scheduled is not None
+    batch, sampled = scheduled
+    assert sampled[-1].request_id == name  # after those that decode
+    scheduler.complete(sampled, [9] * len(sampled))
+    return int(batch.query_lens_S[-1]), batch.block_tables_SN[-1].tolist()
+
+
+def test_a_prompt_that_begins_like_another_shares_its_full_blocks() -> None:
+    scheduler = make(prefix_cache=True, max_batched_tokens=16)
+    computed, first = start(scheduler, "a", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert computed == 9
+    computed, second = start(scheduler, "b", [1, 2, 3, 4, 5, 6, 7, 8, 8])
+    assert computed == 1
+    assert second[:2] == first[:2]
+    assert second[2] != first[2]
+    assert scheduler.num_reused_tokens == 8
+    assert scheduler.num_free_blocks == 4  # two shared, one of each
+    scheduler.abort("a")
+    assert scheduler.num_free_blocks == 5  # b still holds what they shared
+    # The same tokens after others are other blocks.
+    assert start(scheduler, "c", [5, 6, 7, 8, 1])[0] == 5
+
+
+def test_the_last_token_of_a_known_prompt_is_computed() -> None:
+    scheduler = make(prefix_cache=True)
+    start(scheduler, "a", [1, 2, 3, 4])
+    assert start(scheduler, "b", [1, 2, 3, 4])[0] == 4
+
+
+def test_the_block_longest_unused_goes_first_and_the_last_of_a_sequence_before_its_first() -> None:
+    scheduler = make(prefix_cache=True, num_blocks=5, max_batched_tokens=16)
+    for name, prompt in (("a", [1] * 9), ("b", [2] * 5)):
+        start(scheduler, name, prompt)
+        scheduler.abort(name)
+    # Two blocks were never full; of those known the longest unused is the second of a.
+    start(scheduler, "c", [3] * 9)
+    scheduler.abort("c")
+    assert start(scheduler, "d", [1] * 9)[0] == 5
+    scheduler.abort("d")
+    assert start(scheduler, "e", [3] * 9)[0] == 1  # what d took was of b, unused for longer than c
+
+
+def test_without_the_cache_nothing_is_shared() -> None:
+    scheduler = make(max_batched_tokens=16)
+    start(scheduler, "a", [1] * 8)
+    assert start(scheduler, "b", [1] * 8)[0] == 8
+    assert scheduler.num_reused_tokens == 0
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

@@ -19,9 +19,9 @@ from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
-    all_reduce, decode_attention, decode_config, decode_merge, mla_attention, mla_rotary,
-    moe_align, moe_configs, moe_experts, moe_routing, prefill_attention, rms_norm, rotary, sampling,
-    skinny_linear, swiglu, token_feed,
+    all_reduce, decode_attention, decode_config, decode_merge, filtered_sampling, mla_attention,
+    mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise, prefill_attention,
+    rms_norm, rotary, sampling, skinny_linear, swiglu, token_feed,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -34,18 +34,19 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         short = name.removesuffix("_ptr")
         moe = kernel.__module__.rpartition(".")[2].startswith("moe")
         ints = (
-            "words epochs table work context windows token pairs counts counted replicas "
+            "words epochs table work context windows token tokens pairs counts counted replicas "
             "block_slots"
         ).split()
         floats_of = (
-            "partial lse merged_lse cos_sin temperature best weights pair_weights correction"
+            "partial lse merged_lse cos_sin temperature best weights pair_weights correction "
+            "maxima values top_p"
         ).split()
         if name in floats:
             signature[name] = "fp32"
         elif name.endswith("_ptr"):
             is_int = short in ints or (moe and short == "slots")
             wide = short in floats_of
-            long = short in ("positions", "slots", "seeds", "load", "ids", "drawn")
+            long = short in ("positions", "slots", "seeds", "load", "ids", "drawn", "top_k")
             kind = "fp32" if wide else "i64" if long else "bf16"
             signature[name] = "*" + ("i32" if is_int else kind)
         else:
@@ -67,9 +68,12 @@ found["rotary"] = resources(
     rotary._rotary_and_cache_kernel, 2, 1, ["eps"], [], BLOCK_TOKENS=64, NUM_HEADS=32,
     NUM_KV_HEADS=8, HALF_DIM=64, BLOCK_H=8, BLOCK_R=64, HAS_NORM=True)
 found["sample"] = resources(
-    sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK,
-    MULTIPLY_1=sampling._MULTIPLY_1, MULTIPLY_2=sampling._MULTIPLY_2,
-    WEYL=sampling._WEYL, BELOW_ONE=sampling._BELOW_ONE)
+    sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK, **noise.CONSTANTS)
+found["maxima"] = resources(
+    filtered_sampling._group_maxima_kernel, 8, 1, [], [], BLOCK=4096, GROUP=32)
+found["sample filtered"] = resources(
+    filtered_sampling._sample_filtered_kernel, 16, 1, [], [], BLOCK=4096, BLOCK_G=4096,
+    CANDIDATES=4096, FIRST=1024, ONE=filtered_sampling._ONE, **noise.CONSTANTS)
 cut = dict(
     TILE=64, MIN_TILES=1, HAS_WINDOWS=False, HAS_SINKS=True, RETURN_LSE=False, LN_2=0.693)
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
@@ -103,11 +107,11 @@ found["mla rotary"] = resources(
     mla_rotary._mla_rotary_kernel, 2, 1, ["eps"], [], NUM_HEADS=16, HEAD_DIM=192, LATENT=512,
     HALF=32, BLOCK_TOKENS=64, BLOCK_H=16, BLOCK_L=512, BLOCK_R=32)
 found["sum of parts"] = resources(
-    all_reduce._sum_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0, SIGNAL_WORD=0, RANK=0,
-    WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
+    all_reduce._sum_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
+    SIGNAL_WORD=0, RANK=0, WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
 found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
 for rows, kernel in ((1, skinny_linear._vector_kernel), (8, skinny_linear._rows_kernel)):
-    cut = skinny_linear.skinny_config(rows, 4096, 4096, 132)
+    cut = skinny_linear.skinny_config(rows, 4096, 132) or skinny_linear.SkinnyConfig(64, 256, 4, 4)
     more = dict(STAGES=cut.num_stages) if rows == 1 else dict(BLOCK_M=16, PRECISION="tf32")
     found[f"linear {rows}"] = resources(
         kernel, cut.num_warps, cut.num_stages, [], ["num_rows"], NUM_INPUTS=4096,

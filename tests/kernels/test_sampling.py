@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from rankwright.kernels.sampling import exponential_noise, sample
+from rankwright.kernels.noise import exponential_noise
+from rankwright.kernels.sampling import sample
 
 
 def rows(
@@ -181,10 +182,95 @@ def test_filtered_draws_follow_the_renormalised_softmax(
     assert chi_square(counts, probability) < limit(max(len(kept) - 1, 1))
 
 
-def test_ties_with_the_kth_are_kept_and_top_p_zero_is_greedy() -> None:
-    logits = torch.tensor([1.0, 3.0, 3.0, 3.0, 0.0]).expand(2000, -1)
-    assert set(sample(logits, **rows(2000, top_k=2)).tolist()) == {1, 2, 3}
-    assert set(sample(logits, **rows(2000, top_p=0.0)).tolist()) == {1}
+@pytest.mark.parametrize(("backend", "draws"), [("triton", 12), ("reference", 2000)])
+def test_ties_with_the_kth_are_kept_and_top_p_zero_is_greedy(
+    backend: Any, draws: int, device: str
+) -> None:
+    logits = torch.tensor([1.0, 3.0, 3.0, 3.0, 0.0], device=device).expand(draws, -1)
+    tied = sample(logits, **rows(draws, device, top_k=2), backend=backend)
+    assert set(tied.tolist()) <= {1, 2, 3}
+    assert len(set(tied.tolist())) > 1
+    best = sample(logits, **rows(draws, device, top_p=0.0), backend=backend)
+    assert set(best.tolist()) == {1}
+    # Of equal tokens top-p keeps the first by id: two of them reach 0.6 of three.
+    some = sample(logits, **rows(draws, device, top_k=2, top_p=0.6), backend=backend)
+    assert set(some.tolist()) <= {1, 2}
+
+
+def filters(batch: int, device: str) -> dict[str, Any]:
+    """Return rows that differ in everything: no, one and both filters, narrow and wide."""
+    options = rows(batch, device)
+    options["temperature_B"] = torch.rand(batch, device=device) * 1.5 + 0.1
+    options["temperature_B"][::11] = 0.0
+    ks = torch.tensor([0, 1, 5, 50, 1500, 10**6], device=device)
+    options["top_k_B"] = ks[torch.randint(0, len(ks), (batch,), device=device)]
+    ps = torch.tensor([1.0, 0.0, 0.2, 0.9, 0.999], device=device)
+    options["top_p_B"] = ps[torch.randint(0, len(ps), (batch,), device=device)]
+    return options
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "spread"),
+    [
+        (torch.float32, 1, 1.0),
+        (torch.bfloat16, 33, 1e30),
+        (torch.float32, 4096, 3.0),
+        (torch.bfloat16, 4999, 3.0),
+        (torch.bfloat16, 4999, 0.0),  # more candidates than fit: over the whole row
+        (torch.float32, 9001, 0.01),
+    ],
+)
+def test_filtered_kernel_draws_the_tokens_of_the_reference(
+    dtype: torch.dtype, vocab: int, spread: float, device: str
+) -> None:
+    batch = 4
+    logits = (torch.randn(batch, vocab, device=device) * spread).to(dtype)
+    logits[0, vocab // 2 + 1 :] = -math.inf
+    logits[1] = logits[1].round()
+    options = filters(batch, device)
+    options["top_k_B"][:2], options["top_p_B"][1:3] = 3, 0.7
+    out = sample(logits, **options, filtered=True, backend="triton")
+    reference = sample(logits, **options, filtered=True, backend="reference")
+    # A logarithm off in its last bit, or a probability that hits p within rounding, decides between
+    # two tokens once in some thousand rows. Where all logits are equal, p is hit within rounding.
+    for row in torch.nonzero(out != reference)[:, 0].tolist() if spread else ():
+        assert is_on_the_edge(logits[row].float(), options, row, int(out[row]))
+    if not spread:
+        assert bool(((out >= 0) & (out < vocab)).all())
+
+
+def is_on_the_edge(logits: torch.Tensor, options: dict[str, Any], row: int, token: int) -> bool:
+    """Whether `token` is kept but for a rounding of what stands before it."""
+    temperature = float(options["temperature_B"][row])
+    order = (logits / temperature).sort(descending=True, stable=True)
+    k = int(options["top_k_B"][row])
+    scaled = order.values.double()
+    if 0 < k < len(scaled):
+        scaled = scaled.masked_fill(scaled < scaled[k - 1], -math.inf)
+    before = scaled.softmax(-1).cumsum(-1) - scaled.softmax(-1)
+    place = int((order.indices == token).nonzero())
+    p = float(options["top_p_B"][row])
+    return float((before - p).abs().min()) < 1e-4 and bool(before[place] < p + 1e-4)
+
+
+def test_kept_tokens_are_those_of_transformers_also_by_the_kernel(device: str) -> None:
+    draws = 3
+    for top_k, top_p in ((7, 1.0), (0, 0.55), (3000, 0.3)):
+        logits = 4 * torch.randn(5000)
+        kept = kept_by_transformers(logits, top_k, top_p)
+        options = rows(draws, device, temperature=0.8, top_k=top_k, top_p=top_p)
+        drawn = sample(logits.to(device).expand(draws, -1), **options, backend="triton")
+        assert set(drawn.tolist()) <= kept
+
+
+def test_filtered_draws_do_not_depend_on_the_batch(device: str) -> None:
+    logits = (2 * torch.randn(3, 5000, device=device)).bfloat16()
+    options = filters(3, device)
+    out = sample(logits, **options, filtered=True, backend="triton")
+    for b in range(3):
+        alone = {key: value[b : b + 1] for key, value in options.items()}
+        one = sample(logits[b : b + 1], **alone, filtered=True, backend="triton")
+        assert torch.equal(one, out[b : b + 1])
 
 
 def test_an_empty_batch_and_a_vocabulary_of_one_are_fine(device: str) -> None:
@@ -217,3 +303,15 @@ def test_gpu_and_cpu_draw_the_same_tokens_also_in_a_graph() -> None:
         on_cpu = sample(logits.cpu(), **{key: value.cpu() for key, value in options.items()})
         assert int((out.cpu() != on_cpu).sum()) <= 1
         assert int((sample(logits, **options, filtered=True) != out).sum()) <= 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [128256, 151936, 262144])
+def test_filtered_draws_of_a_whole_vocabulary_equal_the_cpus(vocab: int) -> None:
+    logits = (3 * torch.randn(64, vocab, device="cuda")).bfloat16()
+    options = filters(64, "cuda")
+    out = sample(logits, **options, filtered=True, backend="triton")
+    on_cpu = {key: value.cpu() for key, value in options.items()}
+    reference = sample(logits.cpu(), **on_cpu, filtered=True)
+    for row in torch.nonzero(out.cpu() != reference)[:, 0].tolist():
+        assert is_on_the_edge(logits[row].float().cpu(), on_cpu, row, int(out[row]))

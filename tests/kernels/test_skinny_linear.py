@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import linear
 
 from rankwright.kernels.skinny_linear import (
-    MAX_ROWS,
     SkinnyConfig,
     skinny_config,
     skinny_linear,
@@ -49,10 +48,10 @@ def test_strided_rows_and_weights_are_read_as_they_stand(
     assert_close(out, linear(x[:, ::2], weight[:, :40]))
 
 
-def test_many_rows_and_outputs_stay_with_cublas() -> None:
-    assert skinny_config(MAX_ROWS + 1, 4096, 4096, 132) is None
-    assert skinny_config(1, 28672, 4096, 132) is None
-    assert skinny_config(1, 4096, 4096, 132) is not None
+def test_more_than_one_row_stays_with_cublas_unless_a_cut_is_given() -> None:
+    for outputs in (3072, 28672):
+        assert skinny_config(1, outputs, 132) is not None
+        assert skinny_config(2, outputs, 132) is None
 
 
 def test_wrong_shapes_and_too_many_rows_are_named(device: str) -> None:

@@ -23,6 +23,7 @@ _OURS = (
     "drain",
     "model_name",
     "ray_address",
+    "prefix_cache",
     "force",
 )
 _THEIRS = ("settings", "detach", "job_dir")
@@ -93,6 +94,13 @@ def run(
     detach: Annotated[
         bool, typer.Option("--detach", help="Submit to slurm or kubernetes, and return.")
     ] = False,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Compute what prompts begin with alike once, and keep it while there is room.",
+        ),
+    ] = True,
     force: options.Force = False,
 ) -> None:
     """Serve MODEL or PLAN over an OpenAI-compatible API.
@@ -138,6 +146,7 @@ def run(
         host_interface=host_interface,
         start_timeout_s=start_timeout,
         drain_s=drain,
+        prefix_cache=prefix_cache,
         force=force,
         model_name=model_name,
         ray_address=ray_address,
