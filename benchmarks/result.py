@@ -35,11 +35,13 @@ def _version(package: str) -> str | None:
 def commit() -> str:
     """Return the commit of this tree, with "-dirty" where tracked files differ from it.
 
-    A copy without a repository says what `RANKWRIGHT_COMMIT` holds, else "unknown".
+    Where a copy of the tree knows no better, `RANKWRIGHT_COMMIT` says what it is a copy of.
     """
+    if said := os.environ.get("RANKWRIGHT_COMMIT"):
+        return said
     head = _output_of("git", "rev-parse", "HEAD")
     if head is None:
-        return os.environ.get("RANKWRIGHT_COMMIT", "unknown")
+        return "unknown"
     changed = _output_of("git", "status", "--porcelain", "--untracked-files=no")
     return f"{head}-dirty" if changed else head
 
