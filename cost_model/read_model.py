@@ -51,8 +51,9 @@ def read_config(source: str | Path | Mapping[str, object]) -> dict[str, object]:
 
 def _name_and_config(source: str | Path | Mapping[str, object]) -> tuple[str, dict[str, object]]:
     if isinstance(source, Mapping):
-        name = source.get("_name_or_path") or source.get("model_type") or "model"
-        return str(name), dict(source)
+        names = (source.get(key) for key in ("_name_or_path", "model_type"))
+        texts = (name for name in names if isinstance(name, str) and name.isprintable() and name)
+        return next(texts, "model"), dict(source)
     path = Path(source)
     try:
         path = path.expanduser()
@@ -81,10 +82,12 @@ def _name_and_config(source: str | Path | Mapping[str, object]) -> tuple[str, di
 def _read_json(path: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is no config: its JSON is thousands of levels deep") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object; expected the keys of a config.json")
     return cast("dict[str, object]", values)

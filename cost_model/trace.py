@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from rankwright.cost_model.workload import Workload
+from rankwright.cost_model.workload import MOST_TOKENS, Workload
 from rankwright.topology.value import Value
 
 _REQUIRED = ("arrival_s", "input_tokens", "output_tokens")
@@ -23,8 +23,8 @@ class TraceRow(Value):
     """One request."""
 
     arrival_s: float = Field(ge=0, allow_inf_nan=False, description="after the trace's start")
-    input_tokens: int = Field(ge=1, le=100_000_000)
-    output_tokens: int = Field(ge=1, le=100_000_000)
+    input_tokens: int = Field(ge=1, le=MOST_TOKENS)
+    output_tokens: int = Field(ge=1, le=MOST_TOKENS)
     cached_tokens: int = Field(default=0, ge=0, description="of the prompt, in the prefix cache")
 
     @model_validator(mode="after")

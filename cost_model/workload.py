@@ -8,18 +8,23 @@ from rankwright.topology.value import Value
 
 Objective = Literal["throughput", "latency", "cost", "energy"]
 
+# Of one prompt or answer: beyond any model's context, so that it must be a slip.
+MOST_TOKENS = 100_000_000
+
 
 class Workload(Value):
     """Requests of one kind with their limits. Tokens and seconds."""
 
-    input_tokens: int = Field(default=1024, ge=1, le=100_000_000, description="prompt length")
+    input_tokens: int = Field(default=1024, ge=1, le=MOST_TOKENS, description="prompt length")
     output_tokens: int = Field(
-        default=128, ge=1, le=100_000_000, description="tokens generated a request"
+        default=128, ge=1, le=MOST_TOKENS, description="tokens generated a request"
     )
     concurrency: int | None = Field(
         default=None, ge=1, description="requests in flight at most; None: as many as memory holds"
     )
-    request_rate: float | None = Field(default=None, gt=0, description="requests/s")
+    request_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="requests/s"
+    )
     length_spread: float | None = Field(
         default=None,
         ge=0,
@@ -30,7 +35,11 @@ class Workload(Value):
     shared_prefix: float = Field(
         default=0.0, ge=0, le=1, description="share of a prompt that is already cached"
     )
-    ttft_limit_s: float | None = Field(default=None, gt=0, description="time to first token")
-    tpot_limit_s: float | None = Field(default=None, gt=0, description="time per output token")
+    ttft_limit_s: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="time to first token"
+    )
+    tpot_limit_s: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="time per output token"
+    )
     percentile: float = Field(default=50, gt=0, lt=100, description="at which the limits hold")
     objective: Objective = "throughput"

@@ -38,7 +38,10 @@ class AutoParallelConfig(Value):
     world_size: int = Field(ge=1, description="GPUs in all")
     gpus_per_node: int = Field(default=8, ge=1, description="GPUs of one machine")
     memory_budget_per_device: float | None = Field(
-        default=None, gt=0, description="GB (1e9 bytes) of each GPU to use; None: all of it"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GB (1e9 bytes) of each GPU to use; None: all of it",
     )
     enable_pipeline_parallelism: bool = True
     model: str = Field(
@@ -53,9 +56,11 @@ class AutoParallelConfig(Value):
     input_tokens: int = Field(default=1024, ge=1)
     output_tokens: int = Field(default=128, ge=1)
     concurrency: int | None = Field(default=None, ge=1, description="requests in flight at most")
-    request_rate: float | None = Field(default=None, gt=0, description="requests/s")
-    ttft_limit_s: float | None = Field(default=None, gt=0)
-    tpot_limit_s: float | None = Field(default=None, gt=0)
+    request_rate: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="requests/s"
+    )
+    ttft_limit_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    tpot_limit_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     percentile: float = Field(default=50, gt=0, lt=100)
     objective: Objective = "throughput"
     tp: int | None = Field(default=None, ge=1, description="pins; None leaves one to the planner")

@@ -1,7 +1,7 @@
 """Makes a plan: search, choice, placement, and the certificate that goes with it."""
 
 from collections.abc import Sequence
-from math import ceil, floor
+from math import ceil, floor, inf
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict_replicas
@@ -68,9 +68,10 @@ def make_plan(
         NoFeasiblePlanError: No split keeps memory and limits; the message names what binds and the
             nearest change that was verified to help.
         NoIncumbentError: The solver had no plan when its time was over.
-        ValueError: The request exceeds the model's context, or a pin or budget is out of range.
+        ValueError: The request exceeds the model's context, the budget the GPUs' memory, or a pin
+            or a limit is out of range.
     """
-    _check(model, workload, memory_budget_bytes, top, time_limit_s)
+    _check(model, cluster, workload, memory_budget_bytes, top, time_limit_s)
     search = Search(
         model,
         cluster,
@@ -92,7 +93,12 @@ def make_plan(
 
 
 def _check(
-    model: ModelSpec, workload: Workload, budget: int | None, top: int, time_limit_s: float
+    model: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    budget: int | None,
+    top: int,
+    time_limit_s: float,
 ) -> None:
     tokens = workload.input_tokens + workload.output_tokens
     if tokens > model.max_context_tokens:
@@ -102,10 +108,16 @@ def _check(
         )
     if budget is not None and budget <= 0:
         raise ValueError(f"memory budget of {budget} bytes: expected more than 0")
+    most = max(gpu.total_memory_bytes for node in cluster.nodes for gpu in node.gpus)
+    if budget is not None and budget > most:
+        raise ValueError(
+            f"memory budget of {budget / 1e9:.4g} GB a GPU: the largest GPU of "
+            f"{cluster.describe()} has {most / 1e9:.4g} GB"
+        )
     if top < 1:
         raise ValueError(f"top={top}: expected 1 or more")
-    if time_limit_s <= 0:
-        raise ValueError(f"time_limit_s={time_limit_s:g}: expected more than 0")
+    if not 0 < time_limit_s < inf:
+        raise ValueError(f"time_limit_s={time_limit_s:g}: expected more than 0, and finite")
 
 
 def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]) -> Plan:

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,12 @@ from rankwright.topology.value import Value
 
 if TYPE_CHECKING:
     import networkx
+
+# Of one cluster: catches a slip before anything counts to it.
+MAX_NODES = 1_000_000
+
+# What a file may hold as a speed or a time: YAML knows `.inf` and `.nan`.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 FabricKind = Literal["infiniband", "roce", "ethernet"]
 
@@ -42,13 +48,13 @@ class Gpu(Value):
     numa_node: int | None = None
     num_processes: int = Field(default=0, ge=0, description="other compute processes on it")
     mig: bool = False
-    memory_bytes_per_s: float | None = Field(
+    memory_bytes_per_s: Positive | None = Field(
         default=None, description="measured or derived here; None: the device table's"
     )
-    flops_per_s: dict[str, float] | None = Field(
+    flops_per_s: dict[str, Positive] | None = Field(
         default=None, description="dense FLOP/s by dtype; None: the device table's"
     )
-    efficiency: dict[str, float] | None = Field(
+    efficiency: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = Field(
         default=None,
         description="shares of peak and launch times that a calibration of this machine gave; "
         "None: the shipped ones",
@@ -61,15 +67,15 @@ class Link(Value):
     a: int = Field(ge=0)
     b: int = Field(ge=0)
     kind: str = Field(description="token as nvidia-smi prints it: NV18, PIX, PXB, PHB, NODE, SYS")
-    bytes_per_s: float = Field(gt=0, description="each way")
-    latency_s: float = Field(gt=0)
+    bytes_per_s: Positive = Field(description="each way")
+    latency_s: Positive
 
 
 class Nic(Value):
     """A network port of a node."""
 
     name: str
-    bytes_per_s: float = Field(gt=0)
+    bytes_per_s: Positive
     rdma: bool
     numa_node: int | None = None
     link_layer: Literal["infiniband", "ethernet"] | None = Field(
@@ -84,7 +90,7 @@ class Node(Value):
     """A machine, or `count` machines that are alike."""
 
     name: str
-    count: int = Field(default=1, ge=1)
+    count: int = Field(default=1, ge=1, le=MAX_NODES)
     gpus: tuple[Gpu, ...]
     links: tuple[Link, ...] = ()
     nics: tuple[Nic, ...] = ()
@@ -110,12 +116,12 @@ class Fabric(Value):
     """The network between nodes."""
 
     kind: FabricKind
-    bytes_per_s: float = Field(gt=0, description="of one port, each way, as it is sold")
-    measured_bytes_per_s: float | None = Field(
+    bytes_per_s: Positive = Field(description="of one port, each way, as it is sold")
+    measured_bytes_per_s: Positive | None = Field(
         default=None, description="the same as a measurement has it, which plans go by; None: none"
     )
     ports_per_node: int = Field(ge=1)
-    latency_s: float = Field(gt=0)
+    latency_s: Positive
     separate_rails: bool = Field(
         default=False,
         description="ports of one position have switches of their own, and a slow way to others",

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from rankwright.topology.cluster import Cluster, Fabric, FabricKind, Gpu, Link, Node
+from rankwright.topology.cluster import MAX_NODES, Cluster, Fabric, FabricKind, Gpu, Link, Node
 from rankwright.topology.devices import DEVICES, Device, resolve_key
 from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
 
@@ -38,7 +38,6 @@ FABRIC_LATENCY_S: dict[FabricKind, float] = {
 
 _MAX_GPUS = 32  # of one node: no server holds more cards; catches a forgotten node count
 _MAX_CPU_RANKS = 512
-_MAX_NODES = 1_000_000
 _CARDS_A_SOCKET = 4  # 8-card servers hang four cards from each of two sockets
 
 # NVLinks between the eight V100 of a DGX-1 or p3.16xlarge ("hybrid cube mesh", DGX-1 system
@@ -139,10 +138,10 @@ def _read_parts(tokens: list[str], text: str) -> list[_NodeText]:
                 "such as 8xh100-sxm or 2x8xh100-sxm+ib400"
             )
         nodes, count = int(match["nodes"] or 1), int(match["count"])
-        if not 1 <= nodes <= _MAX_NODES or count < 1:
+        if not 1 <= nodes <= MAX_NODES or count < 1:
             raise ValueError(
                 f"cluster {text!r}: {token!r} has {nodes} nodes of {count}; expected at least one "
-                f"of each and at most {_MAX_NODES} nodes"
+                f"of each and at most {MAX_NODES} nodes"
             )
         try:
             key = resolve_key(match["device"])

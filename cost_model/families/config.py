@@ -22,19 +22,48 @@ _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # Keys of the rope dictionaries that are not part of the scaling.
 _NOT_SCALING = {"rope_theta", "type", "rope_type", "partial_rotary_factor"}
 
+_SCALING_NUMBERS = {
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+}
+_Scaling = dict[str, float | int | str | bool | list[float]]
+
 # What no model comes near, so that it must be a slip: sizes beyond it would take hours to add up.
 _LARGEST_SIZE = 100_000_000
+_LARGEST_NUMBER = 1e12  # of bases, factors and limits
+_LONGEST_QUOTE = 80  # characters of a wrong value in an error message
 _LARGEST = {"num_hidden_layers": 10_000, "num_attention_heads": 100_000, "hidden_size": 1_000_000}
 
 
 def _is_positive(value: object) -> bool:
     """Return whether `value` is a number above 0; JSON readers let `NaN` and `Infinity` in."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
-    )
+    return _is_finite(value) and cast("float", value) > 0
+
+
+def _is_finite(value: object) -> bool:
+    """Return whether `value` is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _shown(value: object) -> str:
+    """Return `value` as an error message quotes it: on one line, and not for pages."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits; thousands of levels
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}..."
 
 
 class Config:
@@ -47,7 +76,7 @@ class Config:
 
     def wrong(self, key: str, expected: str) -> ValueError:
         """Return the error that says what is in `key` and what was expected."""
-        found = f"is {self.values[key]!r}" if key in self.values else "is missing"
+        found = f"is {_shown(self.values[key])}" if key in self.values else "is missing"
         return ValueError(f"config of {self.name}: {key!r} {found}, expected {expected}")
 
     def has(self, key: str) -> bool:
@@ -71,8 +100,8 @@ class Config:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if not _is_positive(value):
-            raise self.wrong(key, "a number above 0")
+        if not _is_positive(value) or cast("float", value) > _LARGEST_NUMBER:
+            raise self.wrong(key, f"a number above 0, at most {_LARGEST_NUMBER:g}")
         return float(cast("float", value))
 
     def flag(self, key: str, default: bool) -> bool:
@@ -109,6 +138,8 @@ class Config:
         )
         if len(numbers) < len(items):
             raise self.wrong(key, "a whole number or a list of them")
+        if any(abs(number) > _LARGEST_SIZE for number in numbers):
+            raise self.wrong(key, f"whole numbers of at most {_LARGEST_SIZE:,}")
         return numbers
 
     def _items(self, key: str) -> list[object]:
@@ -158,37 +189,53 @@ class Config:
         theta = found.get("rope_theta", self.values.get("rope_theta"))
         if theta is None:
             theta = default_theta
-        if not _is_positive(theta):
-            raise self.wrong(key if "rope_theta" in found else "rope_theta", "a number above 0")
+        if not _is_positive(theta) or cast("float", theta) > _LARGEST_NUMBER:
+            where = key if "rope_theta" in found else "rope_theta"
+            raise self.wrong(
+                where, f"a number above 0 in 'rope_theta', at most {_LARGEST_NUMBER:g}"
+            )
         theta = float(cast("float", theta))
         partial = found.get("partial_rotary_factor", self.values.get("partial_rotary_factor", 1.0))
         if partial not in (1, None):
             raise ValueError(
-                f"config of {self.name}: 'partial_rotary_factor' is {partial!r}; only 1.0, rotary "
-                "over the whole head, is supported"
+                f"config of {self.name}: 'partial_rotary_factor' is {_shown(partial)}; only 1.0, "
+                "rotary over the whole head, is supported"
             )
         kind = found.get("rope_type", found.get("type", "default"))
-        if kind not in _ROPE_TYPES:
+        if not isinstance(kind, str) or kind not in _ROPE_TYPES:
             raise self.wrong(key, f"a rope_type of {', '.join(_ROPE_TYPES)}")
         if kind == "default":
             return Rope(theta=theta, interleaved=interleaved)
-        scaling: dict[str, float | int | str | bool | list[float]] = {"rope_type": str(kind)}
+        return Rope(
+            theta=theta, scaling=self._rope_scaling(key, kind, found), interleaved=interleaved
+        )
+
+    def _rope_scaling(self, key: str, kind: str, found: Mapping[str, object]) -> _Scaling:
+        """Return the settings of rope type `kind` in `found`, which is what `key` holds."""
+        scaling: _Scaling = {"rope_type": kind}
         for name, value in found.items():
             if name in _NOT_SCALING or value is None:
                 continue
-            if not isinstance(value, int | float | str | bool | list):
-                raise self.wrong(key, f"a plain value in {name!r}")
-            scaling[name] = value
+            if name in _SCALING_NUMBERS:
+                if not _is_finite(value) or not 0 <= cast("float", value) <= _LARGEST_NUMBER:
+                    raise self.wrong(key, f"a number of 0 to {_LARGEST_NUMBER:g} in {name!r}")
+            elif not isinstance(value, str | bool) and not _is_finite(value):
+                raise self.wrong(key, f"a plain value in {_shown(name)}")
+            scaling[str(name)] = cast("float | str | bool", value)
         needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-        for name in needed.get(str(kind), ("factor",)):
+        for name in needed.get(kind, ("factor",)):
             if not _is_positive(scaling.get(name)):
                 raise self.wrong(key, f"a number in {name!r}, which rope_type {kind!r} needs")
+        if kind == "llama3":
+            low, high = (cast("float", scaling[f"{end}_freq_factor"]) for end in ("low", "high"))
+            if low >= high:
+                raise self.wrong(key, "a 'low_freq_factor' below its 'high_freq_factor'")
         # Without it transformers takes the context length (modeling_rope_utils.py, 5.17); settle
         # it here, so that the executor needs no second rule.
         if kind in ("yarn", "llama3"):
-            original = self.values.get("original_max_position_embeddings")
-            scaling.setdefault(
-                "original_max_position_embeddings",
-                original if isinstance(original, int) else self.integer("max_position_embeddings"),
-            )
-        return Rope(theta=theta, scaling=scaling, interleaved=interleaved)
+            context = "original_max_position_embeddings"
+            if context not in scaling:
+                scaling[context] = self.integer(context, self.integer("max_position_embeddings"))
+            if not 1 <= cast("float", scaling[context]) <= _LARGEST_SIZE:
+                raise self.wrong(key, f"1 to {_LARGEST_SIZE:,} tokens in {context!r}")
+        return scaling

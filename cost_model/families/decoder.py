@@ -155,6 +155,6 @@ def _context_tokens(config: Config, rope: Rope) -> int:
     scaling = rope.scaling or {}
     factor, trained = scaling.get("factor"), scaling.get("original_max_position_embeddings")
     if scaling.get("rope_type") == "yarn" and isinstance(factor, int | float):
-        assert isinstance(trained, int | float)
+        assert isinstance(trained, int | float), "config.rope settles it for yarn"
         tokens = max(tokens, int(factor * trained))
     return tokens

@@ -56,14 +56,23 @@ def _read_attention(config: Config) -> Attention:
 def _read_experts(config: Config, version_3: bool) -> FeedForward:
     num_experts = config.integer("n_routed_experts")
     width = config.integer("moe_intermediate_size")
+    experts_per_token = read_experts_per_token(config, num_experts)
+    router = _read_router(config, num_experts, version_3)
+    reachable = num_experts // router.num_groups * router.groups_per_token
+    if experts_per_token > reachable:
+        raise config.wrong(
+            "num_experts_per_tok",
+            f"at most the {reachable} experts of the topk_group={router.groups_per_token} groups "
+            "that a token may choose from",
+        )
     return FeedForward(
         kind="moe",
         intermediate_size=width,
         activation=config.activation(),
         num_experts=num_experts,
-        experts_per_token=read_experts_per_token(config, num_experts),
+        experts_per_token=experts_per_token,
         shared_intermediate_size=width * config.integer("n_shared_experts", 0, minimum=0),
-        router=_read_router(config, num_experts, version_3),
+        router=router,
     )
 
 

@@ -89,7 +89,7 @@ def _compressed_tensors(config: Config, dtype: Dtype) -> WeightDtypes:
     if len(groups.values) != 1:
         raise config.wrong("config_groups", "one group of layers")
     name = next(iter(groups.values))
-    group = Config(groups.mapping(name) or {}, f"{groups.name}, {name}")
+    group = Config(groups.mapping(name) or {}, f"{groups.name}, {name!r}")
     weights = group.mapping("weights")
     if weights is None:
         raise group.wrong("weights", "an object")

@@ -31,6 +31,17 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         (["plan", "Qwen/Qwen3-8B", "--ttft", "0", *SMALL], ["--ttft", "above 0"]),
         (["plan", "Qwen/Qwen3-8B", "--percentile", "100", *SMALL], ["--percentile", "100"]),
         (["plan", "Qwen/Qwen3-8B", "--memory-budget", "-1", *SMALL], ["--memory-budget", "-1"]),
+        (["plan", "Qwen/Qwen3-8B", "--ttft", "nan", *SMALL], ["--ttft", "finite, got nan"]),
+        (["plan", "Qwen/Qwen3-8B", "--tpot", "inf", *SMALL], ["--tpot", "finite, got inf"]),
+        (["plan", "Qwen/Qwen3-8B", "--tpot", "-5", *SMALL], ["--tpot", "above 0", "-5"]),
+        (["plan", "Qwen/Qwen3-8B", "--rate", "inf", *SMALL], ["--rate", "got inf"]),
+        (["plan", "Qwen/Qwen3-8B", "--percentile", "nan", *SMALL], ["--percentile", "nan"]),
+        (["plan", "Qwen/Qwen3-8B", "--time-limit", "nan", *SMALL], ["--time-limit", "got nan"]),
+        (["plan", "Qwen/Qwen3-8B", "--isl", "9" * 12], ["--isl", "at most 100,000,000"]),
+        (["plan", "Qwen/Qwen3-8B", "--isl", "90000"], ["context of Qwen/Qwen3-8B", "90000"]),
+        (["plan", "Qwen/Qwen3-8B", "--memory-budget", "nan", *SMALL], ["--memory-budget", "nan"]),
+        (["plan", "Qwen/Qwen3-8B", "--memory-budget", "inf", *SMALL], ["--memory-budget", "inf"]),
+        (["plan", "Qwen/Qwen3-8B", "--memory-budget", "80", *SMALL], ["memory budget", "24", "l4"]),
         (["plan", "Qwen/Qwen3-8C", *SMALL], ["Qwen/Qwen3-8C", "Qwen/Qwen3-8B"]),
         (["plan", "Qwen/Qwen3-8B", "--cluster", "8xh100-smx"], ["h100-smx", "h100-sxm"]),
         (["plan", "Qwen/Qwen3-8B", "--cluster", "2x8xh100-sxm"], ["fabric", "+ib400"]),
@@ -91,6 +102,80 @@ def test_a_malformed_cluster_file_is_named(
     assert code == 2
     assert err.count("\n") == 1
     assert "cluster.yaml" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"nodes": [{"name": "a", "gpus": []}]}, ["no GPU and no CPU rank"]),
+        ({"nodes": [{"name": "a", "gpus": [{"memory_bytes": 0}]}]}, ["gpus.0.memory_bytes"]),
+        ({"nodes": [{"name": "a", "gpus": [{"device": "abacus"}]}]}, ["abacus", "GPU 0"]),
+        ({"nodes": [{"name": "a", "count": 10**9, "gpus": [{}]}]}, ["nodes.0.count"]),
+        ({"links": [{"bytes_per_s": float("nan")}]}, ["links.0.bytes_per_s"]),
+        ({"links": [{"bytes_per_s": float("inf")}]}, ["links.0.bytes_per_s"]),
+        ({"links": [{"latency_s": -1}]}, ["links.0.latency_s"]),
+        ({"nodes": [{"name": "a", "count": 2, "gpus": [{}]}]}, ["need a fabric"]),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_named_by_field(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    change: dict[str, list[dict[str, object]]],
+    parts: list[str],
+) -> None:
+    gpu = {
+        "index": 0,
+        "device": "l4",
+        "name": "NVIDIA L4",
+        "memory_bytes": 24 * 10**9,
+        "total_memory_bytes": 24 * 10**9,
+    }
+    link = {"a": 0, "b": 1, "kind": "PHB", "bytes_per_s": 1e10, "latency_s": 1e-5}
+    nodes = change.get("nodes") or [{"name": "a", "gpus": [{}, {"index": 1}]}]
+    for node in nodes:
+        node["gpus"] = [gpu | one for one in node["gpus"]]  # type: ignore[attr-defined]
+        node["links"] = [link | one for one in change.get("links", [])]
+    path = tmp_path / "cluster.json"
+    path.write_text(json.dumps({"nodes": nodes}))
+    code, _, err = run(capsys, "plan", "Qwen/Qwen3-8B", "--cluster", str(path))
+    assert code == 2, err
+    assert err.count("\n") == 1
+    assert "cluster.json" in err or "GPU 0" in parts
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        (["--ttft", "0.001"], ["TTFT limit of 0.001 ms", "a TTFT limit of"]),
+        (["--tpot", "0.001"], ["TPOT limit of 0.001 ms", "a TPOT limit of"]),
+        (["--rate", "1e9"], ["request rate", "requests/s"]),
+        (["--memory-budget", "0.001"], ["memory", "a memory budget of"]),
+        (["--tp", "999999999999"], ["tp=999999999999", "unpin"]),
+    ],
+)
+def test_limits_that_no_split_keeps_name_the_change(
+    capsys: pytest.CaptureFixture[str], args: list[str], parts: list[str]
+) -> None:
+    code, out, err = run(capsys, "plan", "Qwen/Qwen3-8B", *SMALL, *args)
+    assert code == 3
+    assert out == ""
+    assert err.count("\n") == 1
+    for part in (*parts, "nearest change that fits"):
+        assert part in err
+
+
+def test_a_trace_beside_lengths_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,9,4\n")
+    for option in ("--isl", "--osl", "--concurrency", "--rate"):
+        code, _, err = run(capsys, "plan", "Qwen/Qwen3-8B", "--trace", str(path), option, "5")
+        assert code == 2
+        assert option in err
+        assert "--trace" in err
 
 
 def test_what_does_not_fit_is_exit_code_3_with_a_change_that_would(

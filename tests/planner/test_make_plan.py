@@ -296,7 +296,9 @@ def test_illegal_pins_say_why() -> None:
     ("options", "message"),
     [
         ({"memory_budget_bytes": -1}, "memory budget of -1 bytes: expected more than 0"),
+        ({"memory_budget_bytes": 10**18}, "memory budget of 1e\\+09 GB a GPU: the largest GPU"),
         ({"top": 0}, "top=0: expected 1 or more"),
+        ({"time_limit_s": float("nan")}, "time_limit_s=nan: expected more than 0, and finite"),
     ],
 )
 def test_unsound_input_is_refused(options: dict[str, object], message: str) -> None:
@@ -329,7 +331,9 @@ def test_no_plan_exceeds_its_budget(
 ) -> None:
     model, cluster, isl, osl, concurrency = case
     load = Workload(input_tokens=isl, output_tokens=osl, concurrency=concurrency)
-    budget = int(budget_gb * GB)
+    machines = parse_cluster(cluster)
+    most = max(gpu.total_memory_bytes for node in machines.nodes for gpu in node.gpus)
+    budget = min(int(budget_gb * GB), most)
     try:
         plan = plan_of(model, cluster, load, memory_budget_bytes=budget)
     except NoFeasiblePlanError as error:

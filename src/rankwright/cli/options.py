@@ -1,5 +1,6 @@
 """Options that several commands share, and the values they stand for."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +11,7 @@ from rankwright.cost_model.calibration import find_calibration, read_calibration
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.legality import AttentionSplit
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.workload import Objective, Workload
+from rankwright.cost_model.workload import MOST_TOKENS, Objective, Workload
 from rankwright.topology import cluster as topology
 
 Model = Annotated[
@@ -126,6 +127,12 @@ def calibrated(cluster: topology.Cluster, path: Path | None) -> topology.Cluster
     return cluster if found is None else apply_calibration(cluster, found)
 
 
+def check_positive(option: str, number: float | None, unit: str = "") -> None:
+    """Raise ValueError where `option` was given a number that is not finite and above 0."""
+    if number is not None and not 0 < number < math.inf:
+        raise ValueError(f"{option} must be above 0{unit} and finite, got {number:g}")
+
+
 def workload(
     *,
     isl: int,
@@ -140,14 +147,16 @@ def workload(
     """Return the `Workload` that the options describe.
 
     Raises:
-        ValueError: Concurrency and rate are both given, or a limit, rate or percentile is out of
-            range.
+        ValueError: Concurrency and rate are both given, or a length, limit, rate or percentile is
+            out of range; names the option.
     """
     if concurrency is not None and rate is not None:
         raise ValueError("--concurrency and --rate are two ways to say the load; give one")
+    for name, tokens in (("--isl", isl), ("--osl", osl)):
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"{name} must be at most {MOST_TOKENS:,} tokens, got {tokens:,}")
     for name, number in (("--rate", rate), ("--ttft", ttft_ms), ("--tpot", tpot_ms)):
-        if number is not None and number <= 0:
-            raise ValueError(f"{name} must be above 0, got {number:g}")
+        check_positive(name, number)
     if not 0 < percentile < 100:
         raise ValueError(f"--percentile must be between 0 and 100, got {percentile:g}")
     return Workload(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rankwright.cli.options import calibrated, with_dtypes
+from rankwright.cli.options import calibrated, check_positive, with_dtypes
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
@@ -38,15 +38,16 @@ def plan_for(
     It uses `calibration`, or where that is None what `rankwright calibrate` left for these GPUs.
 
     Raises:
-        ValueError: An input is unsound.
+        ValueError: An input is unsound; names the option or the field.
         NoFeasiblePlanError: Nothing fits.
         ProbeError: `cluster` is "auto" and this machine cannot be read.
     """
-    if memory_budget_gb is not None and memory_budget_gb <= 0:
-        raise ValueError(f"--memory-budget must be above 0 GB, got {memory_budget_gb:g}")
+    check_positive("--memory-budget", memory_budget_gb, " GB")
+    check_positive("--time-limit", time_limit_s, " s")
+    machines = calibrated(read_cluster(cluster), calibration)
     return make_plan(
         with_dtypes(model, dtype, kv_dtype),
-        calibrated(read_cluster(cluster), calibration),
+        machines,
         workload,
         memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
         pins=pins,
