@@ -227,7 +227,9 @@ def _collectives(ours: Measurements, gpus: list[int], rank: int, device: torch.d
         _meet()
         if gpus[rank] not in row.gpus:
             continue
-        call = _collective(row.operation, row.size_bytes, rank, groups[row.gpus], device)
+        group = groups[row.gpus]
+        assert isinstance(group, dist.ProcessGroup)
+        call = _collective(row.operation, row.size_bytes, rank, group, device)
         seconds = _seconds(call, device)
         if rank == 0:
             name = f"{row.operation} {row.size_bytes} over {','.join(map(str, row.gpus))}"

@@ -184,7 +184,7 @@ def tune(shape: Shape, tokens: int, rates: dict[str, float]) -> Iterator[dict[st
             return float("inf")
 
     best, best_us = base, time_us(base)
-    sizes = sorted({base.block_rows, *([base.block_rows * 2] if base.block_rows < 128 else [])})
+    sizes = [base.block_rows, *([base.block_rows * 2] if base.block_rows < 128 else [])]
     for rows in sizes:
         ups, downs = candidates(rows)
         start = base if rows == base.block_rows else ExpertsConfig(rows, ups[0], downs[0])

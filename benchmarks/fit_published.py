@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import copysign, log, log1p, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +44,7 @@ _ROWS_PER_PRIOR = 40  # so many rows outweigh a prior by one
 _OLDEST = "0.15"  # of TensorRT-LLM; where no version is given, the dump is newer
 _DIFFERENCE, _LONGEST_STEP = 0.06, 0.7
 
-Vector = npt.NDArray[np.float64]
+Vector = npt.NDArray[np.floating[Any]]
 
 
 def apply(engine: str, values: Vector) -> dict[str, float]:

@@ -17,7 +17,7 @@ from rankwright.cost_model.collectives import (
     send_s,
 )
 from rankwright.cost_model.dtypes import BITS
-from rankwright.cost_model.efficiency import AllReduce
+from rankwright.cost_model.efficiency import AllReduce, Provenance
 from rankwright.cost_model.memory import kv_bytes_per_token
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.one_shot import one_shot_max_bytes
@@ -76,7 +76,7 @@ class StageModel:
         self._spec = spec
         self._rates = rates
         self._group = group
-        self._attention = attention
+        self._attention: AttentionSplit = attention
         self._width = BITS[spec.dtype] / 8
         # The executor sums over peers' memory where NVLink joins them, and by NCCL elsewhere.
         self._peer_sums = (
@@ -86,7 +86,7 @@ class StageModel:
             and group.bytes_per_s >= _NVLINK_BYTES_PER_S
             and one_shot_max_bytes(group.size) > 0
         )
-        self.provenance = rates.efficiency.provenance
+        self.provenance: Provenance = rates.efficiency.provenance
         self._skew_s = rates.efficiency.skew_s * log2(group.size)
         self._layers = [
             LayerModel(
@@ -279,7 +279,7 @@ class Pipeline:
     kinds: tuple[tuple[tuple[int, int], ...], ...]
     boundaries: tuple[Group, ...] = ()
     _times: dict[StepTokens, tuple[list[float], float]] = field(
-        default_factory=dict, compare=False, repr=False
+        default_factory=dict[StepTokens, tuple[list[float], float]], compare=False, repr=False
     )
 
     def stage_s(self, stage: int, tokens: StepTokens) -> float:

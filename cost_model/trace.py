@@ -69,14 +69,12 @@ def workload_of(trace: tuple[TraceRow, ...]) -> Workload:
     count = len(trace)
     inputs = sum(row.input_tokens for row in trace)
     span_s = trace[-1].arrival_s - trace[0].arrival_s
-    load: dict[str, float | int] = (
-        {"request_rate": (count - 1) / span_s} if span_s > 0 else {"concurrency": count}
-    )
     return Workload(
         input_tokens=max(1, round(inputs / count)),
         output_tokens=max(1, round(sum(row.output_tokens for row in trace) / count)),
         shared_prefix=sum(row.cached_tokens for row in trace) / inputs,
-        **load,
+        request_rate=(count - 1) / span_s if span_s > 0 else None,
+        concurrency=count if span_s == 0 else None,
     )
 
 

@@ -31,12 +31,12 @@ def _meet(
     """Return when the programs of this number of all ranks are here."""
     epoch = tl.load(epochs_ptr + program) + 1
     tl.debug_barrier()
-    for step in tl.static_range(1, WORLD):
+    for step in tl.static_range(1, WORLD):  # pyright: ignore[reportGeneralTypeIssues]
         peer = (RANK + step) % WORLD
         base = tl.load(table + peer).to(tl.pointer_type(tl.int32))
         there = base + signal_word + program * WORLD + RANK
         tl.atomic_xchg(there, epoch, sem="release", scope="sys")
-    for step in tl.static_range(1, WORLD):
+    for step in tl.static_range(1, WORLD):  # pyright: ignore[reportGeneralTypeIssues]
         peer = (RANK + step) % WORLD
         here = words_ptr + program * WORLD + peer
         # A peer may already be one call further. The difference counts through an overflow.

@@ -36,7 +36,7 @@ def _merge_attention_kernel(
     d = tl.arange(0, BLOCK_D)
     at = parts_ptr + row * (HEAD_DIM + 1)
     highest = tl.load(at + HEAD_DIM)
-    for part in tl.static_range(1, NUM_PARTS):
+    for part in tl.static_range(1, NUM_PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         highest = tl.maximum(highest, tl.load(at + part * part_stride + HEAD_DIM))
     # A query that sees nothing anywhere has no maximum; 0 in its place keeps inf - inf out.
     highest = tl.where(highest == -float("inf"), 0.0, highest)

@@ -118,7 +118,7 @@ def _failure(search: Search, choice: Choice, seen: Percentiles) -> NoFeasiblePla
         f"limits at the {load.percentile:g}th percentile: simulated, {choice.candidate.label()} "
         f"comes closest with {_figures(search, seen)}"
     )
-    changes = []
+    changes: list[str] = []
     for name, figure, limit in (
         ("TTFT", seen.ttft_s(load.percentile), load.ttft_limit_s),
         ("TPOT", seen.tpot_s(load.percentile), load.tpot_limit_s),

@@ -129,7 +129,7 @@ def find_shapes(
     for tp in [pins.tp] if pins.tp else widths:
         for cp in _context_groups(tp, widths, pins, engine, short=short):
             gpus = tp * cp
-            cuts = []
+            cuts: list[tuple[AttentionSplit, int]] = []
             for attention, ep in _cuts(model, tp, pins):
                 label = _label(tp, 1, ep, cp, attention) or "TP1"
                 reason = cut_is_legal(

@@ -1,6 +1,6 @@
 """The front of a plan as a picture: tokens/s of a GPU over tokens/s of a user."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from math import floor, log10
 
@@ -46,8 +46,9 @@ def pareto_svg(points: Sequence[ParetoPoint]) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
-def _axis(most_user: float, most_gpu: float, place: object) -> list[str]:
-    assert callable(place)
+def _axis(
+    most_user: float, most_gpu: float, place: Callable[[float, float], tuple[float, float]]
+) -> list[str]:
     parts: list[str] = []
     for value in _ticks(most_user):
         x, y = place(value, 0.0)

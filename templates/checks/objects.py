@@ -35,7 +35,7 @@ def read_objects(text: str) -> list[dict[str, Any]]:
         while loader.check_node():
             node = loader.get_node()
             _refuse_double_keys(node)
-            objects.append(loader.construct_document(node))
+            objects.append(loader.construct_document(node))  # pyright: ignore[reportUnknownMemberType]
     finally:
         loader.dispose()
     return objects

@@ -1,5 +1,7 @@
 """Other engines: their scheduling, their memory, and laws that predictions of them keep."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ LARGE = read_model("meta-llama/Llama-3.1-70B")
 LOAD = Workload(input_tokens=1024, output_tokens=128)
 
 
-def split_of(tp: int = 1, batch: int = 8, layers: int = 32, **more: int) -> Split:
+def split_of(tp: int = 1, batch: int = 8, layers: int = 32, **more: Any) -> Split:
     return Split(tp=tp, stage_layers=(layers,), max_batch_size=batch, **more)
 
 

@@ -56,6 +56,7 @@ def check(cluster: Cluster, ranks: tuple[int, int]) -> None:
     for rate in (pair.forth_bytes_per_s, pair.back_bytes_per_s, pair.single_bytes_per_s):
         assert 1e6 < rate < 1e12
     assert fabric.bytes_per_s == 25e9 / 8
+    assert fabric.measured_bytes_per_s is not None
     assert fabric.measured_bytes_per_s == min(pair.forth_bytes_per_s, pair.back_bytes_per_s)
     assert fabric.latency_s == pair.latency_s
     share = port_share_bytes_per_s(cluster, cluster.node(0), 0)
