@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rankwright.executor.progress import Progress
 from rankwright.executor.run_options import WORKER, DeviceKind, LoadFormat, RunOptions
 from rankwright.executor.session import Session, start
 from rankwright.executor.signals import Signals
+from rankwright.executor.start_checks import check_start
 from rankwright.executor.text_stream import stream_text
 from rankwright.executor.tokenizer import Tokenizer
 from rankwright.planner.plan import Plan
@@ -84,6 +86,7 @@ def generate(
     Raises:
         ValueError: Something asked for cannot be: this machine, the weights, a prompt.
         ProbeError: This machine cannot be read.
+        MissingToolError: What the kernels need is not here.
         LaunchError: A rank failed.
         KeyboardInterrupt: SIGINT or SIGTERM came; the ranks have ended.
     """
@@ -100,6 +103,9 @@ def generate(
     if not force:
         check_machine(plan, options)
     options, tokenizer = find_model(plan, options)
+    notes = check_start(plan, options)
+    for note in () if quiet else notes:
+        print(f"rankwright: warning: {note}", file=sys.stderr)
     defaults, _ = read_sampling_defaults(options.model_path)
     if not isinstance(sampling, Sampling):
         sampling = Sampling.model_validate({**defaults, **(sampling or {})})
@@ -164,6 +170,9 @@ async def _run(
         async with start(plan, options) as session:
             if await signals.before(session.ready(progress.show)):
                 raise KeyboardInterrupt
+            if not quiet:
+                for warning in session.warnings():
+                    print(f"rankwright: {warning}", file=sys.stderr)
             progress.ready(plan.model.name)
             started_s = time.monotonic()
             answers = asyncio.gather(

@@ -31,6 +31,7 @@ from rankwright.executor.server import create_app, make_server
 from rankwright.executor.service import Service
 from rankwright.executor.session import LaunchError, Session, follow, start
 from rankwright.executor.signals import Signals
+from rankwright.executor.start_checks import check_start
 from rankwright.executor.submit import SUBMITTERS, submit_and_follow
 from rankwright.executor.tokenizer import Tokenizer
 from rankwright.planner.plan import Plan
@@ -93,7 +94,7 @@ def launch(
     Raises:
         ValueError: Something asked for cannot be: this machine, the weights, the port.
         ProbeError: This machine cannot be read.
-        MissingToolError: What the back end needs is not here.
+        MissingToolError: What the back end or the kernels need is not here.
     """
     if backend in SUBMITTERS:
         return submit_and_follow(plan, backend, **submitted)
@@ -121,6 +122,8 @@ def launch(
     if not force:
         check_machine(plan, options)
     options, tokenizer = find_model(plan, options)
+    for note in check_start(plan, options):
+        _say(f"warning: {note}")
     try:
         if node_rank > 0:
             asyncio.run(_follow(plan, options, drain_s))
@@ -180,6 +183,8 @@ class _Launch:
                 try:
                     if await signals.before(session.ready(progress.show)):
                         return
+                    for warning in session.warnings():
+                        _say(warning)
                     progress.ready(f"{self._model_name} on {url_of(listening)}")
                     await self._serve(session, service, signals, drain_s)
                 finally:

@@ -3,6 +3,9 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+# How a line of a rank's log begins that the user should see.
+WARNING = "warning: "
+
 
 class LogTail:
     """What a changing set of files has got since it was last asked."""

@@ -11,7 +11,9 @@ has a place of its own (`begin`).
 """
 
 import os
+import time
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,10 @@ from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
 # NVLink multicast stays off: not every container's driver lets go of it cleanly.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 _NUM_PLACES = 3  # the first of a step, and two that alternate
+# Of the sums that are tried at start, once launched: they take microseconds where peers answer, and
+# ranks come to them apart by what they take to compile the kernel.
+_TRIAL_S = 120.0
+_POLL_S = 0.01
 
 
 class PeerMemory:
@@ -124,7 +130,9 @@ def open_peer_memory(
 ) -> PeerMemory | None:
     """Return the group's shared memory, checked by a sum; None where NCCL has to do.
 
-    All ranks of the group must call this together. A refusal of peer access is one warning line.
+    All ranks of the group must call this together. A refusal of peer access is one warning line. A
+    peer that shares memory and then never answers is an error: a kernel that waits for it cannot be
+    taken back, only ended with its process.
 
     Args:
         group: The TP group; None: a single rank.
@@ -133,6 +141,9 @@ def open_peer_memory(
         dim: Values of a row.
         dtype: Of the values.
         device: This rank's GPU.
+
+    Raises:
+        TimeoutError: A peer did not answer.
     """
     if group is None or device.type != "cuda" or not one_machine:
         return None
@@ -165,15 +176,36 @@ def _sums_right(
 ) -> bool:
     """Whether sums of known numbers are right: some machines copy between GPUs wrongly."""
     column_D = torch.arange(dim, device=device) % 61
-    right = True
+    outs: list[tuple[torch.Tensor, torch.Tensor]] = []
     memory.begin()
     for repeat in range(1, 4):
         part_TD = (column_D * (group.rank() + repeat))[None].to(dtype)
         expected_D = column_D * sum(rank + repeat for rank in range(group.size()))
         out_TD = memory.sum(part_TD)
         assert out_TD is not None
-        right &= torch.equal(out_TD[0], expected_D.to(dtype))
-    return right
+        outs.append((out_TD[0], expected_D.to(dtype)))
+    # Comparing would wait on the host for the kernels, however long that takes.
+    launched = torch.cuda.Event()
+    launched.record()
+    wait_until(launched.query, within_s=_TRIAL_S)
+    return all(torch.equal(out_D, expected_D) for out_D, expected_D in outs)
+
+
+def wait_until(is_done: Callable[[], bool], *, within_s: float) -> None:
+    """Return when the trial `is_done`.
+
+    Raises:
+        TimeoutError: It is not within `within_s` seconds.
+    """
+    deadline_s = time.monotonic() + within_s
+    while not is_done():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(
+                "a GPU of the tensor-parallel group did not answer through shared memory within "
+                f"{within_s:g} s; set RANKWRIGHT_PEER_MEMORY=0 to sum through NCCL instead, and "
+                "see the logs of the other ranks"
+            )
+        time.sleep(_POLL_S)
 
 
 def _all(mine: bool, group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rankwright.executor.backends.local import LocalRanks, Rendezvous, rank_environment
 from rankwright.executor.backends.ranks import Failure, Ranks, tail
 from rankwright.executor.front_end import FrontEnd
+from rankwright.executor.log_tail import WARNING, LogTail
 from rankwright.executor.run_options import RunOptions, node_order, worker_arguments
 from rankwright.planner.plan import Plan, RankPlan
 
@@ -69,6 +70,11 @@ class Session:
         finally:
             ready.cancel()
             ended.cancel()
+
+    def warnings(self) -> list[str]:
+        """Return what ranks have warned of in their logs, each line once."""
+        lines = LogTail(lambda: sorted(self.run_dir.glob("rank-*.log"))).lines()
+        return list(dict.fromkeys(line for line in lines if line.startswith(WARNING)))
 
     async def failure(self) -> LaunchError:
         """Wait until a rank ends or a leader hangs up; return what happened."""

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.parent_death import end_with_parent
 from rankwright.executor.runner import Runner
+from rankwright.executor.start_device import check_gpu, memory_explained, show_warning
 from rankwright.executor.weights import DummySource, SafetensorsSource, WeightSource
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
@@ -51,6 +53,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     end_with_parent()
     faulthandler.enable()
+    warnings.showwarning = show_warning
     rank = int(os.environ["RANK"])
     try:
         run(
@@ -82,7 +85,11 @@ def run(
     started = time.monotonic()
     plan = read_plan(plan_path)
     device = rank_device(plan, rank, device_kind)
+    dtype = DTYPES.get(plan.model.dtype)
+    if dtype is None:
+        raise ValueError(f"the executor cannot compute in {plan.model.dtype}")
     if device.type == "cuda":
+        check_gpu(plan, plan.ranks[rank], device)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:
@@ -91,9 +98,6 @@ def run(
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo")
     mesh = Mesh(plan, rank, device)
-    dtype = DTYPES.get(plan.model.dtype)
-    if dtype is None:
-        raise ValueError(f"the executor cannot compute in {plan.model.dtype}")
     folder = None if load_format == "dummy" else find_checkpoint(plan.model.name, model_path)
     source: WeightSource = (
         DummySource(dtype, device, seed=rank)
@@ -101,13 +105,17 @@ def run(
         else SafetensorsSource(folder, dtype, device)
     )
 
+    done = ["nothing"]
+
     def progress(text: str) -> None:
         print(f"{time.monotonic() - started:7.2f} s  {text}", flush=True)
+        done[0] = text
 
-    runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
-    if device.type == "cuda":
-        runner.warm_up(plan.limits)
-        progress("kernels compiled")
+    with memory_explained(plan, plan.ranks[rank], device, done):
+        runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
+        if device.type == "cuda":
+            runner.warm_up(plan.limits)
+            progress("kernels compiled")
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peaks = tuple(mesh.gather_integers(peak))
     progress("ready")

@@ -8,7 +8,8 @@ from functools import lru_cache
 
 import torch
 
-from rankwright.kernels.backend import ceil_div, next_power_of_two
+from rankwright.kernels.backend import ceil_div
+from rankwright.kernels.limits import padded_head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def decode_config(
     sequence with 8 key/value heads on an H100: a context of 8192 tokens then takes rounds of 5
     tiles, of 32 splits 4.)
     """
-    shape = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
+    shape = _SHAPES[padded_head_dim(head_dim), dtype.itemsize]
     return _with_splits(shape, batch * num_kv_heads, max_blocks, block_tokens, num_multiprocessors)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rankwright.kernels.limits import LEAST_BLOCK_TOKENS, blocks_are_legal
+
 
 def kv_heads_of_queries(
     num_heads: int, num_kv_heads: int, group: int | None, head_offset: int, device: torch.device
@@ -61,8 +63,10 @@ def check_paged_cache(
             f"{op}: queries of {q.dtype}, caches of {k_cache.dtype} and {v_cache.dtype}; "
             "expected one dtype"
         )
-    if block_tokens < 16 or block_tokens & (block_tokens - 1):
-        raise ValueError(f"{op}: {block_tokens} tokens a block; expected a power of two >= 16")
+    if not blocks_are_legal(block_tokens):
+        raise ValueError(
+            f"{op}: {block_tokens} tokens a block; expected a power of two >= {LEAST_BLOCK_TOKENS}"
+        )
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
         raise ValueError(f"{op}: strides of the caches; expected a dense last axis")
     if window is not None and window < 1:

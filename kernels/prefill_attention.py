@@ -25,6 +25,7 @@ from rankwright.kernels.attention_plain import (
     prefill_attention_reference,
 )
 from rankwright.kernels.backend import DOT_PRECISION, jit, next_power_of_two, runs_triton, tl
+from rankwright.kernels.limits import padded_head_dim
 from rankwright.kernels.paged_cache import check_paged_cache
 
 PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
@@ -213,7 +214,7 @@ def prefill_config(
     max_queries: int, head_dim: int, block_tokens: int, dtype: torch.dtype
 ) -> PrefillConfig:
     """Return the launch configuration for chunks of up to `max_queries` tokens."""
-    config = _SHAPES[max(64, next_power_of_two(head_dim)), dtype.itemsize]
+    config = _SHAPES[padded_head_dim(head_dim), dtype.itemsize]
     config = replace(config, tile=min(config.tile, block_tokens))
     block_m = min(config.block_m, max(16, next_power_of_two(max_queries)))
     if block_m < config.block_m:
