@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from rankwright.planner.plan import Plan
 from rankwright.templates.checks.commands import check_engine, check_engine_job
+from rankwright.templates.checks.engine_objects import check_engine_objects
 from rankwright.templates.checks.objects import check_objects
 from rankwright.templates.checks.sbatch import check_slurm
 from rankwright.templates.engines.table import ENGINES
@@ -34,9 +35,14 @@ def _engine_job(target: str) -> Check:
     return lambda plan, files: check_engine_job(plan, target, files[SLURM_FILE])
 
 
+def _engine_objects(target: str) -> Check:
+    return lambda plan, files: check_engine_objects(plan, target, files[KUBERNETES_FILE])
+
+
 CHECKS: dict[tuple[str, str | None], Check] = {
     ("slurm", None): lambda plan, files: check_slurm(plan, files[SLURM_FILE]),
     ("kubernetes", None): lambda plan, files: check_objects(plan, files[KUBERNETES_FILE]),
     **{(target, None): _engine(target) for target in ENGINES},
     **{(target, "slurm"): _engine_job(target) for target in ENGINES},
+    **{(target, "kubernetes"): _engine_objects(target) for target in ENGINES},
 }

@@ -54,8 +54,20 @@ def yaml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def container_string(text: str) -> str:
+    """Return `text` as a YAML scalar that stays as it is in a container's command or environment.
+
+    Kubernetes puts variables in place of `$(NAME)` there, and one dollar in place of two.
+
+    >>> print(container_string("a $(HOME)"))
+    "a $$(HOME)"
+    """
+    return yaml_string(text.replace("$", "$$"))
+
+
 _ENVIRONMENT.filters |= {  # pyright: ignore[reportUnknownMemberType] (jinja2 leaves the type open)
     "comment": comment,
+    "container": container_string,
     "shell": shell_word,
     "shell_bare": shell_bare,
     "yaml": yaml_string,

@@ -27,6 +27,8 @@ class Group:
     replicas: int
     share: PodShare
     gpu_type: str | None
+    labels: tuple[tuple[str, str], ...] = ()  # that tell its pods from those of other groups
+    head: str | None = None  # address of its head; None: the flavor's
 
 
 @dataclass(frozen=True, slots=True)

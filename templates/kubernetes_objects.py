@@ -17,13 +17,14 @@ from rankwright import __version__
 from rankwright.planner.plan import EnvironmentVariable, Plan
 from rankwright.templates.fill import fill
 from rankwright.templates.kubernetes_flavors import (
+    Flavor,
     Group,
     PodShare,
     check_flavor,
     flavor_name,
     for_name,
 )
-from rankwright.templates.kubernetes_options import KubernetesOptions
+from rankwright.templates.kubernetes_options import KubernetesOptions, PodOptions
 from rankwright.templates.layout import (
     DRAIN_S,
     END_S,
@@ -51,6 +52,9 @@ MAX_CONFIG_MAP_BYTES = 2**20
 # servers behind them.
 PRE_STOP_S = 10
 
+# The image of the Dockerfile has this user. Any other number would do.
+_OWN_USER = 10001
+
 PROBE_PERIOD_S = 10
 WAIT_FOR_HEAD_S = 300
 
@@ -70,68 +74,118 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
     groups = _groups(name, shares, options.gpu_types)
     kind = flavor_name(options.flavor, len(shares))
     flavor = check_flavor(kind, groups, options)
-    text = plan_text(plan)
-    if len(text) > MAX_CONFIG_MAP_BYTES:
-        raise ValueError(
-            f"the plan of {plan.num_gpus} ranks has {len(text)} bytes, a ConfigMap takes "
-            f"{MAX_CONFIG_MAP_BYTES}; deploy replicas on their own (a smaller --dp)"
-        )
-    environment, left_out = _environment(plan)
-    model_mount, model_path, host_path = _model(plan, options)
-    gpu_counts = sorted({group.share.num_gpus for group in groups} - {0})
-    objects = fill(
-        "kubernetes/rankwright.yaml.j2",
-        version=__version__,
-        model=plan.model.name,
-        split=plan.split.label(),
+    environment, left_out = pod_environment(checked_environment(plan))
+    model_mount, model_path, host_path = model_volume(plan, options)
+    return fill_objects(
+        plan,
+        options,
+        name,
+        for_name(flavor, name),
+        groups,
+        app="rankwright",
+        engine=None,
+        on_engine="",
+        config_files={},
         size=_describe_size(shares),
         notes=_notes(options, left_out, host_path),
-        kubernetes="1.34" if options.device_class else "1.31",
         needs=flavor.needs,
-        name=name,
-        plan_name=f"{name}-plan-{hashlib.sha256(text.encode()).hexdigest()[:8]}",
-        namespace=options.namespace,
-        plan_text=text.rstrip("\n"),
         num_nodes=len(shares),
+        num_replicas=1,
         flavor=kind,
-        pod_extras=for_name(flavor, name),
-        groups=groups,
         image=options.image or f"rankwright:{__version__}",
-        image_pull_secret=options.image_pull_secret,
-        token_secret=options.token_secret,
-        port=options.port,
-        ports=range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH),
+        run_as_user=_OWN_USER,
+        health="/health",
         drain_s=DRAIN_S,
         start_s=start_budget_s(shares),
         force=needs_force(shares),
-        wait_tries=WAIT_FOR_HEAD_S,
         environment=environment,
-        gpu_resource=options.gpu_resource or _gpu_resource(shares[0].devices[0]),
-        device_class=options.device_class if gpu_counts else None,
-        claim_names={count: f"{name}-{count}-gpus" for count in gpu_counts},
-        rdma_resource=options.rdma_resource,
-        rdma_count=options.rdma_count,
-        topology_key=options.topology_key,
-        node_selector=_pairs(options.node_selector),
-        monitor=options.monitor,
         max_replicas=options.max_replicas,
         scale_target=flavor.scale_target and flavor.scale_target.format(name=name),
         queue_length=options.queue_length,
         prometheus=options.prometheus,
         model_path=model_path,
         model_mount=model_mount,
-        model_pvc=options.model_pvc,
         model_host_path=host_path,
         # Later than the launcher's own limit, which says why; this is for a launcher that hangs.
-        startup_failures=math.ceil(start_budget_s(shares) / PROBE_PERIOD_S) + 6,
+        startup_failures=startup_failures(shares),
+    )
+
+
+def startup_failures(shares: tuple[NodeShare, ...]) -> int:
+    """Return how often a startup probe may fail before the pod counts as hung."""
+    return math.ceil(start_budget_s(shares) / PROBE_PERIOD_S) + 6
+
+
+def fill_objects(
+    plan: Plan,
+    options: PodOptions,
+    name: str,
+    extras: Flavor,
+    groups: tuple[Group, ...],
+    **own: object,
+) -> dict[str, str]:
+    """Return the objects of `groups` as one YAML file, by file name.
+
+    Args:
+        plan: What is served; it stands in a ConfigMap.
+        options: What was said about pods.
+        name: Of the deployment.
+        extras: The kind of workload, with the name in place.
+        groups: Machines to ask for.
+        own: Values of the template that are of one target.
+
+    Raises:
+        ValueError: The plan is too large for a ConfigMap.
+    """
+    text = plan_text(plan)
+    if len(text) > MAX_CONFIG_MAP_BYTES:
+        raise ValueError(
+            f"the plan of {plan.num_gpus} ranks has {len(text)} bytes, a ConfigMap takes "
+            f"{MAX_CONFIG_MAP_BYTES}; deploy replicas on their own (a smaller --dp)"
+        )
+    gpu_counts = sorted({group.share.num_gpus for group in groups} - {0})
+    content = repr((text, own["config_files"])) if own["config_files"] else text
+    objects = fill(
+        "kubernetes/rankwright.yaml.j2",
+        version=__version__,
+        model=plan.model.name,
+        split=plan.split.label(),
+        kubernetes="1.34" if options.device_class else "1.31",
+        name=name,
+        plan_name=f"{name}-plan-{hashlib.sha256(content.encode()).hexdigest()[:8]}",
+        namespace=options.namespace,
+        plan_text=text.rstrip("\n"),
+        pod_extras=extras,
+        groups=groups,
+        image_pull_secret=options.image_pull_secret,
+        token_secret=options.token_secret,
+        port=options.port,
+        ports=range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH),
+        wait_tries=WAIT_FOR_HEAD_S,
+        gpu_resource=options.gpu_resource or _gpu_resource(_first_device(plan)),
+        device_class=options.device_class if gpu_counts else None,
+        claim_names={count: f"{name}-{count}-gpus" for count in gpu_counts},
+        rdma_resource=options.rdma_resource,
+        rdma_count=options.rdma_count,
+        topology_key=options.topology_key,
+        node_selector=pairs(options.node_selector),
+        monitor=options.monitor,
+        model_pvc=options.model_pvc,
         head_pre_stop_s=PRE_STOP_S,
         worker_pre_stop_s=PRE_STOP_S + DRAIN_S,
         grace_s=PRE_STOP_S + DRAIN_S + END_S,
+        **own,
     )
     return {KUBERNETES_FILE: objects}
 
 
-def _pairs(text: str | None) -> tuple[tuple[str, str], ...]:
+def _first_device(plan: Plan) -> str:
+    first = plan.ranks[0]
+    gpus = plan.cluster.node(first.node).gpus
+    return next(gpu.device for gpu in gpus if gpu.index == first.gpu)
+
+
+def pairs(text: str | None) -> tuple[tuple[str, str], ...]:
     """Return `a=b,c=d` as pairs."""
     if not text:
         return ()
@@ -146,7 +200,7 @@ def _groups(name: str, shares: tuple[NodeShare, ...], gpu_types: str | None) -> 
     Raises:
         ValueError: `gpu_types` does not name every kind of GPU, or a machine has several.
     """
-    types = dict(_pairs(gpu_types))
+    types = dict(pairs(gpu_types))
 
     def wants(share: NodeShare) -> tuple[PodShare, str | None]:
         if not types or share.num_gpus == 0:
@@ -180,12 +234,13 @@ def _pod_share(share: NodeShare) -> PodShare:
     return PodShare(
         num_cpus=num_cpus,
         num_gpus=share.num_gpus,
-        memory=_quantity(share.memory_bytes + shm_bytes),
-        shm=_quantity(shm_bytes),
+        memory=quantity(share.memory_bytes + shm_bytes),
+        shm=quantity(shm_bytes),
     )
 
 
-def _quantity(num_bytes: int) -> str:
+def quantity(num_bytes: int) -> str:
+    """Return bytes as Kubernetes writes them."""
     return f"{math.ceil(num_bytes / 2**20)}Mi"
 
 
@@ -195,14 +250,15 @@ def _gpu_resource(device: str) -> str:
     return f"{vendor}.com/gpu"
 
 
-def _environment(plan: Plan) -> tuple[tuple[EnvironmentVariable, ...], tuple[str, ...]]:
+def pod_environment(
+    variables: tuple[EnvironmentVariable, ...],
+) -> tuple[tuple[EnvironmentVariable, ...], tuple[str, ...]]:
     """Return the variables of the pods, and the names of those that only suit the machine."""
-    variables = checked_environment(plan)
     unfit = {v.name for v in variables if v.name in INTERFACE_VARIABLES and v.value != "lo"}
     return tuple(v for v in variables if v.name not in unfit), tuple(sorted(unfit))
 
 
-def _model(plan: Plan, options: KubernetesOptions) -> tuple[str, str | None, str | None]:
+def model_volume(plan: Plan, options: PodOptions) -> tuple[str, str | None, str | None]:
     """Return where weights are mounted, the path to launch from, and the folder on the machine."""
     host_path, mount, path = options.model_host_path, "/models", options.model_path
     if options.model_pvc is not None or host_path is not None:
@@ -221,6 +277,14 @@ def _notes(
     notes: list[str] = []
     if options.image is None:
         notes.append("Build and push the image of docs/deploy-kubernetes.md, or set `image`.")
+    return (*notes, *pod_notes(options, left_out, host_path))
+
+
+def pod_notes(
+    options: PodOptions, left_out: tuple[str, ...], host_path: str | None
+) -> tuple[str, ...]:
+    """Return what the reader must know of weights and of variables left out."""
+    notes: list[str] = []
     if host_path is not None:
         notes.append("Weights are read from the same folder of every machine (hostPath).")
     elif options.model_pvc is None:

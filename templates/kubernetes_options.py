@@ -24,8 +24,8 @@ LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61
 LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 
 
-class KubernetesOptions(Value):
-    """Options of `render(plan, "kubernetes", ...)`."""
+class PodOptions(Value):
+    """What holds for the pods of every target on Kubernetes."""
 
     name: str | None = Field(
         default=None,
@@ -42,13 +42,7 @@ class KubernetesOptions(Value):
     )
     image: Image | None = Field(
         default=None,
-        description="an image with rankwright[executor], such as registry/rankwright:1.0",
-    )
-    flavor: Literal["auto", "deployment", "statefulset", "job", "leaderworkerset", "jobset"] = (
-        Field(
-            default="auto",
-            description="auto, deployment, statefulset, job, leaderworkerset or jobset",
-        )
+        description="a container image, such as registry/rankwright:1.0",
     )
     image_pull_secret: str | None = Field(
         default=None, pattern=SUBDOMAIN, max_length=253, description="the name of a secret"
@@ -113,27 +107,11 @@ class KubernetesOptions(Value):
         description="node labels, such as pool=serving,zone=a",
     )
     monitor: bool = Field(default=False, description="true: a PodMonitor for Prometheus; or false")
-    max_replicas: int = Field(
-        default=1,
-        ge=1,
-        le=1000,
-        description="how many copies of the plan may run, by the length of their queue",
-    )
-    queue_length: int = Field(
-        default=4, ge=1, le=10**6, description="waiting requests a copy before there is one more"
-    )
-    prometheus: str | None = Field(
-        default=None,
-        pattern=r"^https?://[A-Za-z0-9.:/_-]+$",
-        description="the address of Prometheus, for KEDA, such as http://prometheus.monitoring:9090",
-    )
 
     @model_validator(mode="after")
-    def _consistent(self) -> "KubernetesOptions":
+    def _fits_together(self) -> "PodOptions":
         if self.model_pvc is not None and self.model_host_path is not None:
             raise ValueError("give model_pvc or model_host_path, not both")
-        if self.prometheus is not None and self.max_replicas == 1:
-            raise ValueError("prometheus is what max_replicas scales by; give that too")
         for pair in (self.node_selector or "").split(","):
             key, _, value = pair.partition("=")
             if pair and not (re.match(LABEL_KEY, key) and re.match(LABEL_VALUE, value)):
@@ -154,5 +132,59 @@ class KubernetesOptions(Value):
             raise ValueError(
                 f"port={self.port} is a port where the ranks meet; expected another, such as "
                 f"{DEFAULT_PORT}"
+            )
+        return self
+
+
+class KubernetesOptions(PodOptions):
+    """Options of `render(plan, "kubernetes", ...)`."""
+
+    flavor: Literal["auto", "deployment", "statefulset", "job", "leaderworkerset", "jobset"] = (
+        Field(
+            default="auto",
+            description="auto, deployment, statefulset, job, leaderworkerset or jobset",
+        )
+    )
+    max_replicas: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="how many copies of the plan may run, by the length of their queue",
+    )
+    queue_length: int = Field(
+        default=4, ge=1, le=10**6, description="waiting requests a copy before there is one more"
+    )
+    prometheus: str | None = Field(
+        default=None,
+        pattern=r"^https?://[A-Za-z0-9.:/_-]+$",
+        description="the address of Prometheus, for KEDA, such as http://prometheus.monitoring:9090",
+    )
+
+    @model_validator(mode="after")
+    def _scales_by_something(self) -> "KubernetesOptions":
+        if self.prometheus is not None and self.max_replicas == 1:
+            raise ValueError("prometheus is what max_replicas scales by; give that too")
+        return self
+
+
+class EngineKubernetesOptions(PodOptions):
+    """Options of `render(plan, "vllm", on="kubernetes", ...)` and of the other engines."""
+
+    flavor: Literal["auto", "deployment", "statefulset", "leaderworkerset"] = Field(
+        default="auto", description="auto, deployment, statefulset or leaderworkerset"
+    )
+    run_as_user: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**31 - 1,
+        description="the number of a user other than root; None: the image's own",
+    )
+
+    @model_validator(mode="after")
+    def _one_user(self) -> "EngineKubernetesOptions":
+        if self.run_as_user is not None and self.rdma_resource is not None:
+            raise ValueError(
+                f"run_as_user={self.run_as_user} cannot lock memory for "
+                f"rdma_resource={self.rdma_resource}, which takes root; leave one out"
             )
         return self

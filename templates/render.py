@@ -10,10 +10,11 @@ from typing import Any
 
 from rankwright.planner.plan import Plan
 from rankwright.templates.check import check
+from rankwright.templates.engines.pods import engine_kubernetes_files
 from rankwright.templates.engines.render_engine import engine_files, engine_slurm_files
 from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.kubernetes_objects import kubernetes_files
-from rankwright.templates.kubernetes_options import KubernetesOptions
+from rankwright.templates.kubernetes_options import EngineKubernetesOptions, KubernetesOptions
 from rankwright.templates.options import (
     EngineOptions,
     SlurmOptions,
@@ -46,6 +47,11 @@ def _engine(target: str) -> Target:
                 "within one sbatch script",
                 SlurmOptions,
                 partial(engine_slurm_files, target=target),
+            ),
+            "kubernetes": Target(
+                "its image in plain objects in one YAML file",
+                EngineKubernetesOptions,
+                partial(engine_kubernetes_files, target=target),
             ),
         },
     )

@@ -42,7 +42,7 @@ def check_engine_job(plan: Plan, target: str, script: str) -> None:
     """
     check_job(plan, script)
     if target == "trtllm":
-        _check_trtllm_config(plan, heredoc(script, "RANKWRIGHT_PARALLEL_CONFIG"))
+        check_trtllm_config(plan, heredoc(script, "RANKWRIGHT_PARALLEL_CONFIG"))
         expect("environment", exported(script.partition("<<'RANKWRIGHT")[0]), variables(plan))
         _check_steps(plan, script)
         return
@@ -61,20 +61,30 @@ def check_script(plan: Plan, target: str, script: str, config: str | None) -> No
         ManifestMismatchError: It says something else.
     """
     flags = command_flags(script)
-    _check_model(plan, target, script, flags)
-    expect("--host", flags.pop("--host", None), "0.0.0.0")
-    expected = EXPECTED[target](plan)
-    fraction = "--gpu-memory-utilization" if target == "vllm" else "--mem-fraction-static"
     if target == "trtllm":
         expect("--config", flags.pop("--config", None), f"$(dirname $0)/{_CONFIG}")
         if config is None:
             raise ManifestMismatchError(f"no {_CONFIG}")
-        _check_trtllm_config(plan, config)
-    else:
-        _check_fraction(plan, float(flags.pop(fraction, None) or 0))
-    expect("flags", flags, expected)
+        check_trtllm_config(plan, config)
+    first = re.search(r"^engine=\(\n(.*)$", script, re.MULTILINE)
+    check_flags(plan, target, flags, first and shell_words(first[1])[-1])
     expect("places", script_places(script), plan_places(plan))
-    expect("environment", exported(script), variables(plan) | _stage_variable(plan, target))
+    expect("environment", exported(script), variables(plan) | stage_variable(plan, target))
+
+
+def check_flags(plan: Plan, target: str, flags: Flags, positional: str | None) -> None:
+    """Compare the flags of `target` with `plan`; `positional` is the word before the first flag.
+
+    Raises:
+        ManifestMismatchError: They say something else.
+    """
+    flags = dict(flags)
+    _check_model(plan, target, positional, flags)
+    expect("--host", flags.pop("--host", None), "0.0.0.0")
+    fraction = "--gpu-memory-utilization" if target == "vllm" else "--mem-fraction-static"
+    if target != "trtllm":
+        _check_fraction(plan, float(flags.pop(fraction, None) or 0))
+    expect("flags", flags, EXPECTED[target](plan))
 
 
 def command_flags(script: str) -> Flags:
@@ -100,10 +110,9 @@ def command_flags(script: str) -> Flags:
     return flags
 
 
-def _check_model(plan: Plan, target: str, script: str, flags: Flags) -> None:
+def _check_model(plan: Plan, target: str, positional: str | None, flags: Flags) -> None:
     """The model is the plan's, or weights in a folder that are served under the plan's name."""
-    first = re.search(r"^engine=\(\n(.*)$", script, re.MULTILINE)
-    model = flags.pop("--model-path", None) or (first and shell_words(first[1])[-1])
+    model = flags.pop("--model-path", None) or positional
     served = flags.pop("--served-model-name", None)
     if target != "trtllm" or not str(model).startswith("/"):
         expect("model", served or model, plan.model.name)
@@ -230,7 +239,8 @@ EXPECTED: dict[str, Callable[[Plan], Flags]] = {
 }
 
 
-def _stage_variable(plan: Plan, target: str) -> dict[str, str]:
+def stage_variable(plan: Plan, target: str) -> dict[str, str]:
+    """Return the variable with the layers of each stage, where they are uneven."""
     names = {"vllm": "VLLM_PP_LAYER_PARTITION", "sglang": "SGLANG_PP_LAYER_PARTITION"}
     if target not in names or len(set(plan.split.stage_layers)) == 1:
         return {}
@@ -254,7 +264,12 @@ def _check_fraction(plan: Plan, fraction: float) -> None:
         )
 
 
-def _check_trtllm_config(plan: Plan, text: str) -> None:
+def check_trtllm_config(plan: Plan, text: str) -> None:
+    """Compare TensorRT-LLM's configuration with `plan`.
+
+    Raises:
+        ManifestMismatchError: It says something else.
+    """
     config = yaml.load(text, LOADER)
     split, limits = plan.split, plan.limits
     cache = config.pop("kv_cache_config")

@@ -17,7 +17,7 @@ from rankwright.templates.checks.mismatch import (
 )
 
 # A pod has interfaces of its own: names of the machine's are wrong there.
-_INTERFACES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
+HOST_INTERFACES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
 # libyaml's reader takes the same YAML and is ten times as fast, where PyYAML was built with it.
 LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -62,12 +62,12 @@ def check_objects(plan: Plan, text: str) -> None:
     """
     objects = read_objects(text)
     ranks = ranks_by_node(plan)
-    claims = _claimed_gpus(objects)
+    claims = claimed_gpus(objects)
     gpus: dict[int, int] = {}
     for start, count, pod in workload_pods(objects):
         for ordinal in range(start, start + count):
             expect(f"pods numbered {ordinal}", ordinal in gpus, False)
-            gpus[ordinal] = _gpus(plan, pod, claims)
+            gpus[ordinal] = pod_gpus(plan, pod, claims)
         _check_launch(plan, pod)
     expect("pods", sorted(gpus), list(range(len(ranks))))
     by_pod = [gpus[ordinal] for ordinal in sorted(gpus)]
@@ -103,7 +103,7 @@ def workload_pods(objects: list[dict[str, Any]]) -> Iterator[tuple[int, int, dic
                 pass
 
 
-def _claimed_gpus(objects: list[dict[str, Any]]) -> dict[str, int]:
+def claimed_gpus(objects: list[dict[str, Any]]) -> dict[str, int]:
     """Return the devices that each ResourceClaimTemplate asks for."""
     claims: dict[str, int] = {}
     for item in objects:
@@ -113,7 +113,12 @@ def _claimed_gpus(objects: list[dict[str, Any]]) -> dict[str, int]:
     return claims
 
 
-def _gpus(plan: Plan, pod: dict[str, Any], claims: dict[str, int]) -> int:
+def pod_gpus(plan: Plan, pod: dict[str, Any], claims: dict[str, int]) -> int:
+    """Return the GPUs that a pod asks for, by a limit or a claim.
+
+    Raises:
+        ManifestMismatchError: Requests and limits differ, or there is more than one resource.
+    """
     (container,) = pod["spec"]["containers"]
     limits = container["resources"].get("limits", {})
     requests = container["resources"]["requests"]
@@ -137,9 +142,14 @@ def _check_launch(plan: Plan, pod: dict[str, Any]) -> None:
     words = " ".join(container["command"] + container["args"])
     nnodes = re.findall(r"--nnodes (\d+)", words)
     expect("launch --nnodes", nnodes, [str(num_nodes)] if num_nodes > 1 else [])
-    given = {item["name"]: item.get("value") for item in container["env"]}
+    # As Kubernetes will set them: one dollar for two.
+    given = {
+        item["name"]: item["value"].replace("$$", "$")
+        for item in container["env"]
+        if "value" in item
+    }
     for name, value in variables(plan).items():
-        if name in _INTERFACES and value != "lo":
+        if name in HOST_INTERFACES and value != "lo":
             expect(name, given.get(name), None)
         else:
             expect(name, given.get(name), value)

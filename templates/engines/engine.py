@@ -47,6 +47,8 @@ class Engine:
     config: Callable[[Plan], dict[str, object]] | None = None  # of a YAML file, `--config FILE`
     served_name_flag: str | None = None
     mpi: bool = False  # a process a rank, started by MPI
+    health: str = "/health"  # answers 200 once it serves
+    has_metrics: bool = True  # at /metrics, with the flags given
 
     def arguments(self, plan: Plan) -> tuple[tuple[str, ...], ...]:
         """Return the flags of `plan`, each with its value if it takes one."""

@@ -38,7 +38,7 @@ def engine_files(plan: Plan, options: EngineOptions, *, target: str) -> dict[str
         ValueError: The engine cannot express a part of the plan.
     """
     engine = ENGINES[target]
-    _check(engine, plan)
+    check_engine_fits(engine, plan)
     places = replica_places(plan)
     num_nodes = 1 + max(place.node_rank for place in places)
     nodes_each = nodes_of_a_replica(places)
@@ -88,7 +88,7 @@ def engine_slurm_files(plan: Plan, options: SlurmOptions, *, target: str) -> dic
         ValueError: The engine cannot express a part of the plan, or a job cannot place it.
     """
     engine = ENGINES[target]
-    _check(engine, plan)
+    check_engine_fits(engine, plan)
     places = replica_places(plan)
     nodes_each = nodes_of_a_replica(places)
     common: dict[str, object] = {
@@ -137,8 +137,12 @@ def engine_slurm_files(plan: Plan, options: SlurmOptions, *, target: str) -> dic
     return {SLURM_FILE: script}
 
 
-def _check(engine: Engine, plan: Plan) -> None:
-    """Raise for what no engine, or not this one, can express."""
+def check_engine_fits(engine: Engine, plan: Plan) -> None:
+    """Raise for what no engine, or not this one, can express.
+
+    Raises:
+        ValueError: It cannot express a part of the plan.
+    """
     if plan.expert_slots is not None:
         refuse(
             engine.title,

@@ -120,4 +120,5 @@ TRTLLM = Engine(
     config=_config,
     image="nvcr.io/nvidia/tensorrt-llm/release:1.2.0",
     mpi=True,
+    has_metrics=False,  # they take `return_perf_metrics`, and another path
 )

@@ -8,7 +8,7 @@ payload that is executed makes a file.
 import json
 import os
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tests.templates.plans import plan, spec
 
 from rankwright.planner.plan import EnvironmentVariable, Plan
+from rankwright.templates.checks.engine_objects import container_environment, expanded
 from rankwright.templates.checks.objects import read_objects
 from rankwright.templates.render import render
 
@@ -207,12 +208,52 @@ def test_pods_execute_none_of_it_and_objects_stay_those_of_the_plan(
         if item["kind"] == "StatefulSet" and item["metadata"]["name"].endswith("-head")
     ]
     (container,) = pod["spec"]["containers"]
-    environment = {each["name"]: each.get("value") for each in container["env"]}
+    environment = container_environment(container)
     assert environment["NCCL_X"] == value
-    words = run(box, [*container["command"], *container["args"]], HEAD="x", NODE_RANK="0")
+    command = [expanded(word, environment) for word in container["command"] + container["args"]]
+    words = run(box, command, HEAD="x", NODE_RANK="0")
     assert words[:2] == ["rankwright", "launch"]
     if inside is not None:
         assert words[words.index("--model-path") + 1] == f"/models/{inside}"
+
+
+@given(
+    name=odd | printable,
+    value=printable,
+    reason=odd,
+    options=options_of(
+        "name", "namespace", "image", "model_pvc", "model_host_path", "gpu_resource",
+             "gpu_types", "device_class", "rdma_resource", "topology_key", "node_selector",
+             "token_secret", "image_pull_secret", "flavor", "run_as_user"
+    ),
+    inside=st.none() | printable,
+)  # fmt: skip
+@fuzzed
+def test_pods_of_an_engine_execute_none_of_it(
+    box: Path, name: str, value: str, reason: str, options: dict[str, str], inside: str | None
+) -> None:
+    if inside is not None:
+        options = {**options, "model_pvc": "weights", "model_path": f"/models/{inside}"}
+    variable = EnvironmentVariable(name="NCCL_X", value=value, reason=reason)
+    made = plan(model=spec(name), environment=(variable,))
+    files = rendered(made, "vllm", on="kubernetes", **options)
+    if files is None:
+        return
+    objects = read_objects(files["rankwright.yaml"])
+    assert {item["kind"] for item in objects} <= {
+        *("ConfigMap", "Service", "StatefulSet", "NetworkPolicy", "PodDisruptionBudget"),
+        "ResourceClaimTemplate",
+    }
+    head = next(item for item in objects if item["kind"] == "StatefulSet")
+    (container,) = head["spec"]["template"]["spec"]["containers"]
+    environment = container_environment(container)
+    assert environment["NCCL_X"] == value
+    command = [expanded(word, environment) for word in container["command"] + container["args"]]
+    words = run(box, command, HEAD="x", NODE_RANK="0")
+    assert words[:2] == ["vllm", "serve"]
+    assert name in words or f"--served-model-name={name}" in words
+    if inside is not None:
+        assert words[2] == str(PurePosixPath(f"/models/{inside}"))
 
 
 def test_a_payload_that_is_executed_would_be_seen(box: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankwright.templates.engines.table import ENGINES
+from rankwright.templates.kubernetes_options import EngineKubernetesOptions
 from rankwright.templates.layout import DRAIN_S
 from rankwright.templates.options import MAX_KUBERNETES_NAME
 from rankwright.templates.render import TARGETS
@@ -20,6 +21,15 @@ def test_the_page_of_a_target_lists_its_options(target: str) -> None:
     table = page.partition("## Options")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", table, re.MULTILINE)
     assert set(re.findall(r"\w+", " ".join(rows))) == set(TARGETS[target].options.model_fields)
+
+
+def test_the_page_lists_the_options_of_engines_on_kubernetes_and_their_images() -> None:
+    page = (DOCS / "deploy-engines.md").read_text().partition("## On Kubernetes")[2]
+    listed = page.partition("Options are")[2].partition("\n\n")[0]
+    options = set(re.findall(r"`([a-z_]+)`", listed)) - {"deployment", "statefulset"}
+    assert options - {"leaderworkerset"} == set(EngineKubernetesOptions.model_fields)
+    for engine in ENGINES.values():
+        assert f"`{engine.image}`" in page
 
 
 def test_numbers_on_the_pages_are_those_of_the_code() -> None:

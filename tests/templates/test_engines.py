@@ -315,7 +315,9 @@ def test_a_wrong_number_of_addresses_is_said(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match="no scheduler 'pbs' around vllm; expected slurm"):
+    with pytest.raises(
+        ValueError, match="no scheduler 'pbs' around vllm; expected slurm or kubernetes"
+    ):
         render(plan(), "vllm", on="pbs")
     with pytest.raises(ValueError, match="'slurm' runs on nothing else; leave --on slurm out"):
         render(plan(), "slurm", on="slurm")

@@ -37,7 +37,12 @@ def ways(seed: int, made: Plan) -> list[Way]:
     found += [("kubernetes", None, {"flavor": name, **types}) for name in flavors]
     for engine in ENGINES:
         found += [(engine, None, {}), (engine, "slurm", types)]
+        flavor = ENGINE_FLAVORS[seed % len(ENGINE_FLAVORS)]
+        found.append((engine, "kubernetes", {"flavor": flavor, **types}))
     return found
+
+
+ENGINE_FLAVORS = ("auto", "deployment", "auto", "statefulset", "leaderworkerset")
 
 
 def is_cpu(made: Plan) -> bool:
@@ -46,7 +51,7 @@ def is_cpu(made: Plan) -> bool:
 
 REASONS = re.compile(
     r"cannot express|is for one machine|kind\(s\) of pod|the plan is for CPUs|--on slurm"
-    r"|GPUs of their nodes|runs on .* and .*, and another engine"
+    r"|GPUs of their nodes|runs on .* and .*, and another engine|makes all replicas alike"
 )
 
 
@@ -62,12 +67,15 @@ def test_random_plans_are_what_they_say_on_every_target_or_refused() -> None:
                     raise AssertionError(f"seed {seed}, {target} on {on}, {options}") from error
                 continue
             rendered[f"{target} {on or options.get('flavor', '')}"] += 1
+            if on == "kubernetes":
+                rendered[f"on kubernetes, {options['flavor']}"] += 1
             for name, text in files.items():
-                if name.endswith(".yaml") and target != "kubernetes":
+                if name == "parallel_config.yaml":
                     assert isinstance(yaml.safe_load(text), dict)
     # None is refused for all: the plans reach every target.
     expected = {"slurm ", *(f"kubernetes {name}" for name in ("auto", *FLAVORS))}
-    expected |= {f"{engine} {on}" for engine in ENGINES for on in ("", "slurm")}
+    expected |= {f"{engine} {on}" for engine in ENGINES for on in ("", "slurm", "kubernetes")}
+    expected |= {f"on kubernetes, {flavor}" for flavor in ENGINE_FLAVORS}
     assert {way for way, count in rendered.items() if count > NUM_PLANS // 60} == expected
     assert rendered["slurm "] == NUM_PLANS
     assert rendered["kubernetes auto"] == NUM_PLANS
@@ -79,7 +87,7 @@ def scripts(folder: Path, num_plans: int, *, partition: str | None = None) -> li
     for seed in range(num_plans):
         made = random_plan(seed)
         for target, on, options in ways(seed, made):
-            if target == "kubernetes":
+            if "kubernetes" in (target, on):
                 continue
             if partition and (target == "slurm" or on == "slurm"):
                 # The rig's GPUs are of one kind, and without a type.

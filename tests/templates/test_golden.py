@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], Plan], str, Mapping[str, object]]] = {
         "sglang",
         {},
     ),
+    "two_nodes_vllm.yaml": (plan, "vllm", {"on": "kubernetes", "model_pvc": "weights"}),
     "two_nodes_trtllm.sbatch": (plan, "trtllm", {"on": "slurm"}),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.templates.plans import plan
 
+from rankwright.templates.checks.engine_objects import container_environment, expanded
 from rankwright.templates.checks.objects import read_objects
 from rankwright.templates.render import render
 
@@ -33,7 +34,7 @@ def start(folder: Path, **options: object) -> "subprocess.Popen[bytes]":
     for name, text in (("rankwright", LAUNCHER), ("getent", GETENT)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    given = container_environment(container)
     environment = {
         **os.environ,
         **given,
@@ -41,7 +42,8 @@ def start(folder: Path, **options: object) -> "subprocess.Popen[bytes]":
         "RECORD": str(folder),
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
-    return subprocess.Popen([*container["command"], *container["args"]], env=environment)
+    words = [*container["command"], *container["args"]]
+    return subprocess.Popen([expanded(word, given) for word in words], env=environment)
 
 
 def wait_for(file: Path) -> None:

@@ -20,7 +20,9 @@ def run(
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(help="Around another engine: slurm. Without it, a script for every node."),
+        typer.Option(
+            help="Around another engine: slurm or kubernetes. Without it, a script for every node."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -22,6 +22,8 @@ from typing import Any
 
 from tests.templates.pod_rig.controllers import PodSpec
 
+from rankwright.templates.checks.engine_objects import expanded
+
 ROOT = Path(__file__).parents[3]
 PROBE_PERIOD_S = 0.5
 PRE_STOP_SHARE = 0.05
@@ -87,9 +89,7 @@ class Pod:
             elif "secretKeyRef" in source:
                 reference = source["secretKeyRef"]
                 value = self.rig.secrets[reference["name"]][reference["key"]]
-            found[variable["name"]] = re.sub(
-                r"\$\((\w+)\)", lambda match: found.get(match[1], match[0]), value
-            )
+            found[variable["name"]] = expanded(value, found)
         return found
 
     def start(self) -> None:
@@ -164,6 +164,7 @@ class Pod:
 
     def _command(self) -> list[str]:
         words = self.container["command"] + self.container.get("args", [])
+        words = [expanded(word, self.environment()) for word in words]
         environment = self.environment() | self.rig.extra
         return ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), *words]
 
