@@ -172,10 +172,15 @@ def test_a_trace_beside_lengths_is_refused(
     path = tmp_path / "trace.csv"
     path.write_text("arrival_s,input_tokens,output_tokens\n0,9,4\n")
     for option in ("--isl", "--osl", "--concurrency", "--rate"):
-        code, _, err = run(capsys, "plan", "Qwen/Qwen3-8B", "--trace", str(path), option, "5")
-        assert code == 2
-        assert option in err
-        assert "--trace" in err
+        for command in (["plan", "Qwen/Qwen3-8B"], ["bench", "http://127.0.0.1:9"]):
+            code, _, err = run(capsys, *command, "--trace", str(path), option, "5")
+            assert code == 2
+            assert option in err
+            assert "--trace" in err
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,9,4\n1,-9,4\n")
+    code, _, err = run(capsys, "bench", "http://127.0.0.1:9", "--trace", str(path))
+    assert code == 2
+    assert "line 3, field input_tokens" in err
 
 
 def test_what_does_not_fit_is_exit_code_3_with_a_change_that_would(

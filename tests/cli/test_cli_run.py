@@ -116,6 +116,33 @@ def test_bench_sends_at_a_rate(capsys: pytest.CaptureFixture[str], url: str) -> 
     assert result["predicted"] is None
 
 
+def test_bench_sends_a_trace(
+    capsys: pytest.CaptureFixture[str], url: str, plan_path: Path, tmp_path: Path
+) -> None:
+    rows = [(5.0, 16, 4, 0), (5.1, 24, 8, 12), (5.2, 8, 1, 0), (5.4, 30, 6, 12)]
+    trace = tmp_path / "trace.csv"
+    head = "arrival_s,input_tokens,output_tokens,cached_tokens"
+    trace.write_text("\n".join([head, *(",".join(map(str, row)) for row in rows)]))
+    args = ["bench", url, "--plan", str(plan_path), "--trace", str(trace)]
+    assert main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    load, measured, predicted = result["load"], result["measured"], result["predicted"]
+    assert (load["num_requests"], load["input_tokens"], load["concurrency"]) == (4, 20, None)
+    assert load["request_rate"] == pytest.approx(3 / 0.4)
+    assert (measured["num_requests"], measured["num_failed"]) == (4, 0)
+    assert measured["duration_s"] > 0.4  # the last is sent then, not before
+    assert measured["output_tokens_per_s"] * measured["duration_s"] == pytest.approx(19)
+    assert predicted["ttft_s"]["low"] < predicted["ttft_s"]["value"] < predicted["ttft_s"]["high"]
+    assert set(predicted["ttft_percentiles_s"]) == {"50", "90", "99"}
+    assert main([*args, "--num-requests", "2"]) == 0
+    page = capsys.readouterr().out
+    assert "2 requests of 20 + 6 tokens on average, as the trace has them" in page
+    assert "predicted: first token" in page
+    trace.write_text(f"{head}\n0,500,100,0\n")
+    assert main(args) == 2
+    assert "--trace has a request of 500 + 100 tokens" in capsys.readouterr().err
+
+
 def test_bench_shows_a_table(capsys: pytest.CaptureFixture[str], url: str, plan_path: Path) -> None:
     args = ["--plan", str(plan_path), "--osl", "4", "--num-requests", "2"]
     assert main(["bench", url, *args]) == 0

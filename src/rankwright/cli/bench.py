@@ -7,18 +7,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from rankwright.cli import options
+from rankwright.cli.bench_page import print_bench
 from rankwright.cli.errors import RunError
 from rankwright.cli.load_values import Load, Measured
-from rankwright.cli.output import console, print_json, seconds, status, table
+from rankwright.cli.output import print_json, status
 from rankwright.cost_model.calibration import (
     Calibration,
     RunTime,
@@ -28,7 +28,9 @@ from rankwright.cost_model.calibration import (
     write_calibration,
 )
 from rankwright.cost_model.predict import predict
-from rankwright.cost_model.prediction import Estimate, Prediction
+from rankwright.cost_model.predict_trace import TracePrediction, predict_trace
+from rankwright.cost_model.prediction import Prediction
+from rankwright.cost_model.trace import TraceRow, read_trace, workload_of
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
@@ -60,8 +62,15 @@ def run(
         int | None, typer.Option(min=1, help="Requests in flight.  [default: the plan's, or 8]")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Requests a second, in open loop.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Requests to send as they came, JSON Lines or CSV, instead of these."),
+    ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests in all.  [default: 4 rounds, 8 at least]")
+        int | None,
+        typer.Option(
+            min=1, help="Requests in all.  [default: the trace's, or 4 rounds, 8 at least]"
+        ),
     ] = None,
     load_format: options.LoadFormat = "auto",
     model_path: options.ModelPath = None,
@@ -78,10 +87,17 @@ def run(
     is_url = target.startswith(("http://", "https://"))
     if not is_url and plan is not None:
         raise ValueError("--plan goes with a URL; a PLAN given by itself is launched")
+    options.refuse_beside_trace(
+        trace, {"--isl": isl, "--osl": osl, "--concurrency": concurrency, "--rate": rate}
+    )
+    rows = () if trace is None else read_trace(trace)[:num_requests]
     made = read_plan(Path(target)) if not is_url else None if plan is None else read_plan(plan)
     from rankwright.cli.load import measure  # needs httpx, which is of rankwright[executor]
 
-    load = _load(made, isl, osl, concurrency, rate, num_requests)
+    if rows:
+        load = _trace_load(made, rows)
+    else:
+        load = _load(made, isl, osl, concurrency, rate, num_requests)
     kept = _calibration_of(made, load) if calibrate else None
     if is_url:
         measured = measure(target, load)
@@ -106,7 +122,7 @@ def run(
             }
         )
         return
-    _print(load, measured, predicted)
+    print_bench(load, measured, predicted)
 
 
 def _calibration_of(plan: Plan | None, load: Load) -> Calibration:
@@ -117,7 +133,8 @@ def _calibration_of(plan: Plan | None, load: Load) -> Calibration:
     """
     if plan is None or load.concurrency is None or load.output_tokens < 2:
         raise ValueError(
-            "--calibrate needs a plan, --concurrency instead of --rate, and --osl of 2 or more"
+            "--calibrate needs a plan, --concurrency instead of --rate or --trace, and --osl of 2 "
+            "or more"
         )
     found = find_calibration(plan.cluster)
     if found is None:
@@ -172,11 +189,45 @@ def _load(
         num_requests=num_requests or max(8, 4 * (concurrency or 8)),
         concurrency=checked.concurrency,
         request_rate=checked.request_rate,
-        vocab_size=1000 if plan is None else plan.model.vocab_size,
+        vocab_size=_vocab_size(plan),
     )
 
 
-def _predict(plan: Plan, load: Load) -> Prediction:
+def _trace_load(plan: Plan | None, rows: tuple[TraceRow, ...]) -> Load:
+    """Return the load that `rows` are.
+
+    Raises:
+        ValueError: The plan's server would refuse one of them.
+    """
+    longest = max(rows, key=lambda row: row.input_tokens + row.output_tokens)
+    tokens = longest.input_tokens + longest.output_tokens
+    if plan is not None and tokens > plan.limits.max_model_len:
+        raise ValueError(
+            f"--trace has a request of {longest.input_tokens} + {longest.output_tokens} tokens; "
+            f"the plan's server takes at most {plan.limits.max_model_len}"
+        )
+    means = workload_of(rows)
+    return Load(
+        input_tokens=means.input_tokens,
+        output_tokens=means.output_tokens,
+        num_requests=len(rows),
+        concurrency=None,
+        request_rate=means.request_rate,
+        vocab_size=_vocab_size(plan),
+        trace=rows,
+    )
+
+
+def _vocab_size(plan: Plan | None) -> int:
+    return 1000 if plan is None else plan.model.vocab_size
+
+
+def _predict(plan: Plan, load: Load) -> Prediction | TracePrediction:
+    if load.trace:
+        split = plan.split
+        caches = split.cp * (split.tp if split.attention == "dp" else 1)
+        tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens * caches
+        return predict_trace(plan.model, plan.cluster, split, load.trace, kv_tokens=tokens)
     workload = plan.workload.model_copy(
         update={
             "input_tokens": load.input_tokens,
@@ -225,52 +276,3 @@ def _wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     raise RunError(f"the server was not ready within {_START_LIMIT_S:.0f} s")
-
-
-def _print(load: Load, measured: Measured, predicted: Prediction | None) -> None:
-    out = console()
-    how = (
-        f"{load.concurrency} in flight"
-        if load.concurrency is not None
-        else f"{load.request_rate:g} a second"
-    )
-    out.print(
-        f"{measured.num_requests} requests of {load.input_tokens} + {load.output_tokens} tokens, "
-        f"{how}, in {seconds(measured.duration_s)}"
-    )
-    made = table(
-        "",
-        "measured",
-        "p50",
-        "p90",
-        "p99",
-        "predicted",
-        "interval",
-        right=("measured", "predicted"),
-    )
-    for name, spread, estimate in (
-        ("time to first token", measured.ttft_s, predicted.ttft_s if predicted else None),
-        ("time per output token", measured.tpot_s, predicted.tpot_s if predicted else None),
-    ):
-        if spread is not None:
-            percentiles = (seconds(at) for at in (spread.p50, spread.p90, spread.p99))
-            made.add_row(name, seconds(spread.mean), *percentiles, *_estimate(estimate, seconds))
-    made.add_row(
-        "output tokens/s",
-        f"{measured.output_tokens_per_s:,.1f}",
-        *("", "", ""),
-        *_estimate(
-            predicted.output_tokens_per_s if predicted else None, lambda rate: f"{rate:,.1f}"
-        ),
-    )
-    out.print(made)
-    if measured.num_failed:
-        out.print(
-            f"[red]{measured.num_failed} requests failed[/]: {escape(str(measured.first_failure))}"
-        )
-
-
-def _estimate(estimate: Estimate | None, show: Callable[[float], str]) -> tuple[str, str]:
-    if estimate is None:
-        return "", ""
-    return show(estimate.value), f"{show(estimate.low)} to {show(estimate.high)}"

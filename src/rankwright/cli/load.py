@@ -1,7 +1,8 @@
 """A client that keeps an OpenAI-compatible server busy, and times what comes back.
 
-Closed loop (`concurrency` requests always in flight) or open loop (Poisson arrivals at a rate).
-Prompts are random token ids, so that no prefix repeats, and every answer has its full length.
+Closed loop (`concurrency` requests always in flight), open loop (Poisson arrivals at a rate), or
+the requests of a trace at their times. Prompts are random token ids, so that no prefix repeats but
+what a trace says was cached, and every answer has its full length.
 """
 
 import asyncio
@@ -9,6 +10,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import httpx
@@ -47,13 +49,15 @@ async def _measure(url: str, load: Load) -> Measured:
             raise RunError(f"no server at {url}: {error}") from None
         model = answer.json()["data"][0]["id"]
         choose = random.Random(load.seed)
-        low = min(100, load.vocab_size // 2)  # past the special tokens of most vocabularies
-        prompts = [
-            [choose.randrange(low, load.vocab_size) for _ in range(load.input_tokens)]
-            for _ in range(load.num_requests)
-        ]
         started_s = time.perf_counter()
-        outcomes = await _send(client, model, prompts, load, choose)
+        if load.trace:
+            outcomes = await _send_trace(client, model, load, choose)
+        else:
+            prompts = [
+                _random_tokens(choose, load, load.input_tokens) for _ in range(load.num_requests)
+            ]
+            started_s = time.perf_counter()
+            outcomes = await _send(client, model, prompts, load, choose)
         duration_s = time.perf_counter() - started_s
     timings = [outcome for outcome in outcomes if isinstance(outcome, Timing)]
     failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
@@ -98,6 +102,37 @@ async def _send(
         tasks.append(asyncio.create_task(request))
         await asyncio.sleep(choose.expovariate(load.request_rate))
     return await asyncio.gather(*tasks)
+
+
+async def _send_trace(
+    client: httpx.AsyncClient, model: str, load: Load, choose: random.Random
+) -> list[Timing | str]:
+    """Send each request of the trace when its time has come, answered or not."""
+    loop = asyncio.get_running_loop()
+    start_s = loop.time() - load.trace[0].arrival_s
+    tasks: list[asyncio.Task[Timing | str]] = []
+    # A prompt is drawn just before its time: all of a long trace would not fit in memory.
+    for row, prompt in zip(load.trace, trace_prompts(load, choose), strict=True):
+        await asyncio.sleep(max(0.0, start_s + row.arrival_s - loop.time()))
+        request = _request(client, model, prompt, row.output_tokens)
+        tasks.append(asyncio.create_task(request))
+    return await asyncio.gather(*tasks)
+
+
+def trace_prompts(load: Load, choose: random.Random) -> Iterator[list[int]]:
+    """Yield the prompt of each request of the trace.
+
+    What the trace says was cached begins alike in all of them; the first that has it computes it.
+    """
+    common = _random_tokens(choose, load, max(row.cached_tokens for row in load.trace))
+    for row in load.trace:
+        own = _random_tokens(choose, load, row.input_tokens - row.cached_tokens)
+        yield common[: row.cached_tokens] + own
+
+
+def _random_tokens(choose: random.Random, load: Load, count: int) -> list[int]:
+    low = min(100, load.vocab_size // 2)  # past the special tokens of most vocabularies
+    return choose.choices(range(low, load.vocab_size), k=count)
 
 
 async def _request(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from rankwright.cost_model.trace import TraceRow
 from rankwright.topology.value import Value
 
 
@@ -16,6 +17,7 @@ class Load:
     request_rate: float | None
     vocab_size: int
     seed: int = 0
+    trace: tuple[TraceRow, ...] = ()  # sent as it is; the lengths above are its means
 
 
 class Spread(Value):

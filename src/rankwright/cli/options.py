@@ -1,6 +1,7 @@
 """Options that several commands share, and the values they stand for."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -131,6 +132,13 @@ def check_positive(option: str, number: float | None, unit: str = "") -> None:
     """Raise ValueError where `option` was given a number that is not finite and above 0."""
     if number is not None and not 0 < number < math.inf:
         raise ValueError(f"{option} must be above 0{unit} and finite, got {number:g}")
+
+
+def refuse_beside_trace(trace: Path | None, given: Mapping[str, object]) -> None:
+    """Raise ValueError where an option in `given` has a value beside `--trace`; names it."""
+    twice = next((name for name, value in given.items() if value is not None), None)
+    if trace is not None and twice is not None:
+        raise ValueError(f"{twice} and --trace both say what the requests are; give one")
 
 
 def workload(

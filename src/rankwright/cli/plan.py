@@ -67,8 +67,10 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Find the best split of MODEL, and prove it."""
+    options.refuse_beside_trace(
+        trace, {"--isl": isl, "--osl": osl, "--concurrency": concurrency, "--rate": rate}
+    )
     rows = () if trace is None else read_trace(trace)
-    given = {"--isl": isl, "--osl": osl, "--concurrency": concurrency, "--rate": rate}
     load = options.workload(
         isl=isl or 1024,
         osl=osl or 128,
@@ -80,9 +82,6 @@ def run(
         objective=objective,
     )
     if rows:
-        twice = next((name for name, value in given.items() if value is not None), None)
-        if twice is not None:
-            raise ValueError(f"{twice} and --trace both say what the requests are; give one")
         means = workload_of(rows)
         names = ("input_tokens", "output_tokens", "concurrency", "request_rate", "shared_prefix")
         load = load.model_copy(update={name: getattr(means, name) for name in names})
