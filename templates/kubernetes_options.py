@@ -10,8 +10,8 @@ from rankwright.templates.options import (
     DEFAULT_PORT,
     KUBERNETES_PORT,
     MAX_KUBERNETES_NAME,
-    PAIRS,
     AbsolutePath,
+    GpuTypes,
     Image,
     Port,
 )
@@ -73,10 +73,9 @@ class PodOptions(Value):
         max_length=128,
         description="an extended resource such as nvidia.com/gpu",
     )
-    gpu_types: str | None = Field(
+    gpu_types: GpuTypes | None = Field(
         default=None,
-        pattern=PAIRS,
-        description="the label nvidia.com/gpu.product of the plan's GPUs, such as "
+        description="the label nvidia.com/gpu.product of each kind of GPU of the plan, such as "
         "h100-sxm=NVIDIA-H100-80GB-HBM3,a10=NVIDIA-A10",
     )
     device_class: str | None = Field(

@@ -44,6 +44,17 @@ MAX_KUBERNETES_NAME = 52 - len("-from-99999")
 PAIRS = r"^[a-z0-9-]+=[A-Za-z0-9_.-]+(,[a-z0-9-]+=[A-Za-z0-9_.-]+)*$"
 
 
+def _told_apart(text: str) -> str:
+    """Return `text` if every kind has one name, and no two the same."""
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if any(len({pair[side] for pair in pairs}) < len(pairs) for side in (0, 1)):
+        raise ValueError("two kinds of GPU of one name, or two names of one kind")
+    return text
+
+
+GpuTypes = Annotated[str, Field(pattern=PAIRS), AfterValidator(_told_apart)]
+
+
 class EngineOptions(Value):
     """Options of `render(plan, "vllm", ...)` and of the other engines, without a scheduler."""
 
@@ -99,10 +110,10 @@ class SlurmOptions(Value):
     health_check: bool = Field(
         default=True, description="true: look at every node before anything is loaded; or false"
     )
-    gpu_types: str | None = Field(
+    gpu_types: GpuTypes | None = Field(
         default=None,
-        pattern=PAIRS,
-        description="what Slurm calls the GPUs of the plan, such as h100-sxm=h100,a10=a10",
+        description="what Slurm calls the GPUs of the plan, each kind by a name of its own, such "
+        "as h100-sxm=h100,a10=a10",
     )
     container_image: Image | None = Field(
         default=None,

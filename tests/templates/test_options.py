@@ -39,6 +39,8 @@ def test_an_option_near_to_none_lists_all() -> None:
         ("port", 80),
         ("port", 65536),
         ("port", "http"),
+        ("gpu_types", "h100-sxm=a,l4=a"),
+        ("gpu_types", "l4=a,l4=b"),
     ],
 )
 def test_a_malformed_slurm_option_is_refused_in_one_line(option: str, value: object) -> None:
