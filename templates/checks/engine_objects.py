@@ -41,6 +41,7 @@ class Part:
     start: int
     count: int
     pod: dict[str, Any]
+    head: str | None  # address of the first of a replica
 
 
 def check_engine_objects(plan: Plan, target: str, text: str) -> None:
@@ -67,21 +68,30 @@ def check_engine_objects(plan: Plan, target: str, text: str) -> None:
 
 def engine_parts(objects: list[dict[str, Any]]) -> Iterator[Part]:
     """Yield the pods of every workload."""
+    first = {
+        item["spec"]["selector"]["matchLabels"]["replica"]: item
+        for item in objects
+        if item["kind"] == "StatefulSet" and item["spec"]["ordinals"]["start"] == 0
+    }
     for item in objects:
         name, spec = item["metadata"]["name"], item.get("spec", {})
         match item["kind"]:
             case "Deployment":
-                yield Part(name, spec["replicas"], 0, 1, spec["template"])
+                yield Part(name, spec["replicas"], 0, 1, spec["template"], None)
             case "StatefulSet":
                 labels = spec["selector"]["matchLabels"]
                 expect("labels of pods", labels.items() <= _labels(spec["template"]).items(), True)
-                start = spec["ordinals"]["start"]
-                yield Part(labels["replica"], 1, start, spec["replicas"], spec["template"])
+                own = first[labels["replica"]]
+                head = f"{own['metadata']['name']}-0.{own['spec']['serviceName']}"
+                start, count = spec["ordinals"]["start"], spec["replicas"]
+                yield Part(labels["replica"], 1, start, count, spec["template"], head)
             case "LeaderWorkerSet":
                 group, copies = spec["leaderWorkerTemplate"], spec["replicas"]
-                yield Part(name, copies, 0, 1, group["leaderTemplate"])
+                head = "$(LWS_LEADER_ADDRESS)"
+                yield Part(name, copies, 0, 1, group["leaderTemplate"], head)
                 if group["size"] > 1:
-                    yield Part(name, copies, 1, group["size"] - 1, group["workerTemplate"])
+                    rest = group["size"] - 1
+                    yield Part(name, copies, 1, rest, group["workerTemplate"], head)
             case _:
                 pass
 
@@ -137,6 +147,7 @@ def _check_command(plan: Plan, target: str, part: Part) -> int:
     if num_nodes > 1:
         shell = container["command"]
         expect("command of a pod", shell[:2], ["sh", "-c"])
+        expect("address of the head", environment.get("HEAD"), part.head)
         _check_span(plan, target, num_nodes, shell[2])
     else:
         words = [*container["command"], *words]

@@ -225,6 +225,7 @@ def test_what_cannot_be_expressed_is_refused_with_what_to_do(
         (four, "vllm", '"num_blocks": 1000', '"num_blocks": 1001', "embedded plan.json"),
         (four, "vllm", "      port: 8000", "      port: 8001", "port of the Service"),
         (two_groups, "vllm", "--nnodes 2", "--nnodes 3", "flags of several machines"),
+        (two_groups, "vllm", '"llama-3-1-405b-1-head-0.', '"x.', "address of the head"),
         (two_groups, "vllm", "start: 1\n", "start: 2\n", "pods of a replica"),
         (two_groups, "vllm", '" --headless', '"', "flags of several machines"),
         (two_groups, "sglang", "$head:$meet", "$head:1", "flags of several machines"),
