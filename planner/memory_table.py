@@ -44,7 +44,7 @@ class MemoryTable:
     def budget_bytes(self, gpu: Gpu) -> int:
         """Return the bytes of `gpu` that a plan may use."""
         share = 1.0 if gpu.device == "cpu" else PLANNED_SHARE
-        usable = int(gpu.memory_bytes * share)
+        usable = max(1, int(gpu.memory_bytes * share))  # the share of a byte is none to divide by
         return usable if self._budget is None else min(self._budget, usable)
 
     def layer_bytes(self, shape: Shape) -> tuple[list[int], list[int]]:

@@ -21,8 +21,9 @@ from rankwright.topology.value import Value
 if TYPE_CHECKING:
     import networkx
 
-# Of one cluster: catches a slip before anything counts to it.
+# Of one cluster, and of one memory: catch a slip before anything counts to it.
 MAX_NODES = 1_000_000
+_MAX_BYTES = 10**15
 
 # What a file may hold as a speed or a time: YAML knows `.inf` and `.nan`.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -36,8 +37,8 @@ class Gpu(Value):
     index: int = Field(ge=0, description="index on its node, in the driver's PCI order")
     device: str = Field(description="key in topology/devices.py, such as 'h100-sxm'")
     name: str = Field(description="name as the driver prints it")
-    memory_bytes: int = Field(gt=0, description="bytes that are free for us")
-    total_memory_bytes: int = Field(gt=0, description="bytes the device has")
+    memory_bytes: int = Field(gt=0, le=_MAX_BYTES, description="bytes that are free for us")
+    total_memory_bytes: int = Field(gt=0, le=_MAX_BYTES, description="bytes the device has")
     compute_capability: tuple[int, int] | None = None
     uuid: str | None = None
     pcie_generation: int | None = None
@@ -94,8 +95,8 @@ class Node(Value):
     gpus: tuple[Gpu, ...]
     links: tuple[Link, ...] = ()
     nics: tuple[Nic, ...] = ()
-    num_cpus: int = Field(default=1, ge=1)
-    host_memory_bytes: int = Field(default=0, ge=0)
+    num_cpus: int = Field(default=1, ge=1, le=1_000_000)
+    host_memory_bytes: int = Field(default=0, ge=0, le=_MAX_BYTES)
     driver: str | None = None
 
     @model_validator(mode="after")
@@ -120,7 +121,7 @@ class Fabric(Value):
     measured_bytes_per_s: Positive | None = Field(
         default=None, description="the same as a measurement has it, which plans go by; None: none"
     )
-    ports_per_node: int = Field(ge=1)
+    ports_per_node: int = Field(ge=1, le=1000)
     latency_s: Positive
     separate_rails: bool = Field(
         default=False,

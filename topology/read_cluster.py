@@ -99,13 +99,13 @@ def _read_file(path: Path) -> Cluster:
 def _from_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is the former
         raise ValueError(f"cluster file {str(path)!r} is no JSON: {error}") from None
 
 
 def _from_yaml(path: Path, text: str) -> Any:
     if text.startswith("{"):  # in braces YAML is JSON, or close to it
-        with suppress(json.JSONDecodeError, RecursionError):
+        with suppress(ValueError, RecursionError):
             return json.loads(text)
     import yaml  # here, so that planning from shorthand does not load it
 
@@ -113,7 +113,7 @@ def _from_yaml(path: Path, text: str) -> Any:
     loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
     try:
         return yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())[:200]
         raise ValueError(f"cluster file {str(path)!r} is no YAML: {line}") from None
 

@@ -63,6 +63,7 @@ def run(
         raise ValueError("--system needs --chat")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p:g}")
+    options.check_positive("--start-timeout", start_timeout, " s")
     load = options.workload(isl=isl, osl=max_tokens, concurrency=len(prompt), objective=objective)
     plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
     if made_now:

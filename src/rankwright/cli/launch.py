@@ -110,6 +110,7 @@ def run(
     """
     submits = backend in ("slurm", "kubernetes")
     _refuse(context, backend, _OURS if submits else _THEIRS)
+    options.check_positive("--start-timeout", start_timeout, " s")
     if node_rank >= nnodes:
         raise ValueError(f"--node-rank is {node_rank}, of {nnodes} nodes the last is {nnodes - 1}")
     load = options.workload(
