@@ -18,7 +18,14 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Fixtures that start something which all their tests share, so that one worker runs these.
+_SHARED = {"pool": "ranks", "slurm": "slurm", "ray_address": "ray", "two_nodes": "ray"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -33,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _group(item: pytest.Item) -> str:
+    """Return what tests that one worker runs have in common: what they share, else their file."""
+    used = getattr(item, "fixturenames", ())
+    shared = next((group for name, group in _SHARED.items() if name in used), None)
+    return shared or item.path.name
 
 
 @pytest.fixture(scope="session", autouse=True)
