@@ -33,7 +33,7 @@ __all__ = ["moe_references"]  # a fixture
 
 MOST_RANKS = 8
 # Of each family, so that there are more than 150; and how many of them run by default.
-NUM_CASES, NUM_USUAL = 18, 5
+NUM_CASES, NUM_USUAL = 18, 2
 FAMILIES = ("llama", "llama-tied-mqa", "mistral", "qwen2", "qwen3")
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 ARCHITECTURES = {
