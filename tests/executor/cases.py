@@ -242,8 +242,8 @@ def moved_experts(
 
 def serve_and_rebalance(
     rank: int, plan_json: str, folder: str, requests: list[tuple[str, list[int], dict[str, Any]]]
-) -> tuple[dict[str, list[int]], list[list[float]]] | None:
-    """Tokens of each request, and the imbalance of each interval and layer, from the leader."""
+) -> tuple[dict[str, list[int]], list[list[float]], list[list[int]]] | None:
+    """Tokens of each request, imbalance of each interval and layer, loads of each layer."""
     plan, mesh, runner = make(rank, plan_json, folder)
     runner.warm_up(plan.limits)
     assert runner.rebalancer is not None
@@ -258,7 +258,7 @@ def serve_and_rebalance(
     theirs.close()
     client.join(timeout=60)
     ours.close()
-    return out, list(runner.rebalancer.imbalances)
+    return out, list(runner.rebalancer.imbalances), runner.rebalancer.totals
 
 
 def control(rank: int, plan_json: str, size: int) -> bytes:

@@ -32,7 +32,8 @@ from rankwright.planner.plan import Plan
 pytest.importorskip("ray", reason="needs rankwright[ray]")
 pytestmark = pytest.mark.timeout(300)
 
-RANK_MARK = b"RANKWRIGHT_END_WITH_STDIN=1"
+# In the environment of ranks that Ray's actors start, and of no others.
+RANK_MARK = b"/rankwright-ray-"
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,9 @@ def pids_of_ranks() -> dict[int, int]:
     found: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            environ = (path / "environ").read_bytes().split(b"\0")
-            if RANK_MARK in environ:
+            whole = (path / "environ").read_bytes()
+            if RANK_MARK in whole and b"RANK=" in whole:
+                environ = whole.split(b"\0")
                 found[int(dict(e.split(b"=", 1) for e in environ if e)[b"RANK"])] = int(path.name)
     return found
 
