@@ -31,6 +31,8 @@ _NEWS_S = 0.5
 _POLL_S = 0.1
 # From the first rank's end until the others are killed: time for them to say what they saw.
 _LAST_WORDS_S = 2.0
+# A leader's connection ends before Ray has noticed that its actor is gone.
+_NOTICE_S = 15.0
 _KILL_S = 10.0
 _RAISED = re.compile(r"[\w.]+(Error|Exception)\b: .")
 # Settings of the launching shell that ranks on other machines should have too.
@@ -94,6 +96,8 @@ class RayRanks:
 
     async def failure(self) -> Failure:
         """Return why a rank ended, and kill the rest; for when something has gone wrong."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.first_end(), _NOTICE_S)
         if self._problem:
             await self.kill()
             return Failure(None, self._problem, self._run_dir, agent="Ray")
