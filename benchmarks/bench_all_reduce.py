@@ -68,11 +68,13 @@ def chains(peers: PeerMemory | None, rows: int, device: torch.device) -> dict[st
     def shared(norm: bool) -> None:
         assert peers is not None
         peers.begin()
-        options = {"weight_D": weight, "eps": EPS, "residual_TD": residual} if norm else {}
+        options: dict[str, Any] = (
+            {"weight_D": weight, "eps": EPS, "residual_TD": residual} if norm else {}
+        )
         for _ in range(CHAIN):
             part = peers.part(rows, DIM, DTYPE)
             assert part is not None
-            peers.sum(part, **options)  # type: ignore[arg-type]
+            peers.sum(part, **options)
 
     made: dict[str, Chain] = {"nccl": lambda: nccl(False), "nccl + norm": lambda: nccl(True)}
     if peers is not None and peers.part(rows, DIM, DTYPE) is not None:

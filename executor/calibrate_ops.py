@@ -109,7 +109,10 @@ def time_ops(device: DeviceType, *, quick: bool = False) -> Calibration:
         for case in cases:
             try:
                 seconds = _seconds(case, device)
-            except (RuntimeError, NotImplementedError, AttributeError) as error:
+            except (RuntimeError, AttributeError) as error:
+                # Not every device and build has float8; any other kernel must run.
+                if case.dtype != "float8":
+                    raise
                 line = (str(error).splitlines() or ["?"])[0][:120]
                 notes.append(f"{case.name} {case.dtype} could not be timed: {line}")
                 continue

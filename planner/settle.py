@@ -77,11 +77,11 @@ def _simulate(search: Search, choice: Choice, trace: Sequence[TraceRow]) -> Perc
     replicas = choice.num_replicas
     if trace:
         return simulate_trace(pipeline, trace[::replicas], schedule)
-    alone = {"concurrency": None, "request_rate": None}
+    alone: dict[str, float | None] = {"concurrency": None, "request_rate": None}
     if load.request_rate is not None:
-        alone["request_rate"] = load.request_rate / replicas  # type: ignore[assignment]
+        alone["request_rate"] = load.request_rate / replicas
     elif load.concurrency is not None:
-        alone["concurrency"] = -(-load.concurrency // replicas)  # type: ignore[assignment]
+        alone["concurrency"] = -(-load.concurrency // replicas)
     return simulate_pipeline(pipeline, load.model_copy(update=alone), schedule, requests=_REQUESTS)
 
 

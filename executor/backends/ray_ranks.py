@@ -257,10 +257,9 @@ class RayRanks:
 
 def explain(error: Exception) -> str:
     """Return the line of `error` that says what went wrong; Ray's hold a remote traceback."""
-    with contextlib.suppress(AttributeError):
-        cause = error.cause  # type: ignore[attr-defined]
-        if isinstance(cause, Exception):
-            return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # An actor that could not be made: the remote traceback ends with what was raised.
     raised = [line for line in lines if _RAISED.match(line)]

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from rankwright.cost_model.efficiency import ENGINES
@@ -43,8 +45,8 @@ def test_engines_differ_in_what_they_run() -> None:
         ({"tp": 20000, "attention": "dp"}, "without any of the 14336 feed-forward columns"),
     ],
 )
-def test_what_no_engine_runs_says_why(degrees: dict[str, object], reason: str) -> None:
-    found = cut_is_legal(LLAMA_8B, **degrees)  # type: ignore[arg-type]
+def test_what_no_engine_runs_says_why(degrees: dict[str, Any], reason: str) -> None:
+    found = cut_is_legal(LLAMA_8B, **degrees)
     assert found is not None
     assert reason in found
 

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.simulate import (
+    Policy,
     Request,
     Schedule,
     closed_loop,
@@ -118,9 +119,9 @@ lengths = st.tuples(st.integers(1, 300), st.integers(1, 60))
     st.integers(1, 800),
 )
 def test_every_request_is_served_once_and_in_time(
-    shapes: list[tuple[int, int]], policy: str, batch: int, chunk: int, cache: int
+    shapes: list[tuple[int, int]], policy: Policy, batch: int, chunk: int, cache: int
 ) -> None:
-    schedule = Schedule(policy, batch, chunk, cache)  # type: ignore[arg-type]
+    schedule = Schedule(policy, batch, chunk, cache)
     requests = [Request(0.0, inputs, outputs, inputs) for inputs, outputs in shapes]
     seen = simulate(by_tokens, schedule, requests, concurrency=4)
     assert [one.output_tokens for one in seen] == [outputs for _, outputs in shapes]
