@@ -57,15 +57,21 @@ def predict_trace(
     outcomes: list[Outcome] = []
     prompts_s = 0.0
     replica = 0
-    for group in choose_replicas(cluster, split):
-        pipeline = models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp)
-        for _ in range(group.count):
+    pipelines = [
+        (
+            group.count,
+            models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp),
+        )
+        for group in choose_replicas(cluster, split)
+    ]
+    for count, pipeline in pipelines:
+        for _ in range(count):
             mine = trace[replica :: split.dp]
             outcomes += simulate_trace(pipeline, mine, schedule).outcomes
             prompts_s += _prompts_s(pipeline, mine, schedule)
             replica += 1
     run = Percentiles(outcomes)
-    intervals = intervals_of("rankwright", pipeline.stages[0].provenance)
+    intervals = intervals_of("rankwright", pipelines[-1][1].stages[0].provenance)
     return TracePrediction(
         ttft_s=_ttft(run.ttft_s(), prompts_s / len(outcomes), intervals),
         tpot_s=estimate(run.tpot_s(), intervals.tpot),

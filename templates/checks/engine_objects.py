@@ -101,7 +101,7 @@ def _labels(pod: dict[str, Any]) -> dict[str, str]:
 
 
 def _http_ports(item: dict[str, Any]) -> list[dict[str, Any]]:
-    ports = item["spec"]["ports"] if item["kind"] == "Service" else []
+    ports: list[dict[str, Any]] = item["spec"]["ports"] if item["kind"] == "Service" else []
     return [port for port in ports if port["name"] == "http"]
 
 
