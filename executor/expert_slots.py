@@ -72,8 +72,8 @@ def imbalance(loads: Sequence[float], slots: Slots) -> float:
 def keep_in_place(old: Slots, new: Slots) -> Slots:
     """Return `new` with ranks and slots ordered so that few experts move.
 
-    >>> keep_in_place(((0, 1), (2, 3)), ((2, 1), (0, 3)))
-    ((0, 3), (2, 1))
+    >>> keep_in_place(((0, 1), (2, 3)), ((3, 2), (1, 4)))
+    ((4, 1), (2, 3))
     """
     left = list(new)
     out: list[tuple[int, ...]] = []
