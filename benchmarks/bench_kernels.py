@@ -422,16 +422,11 @@ def sweep_prefill() -> Iterator[Case]:
 SWEEPS = {"decode": sweep_decode, "linear": sweep_linear, "prefill": sweep_prefill}
 
 
-def main() -> int:
-    """Return the exit status: 1 where a kernel failed its check, 4 without a GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", default="", help="rows whose operation contains this")
-    parser.add_argument("--sweep", choices=SWEEPS, help="try configurations instead")
-    parser.add_argument("--output", type=Path, help="folder of the JSON file")
-    arguments = parser.parse_args()
+def begin(program: str) -> tuple[int, dict[str, float]]:
+    """Return the seed and what the GPU reaches, both printed; exit with 4 where there is none."""
     if not torch.cuda.is_available():
-        print("bench_kernels: needs a CUDA GPU, and torch sees none", file=sys.stderr)
-        return 4
+        print(f"{program}: needs a CUDA GPU, and torch sees none", file=sys.stderr)
+        raise SystemExit(4)
     seed = torch.seed() % 2**31
     torch.manual_seed(seed)
     rates = ceilings()
@@ -440,6 +435,17 @@ def main() -> int:
         f"matrix product {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s; seed {seed}",
         flush=True,
     )
+    return seed, rates
+
+
+def main() -> int:
+    """Return the exit status: 1 where a kernel failed its check, 4 without a GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="rows whose operation contains this")
+    parser.add_argument("--sweep", choices=SWEEPS, help="try configurations instead")
+    parser.add_argument("--output", type=Path, help="folder of the JSON file")
+    arguments = parser.parse_args()
+    seed, rates = begin("bench_kernels")
     table = SWEEPS[arguments.sweep]() if arguments.sweep else cases()
     rows = []
     for case in table:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench_kernels import ceilings, graph_us
+from bench_kernels import begin, graph_us
 from rankwright.kernels.moe_configs import ExpertsConfig, Tile, experts_config
 from rankwright.kernels.moe_experts import Experts, run_experts, run_experts_reference
 from rankwright.kernels.moe_routing import RoutingRule, route
@@ -231,17 +231,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400, help="stop tuning after so long")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench_moe: needs a CUDA GPU, and torch sees none", file=sys.stderr)
-        return 4
-    seed = torch.seed() % 2**31
-    torch.manual_seed(seed)
-    rates = ceilings()
-    print(
-        f"{torch.cuda.get_device_name()}: copy {rates['copy_bytes_per_s'] / 1e12:.2f} TB/s, "
-        f"matrix product {rates['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s; seed {seed}",
-        flush=True,
-    )
+    seed, rates = begin("bench_moe")
     rows: list[dict[str, Any]] = []
     stop = time.monotonic() + arguments.seconds
     for shape in SHAPES:
