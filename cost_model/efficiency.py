@@ -17,6 +17,7 @@ from rankwright.topology.devices import device_of
 
 DeviceClass = Literal["cuda", "rocm", "cpu"]
 AllReduce = Literal["library", "one_shot"]
+Exchange = Literal["gather", "dispatch"]  # of tokens and experts, see `expert_exchange.py`
 
 # Where constants come from: this machine's own calibration, a calibration that ships for the
 # device, or data sheets and published figures.
@@ -53,6 +54,9 @@ class Efficiency:
     one_shot_bytes: float = 0.0
     # One-shot sums over NVLink up to `one_shot.one_shot_max_bytes`, the norm in the same kernel.
     peer_sums: bool = False
+    # Ways for tokens to reach the experts of other ranks under attention DP that the executor may
+    # choose from. Dispatch is right on CPUs (tests), and was not yet run on GPUs.
+    expert_exchanges: tuple[Exchange, ...] = ("gather",)
     # What a product, and decode attention, take besides a launch: filling and draining the GPU.
     product_s: float = 0.0
     attention_s: float = 0.0
@@ -193,6 +197,7 @@ _CPU = Efficiency(
     send_s=1.0e-4,
     all_reduce=("library",),
     fused_norms=False,
+    expert_exchanges=("gather", "dispatch"),
     source="rates measured by the probe; dispatch of eager torch",
 )
 

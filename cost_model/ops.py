@@ -223,7 +223,9 @@ class LayerModel:
         )
         self._output = _product(spec, "o projection", tensors, ("o", "kv_b"), launches)
         width = block.intermediate_size if block.kind == "dense" else block.shared_intermediate_size
-        self._columns = range_size(column_range(width, tp, 0))
+        # Shared experts of attention DP are whole on each rank, for its own tokens.
+        self._mlp_of_own = block.kind == "moe" and attention == "dp"
+        self._columns = range_size(column_range(width, 1 if self._mlp_of_own else tp, 0))
         self._mlp: _Product | None = None
         if self._columns:
             kind = "mlp" if block.kind == "dense" else "shared"
@@ -258,8 +260,9 @@ class LayerModel:
         ops = [self._qkv.op(rows, self._width), self._output.op(rows, self._width)]
         activated = 0.0
         if self._mlp is not None:
-            ops.append(self._mlp.op(tokens.total, self._width))
-            activated += tokens.total * self._columns
+            taken = rows if self._mlp_of_own else tokens.total
+            ops.append(self._mlp.op(taken, self._width))
+            activated += taken * self._columns
         if self._experts is not None:
             ops.append(self._router_op(tokens.total))
             pairs, expert_op = self._expert_op(self._experts, tokens.total)

@@ -80,7 +80,8 @@ def layer_tensors(
         hidden_size: Of the model.
         tp: Ranks of the stage.
         ep: Groups of ranks that share the experts out; `tp // ep` ranks cut each expert.
-        attention: `dp` when every rank holds all heads, for requests of its own.
+        attention: `dp` when every rank holds all heads and the shared experts, for requests of its
+            own.
         tp_rank: Ranks `e * moe_tp` to `(e + 1) * moe_tp - 1` hold the experts of group `e`.
     """
     yield Tensor("norms", "other", 1, hidden_size, copies=2)
@@ -93,7 +94,7 @@ def layer_tensors(
     if block.kind == "dense":
         yield from _mlp_tensors("mlp", hidden_size, block, block.intermediate_size, tp, tp_rank)
     else:
-        yield from _moe_tensors(block, hidden_size, tp, ep, tp_rank)
+        yield from _moe_tensors(block, hidden_size, tp, ep, tp_rank, attention=attention)
 
 
 def _head_tensors(attention: Attention, hidden: int, tp: int, rank: int) -> Iterator[Tensor]:
@@ -161,7 +162,9 @@ def _mlp_tensors(
             yield Tensor(f"{name} down bias", "other", 1, hidden, copies)
 
 
-def _moe_tensors(block: FeedForward, hidden: int, tp: int, ep: int, rank: int) -> Iterator[Tensor]:
+def _moe_tensors(
+    block: FeedForward, hidden: int, tp: int, ep: int, rank: int, *, attention: Literal["tp", "dp"]
+) -> Iterator[Tensor]:
     if ep < 1 or tp % ep:
         raise ValueError(f"moe_tp * ep must equal tp: ep={ep} does not divide tp={tp}")
     ep_rank, moe_tp_rank = divmod(rank, tp // ep)
@@ -175,7 +178,9 @@ def _moe_tensors(block: FeedForward, hidden: int, tp: int, ep: int, rank: int) -
         "expert", hidden, block, block.intermediate_size, tp // ep, moe_tp_rank, experts
     )
     if block.shared_intermediate_size:
-        yield from _mlp_tensors("shared", hidden, block, block.shared_intermediate_size, tp, rank)
+        # Every token takes them: a rank with tokens of its own has them whole.
+        cut, part = (1, 0) if attention == "dp" else (tp, rank)
+        yield from _mlp_tensors("shared", hidden, block, block.shared_intermediate_size, cut, part)
 
 
 def count_parameters(spec: ModelSpec) -> int:

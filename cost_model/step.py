@@ -13,11 +13,11 @@ from rankwright.cost_model.collectives import (
     Group,
     all_gather_s,
     all_reduce_s,
-    reduce_scatter_s,
     send_s,
 )
 from rankwright.cost_model.dtypes import BITS
-from rankwright.cost_model.efficiency import AllReduce, Provenance
+from rankwright.cost_model.efficiency import AllReduce, Exchange, Provenance
+from rankwright.cost_model.expert_exchange import choose_exchange
 from rankwright.cost_model.memory import kv_bytes_per_token
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.one_shot import one_shot_max_bytes
@@ -77,6 +77,7 @@ class StageModel:
         self._rates = rates
         self._group = group
         self._attention: AttentionSplit = attention
+        self._ep = ep
         self._width = BITS[spec.dtype] / 8
         # The executor sums over peers' memory where NVLink joins them, and by NCCL elsewhere.
         self._peer_sums = (
@@ -114,7 +115,8 @@ class StageModel:
             key = (kind, mine.total, layer.rows(mine))
             others_s = self._others_s.get(key)
             if others_s is None:
-                others_s = self._rates.seconds(layer.other_ops(mine)) + self._exchange_s(mine)
+                others_s = self._rates.seconds(layer.other_ops(mine))
+                others_s += self._exchange_s(mine, kind=kind)
                 self._others_s[key] = others_s
             seconds = others_s + self._rates.seconds(layer.attention_ops(mine))
             if self._context.size > 1:
@@ -127,7 +129,7 @@ class StageModel:
         mine = self._mine(tokens)
         parts = [self._part(op) for op in self._layers[kind].ops(mine)]
         if self._group.size > 1:
-            parts.append(self._exchange(mine))
+            parts.append(self._exchange(mine, kind=kind))
         if self._context.size > 1:
             parts.append(_link_part("context exchange", *self._context_s(kind, tokens)))
         return parts
@@ -216,12 +218,11 @@ class StageModel:
         """Seconds that a hand-over takes on the sending side, before any byte moves."""
         return self._rates.efficiency.send_s
 
-    def _exchange_s(self, tokens: StepTokens, times: int = 2) -> float:
+    def _exchange_s(self, tokens: StepTokens, times: int = 2, kind: int | None = None) -> float:
         """Return the seconds of a layer's collectives: after attention and after feed-forward."""
-        size = self.message_bytes(tokens)
         if self._attention == "dp":
-            seconds = all_gather_s(size, self._group) + reduce_scatter_s(size, self._group)
-            return seconds + 2 * self._skew_s
+            return self._chosen(tokens, kind)[1] + 2 * self._skew_s
+        size = self.message_bytes(tokens)
         share = self._rates.efficiency
         algorithms, one_shot_bytes = share.all_reduce, share.one_shot_bytes
         if share.peer_sums:
@@ -230,14 +231,26 @@ class StageModel:
         once_s = all_reduce_s(size, self._group, algorithms, one_shot_bytes)
         return times * (once_s + self._skew_s)
 
+    def _chosen(self, tokens: StepTokens, kind: int | None) -> tuple[Exchange, float]:
+        """Return how tokens reach all ranks' parts of a layer and come back, and the seconds."""
+        return choose_exchange(
+            None if kind is None else self._layer_kinds[kind].feed_forward,
+            self.message_bytes(tokens),
+            self._group,
+            ep=self._ep,
+            allowed=self._rates.efficiency.expert_exchanges,
+        )
+
     def host_s(self, tokens: StepTokens) -> float:
         """Return the seconds of the host's work for the sequences of a step."""
         return self._rates.efficiency.host_sequence_s * tokens.decode
 
-    def _exchange(self, tokens: StepTokens, times: int = 2) -> Part:
-        name = "all-reduce" if self._attention == "tp" else "all-gather and reduce-scatter"
+    def _exchange(self, tokens: StepTokens, times: int = 2, kind: int | None = None) -> Part:
+        name = "all-reduce"
+        if self._attention == "dp":
+            name = _EXCHANGE_NAMES[self._chosen(tokens, kind)[0]]
         size = times * self.message_bytes(tokens)
-        return _link_part(name, self._exchange_s(tokens, times), size)
+        return _link_part(name, self._exchange_s(tokens, times, kind), size)
 
     def _part(self, op: Op) -> Part:
         cost = self._rates.cost(op)
@@ -255,6 +268,10 @@ _ALONE = Group(1)
 # NVLink begins at 100 GB/s each way on the GPUs that serve (A100: 300); PCIe 5 has 63.
 _NVLINK_BYTES_PER_S = 100e9
 _LIBRARY: tuple[AllReduce, ...] = ("library",)
+_EXCHANGE_NAMES: dict[Exchange, str] = {
+    "gather": "all-gather and reduce-scatter",
+    "dispatch": "dispatch and combine",
+}
 _FIRST, _LAST = -1, -2  # in place of a kind of layer: the embedding, the head
 
 

@@ -182,7 +182,7 @@ class Rebalancer:
             return
         if self._steps > self._every:
             self._apply(self._agree())
-        loads = [slots.load_E.tolist() for slots, _ in self._layers]
+        loads = self._loads()
         for (slots, _), total, load in zip(self._layers, self.totals, loads, strict=True):
             slots.load_E.zero_()
             total[:] = map(sum, zip(total, load, strict=True))
@@ -193,6 +193,15 @@ class Rebalancer:
         if self._mesh.place.tp_rank == 0:
             self._thread = threading.Thread(target=self._solve, args=(loads, current), daemon=True)
             self._thread.start()
+
+    def _loads(self) -> list[list[int]]:
+        """Return what all ranks counted: equal numbers, or with attention DP each its own."""
+        if self._mesh.attention_ranks > 1:
+            counted = torch.cat([slots.load_E for slots, _ in self._layers])
+            dist.all_reduce(counted, group=self._mesh.tp.process_group)
+            sizes = [len(slots.load_E) for slots, _ in self._layers]
+            return [load.tolist() for load in counted.split(sizes)]
+        return [slots.load_E.tolist() for slots, _ in self._layers]
 
     def _solve(self, loads: list[list[int]], current: list[Slots]) -> None:
         """Place every layer anew; where that gains little, keep what is."""

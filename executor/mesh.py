@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.expert_memory import ExpertMemory
 from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
 from rankwright.executor.shared_channel import SharedChannel, is_supported
 from rankwright.kernels.rms_norm import rms_norm
@@ -48,12 +49,14 @@ class Mesh:
     """This rank's place and its groups.
 
     Attributes:
-        place: This rank's row of the plan.
+        plan: What all ranks run.
+        place: This rank's row of it.
         device: Where its tensors live.
         tp: Ranks that share each layer of this stage, for the same part of the context.
         cp: Ranks of this stage with the same weights, each with its part of the context.
         expert_slots: Where experts are, if not each rank's range of them.
         ep: Ranks of `tp` that share the experts out: those with the same part of each expert.
+        expert_memory: What layers hand tokens to experts through, once one of them has opened it.
         control: All ranks of the replica, over gloo; the leader is the first.
         results: The same ranks over another gloo group, for sampled tokens.
     """
@@ -64,6 +67,7 @@ class Mesh:
         Groups are made in the same order on each rank, as `dist.new_group` needs.
         """
         split = plan.split
+        self.plan = plan
         self.place: RankPlan = plan.ranks[rank]
         self.device = device
         self.num_stages = split.pp
@@ -78,6 +82,7 @@ class Mesh:
         )
         self._channel: SharedChannel | None = None
         self._peers: PeerMemory | None = None
+        self.expert_memory: ExpertMemory | None = None
         self._nodes = [place.node for place in plan.ranks]
         self._previous = Group((rank,), None)
         self._next = Group((rank,), None)

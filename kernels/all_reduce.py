@@ -25,10 +25,13 @@ MAX_PROGRAMS = 512
 
 
 @jit()
-def _meet(
+def meet(
     table, words_ptr, epochs_ptr, signal_word, program, RANK: tl.constexpr, WORLD: tl.constexpr
 ):
-    """Return when the programs of this number of all ranks are here."""
+    """Return when the programs of this number of all ranks are here.
+
+    What they wrote before, also into this rank's memory, is then seen here.
+    """
     epoch = tl.load(epochs_ptr + program) + 1
     tl.debug_barrier()
     for step in tl.static_range(1, WORLD):  # pyright: ignore[reportGeneralTypeIssues]
@@ -70,7 +73,7 @@ def _sum_kernel(
     mask = d < DIM
     if HAS_NORM:  # loaded while the peers are on their way
         weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    _meet(table, words_ptr, epochs_ptr, SIGNAL_WORD, program, RANK, WORLD)
+    meet(table, words_ptr, epochs_ptr, SIGNAL_WORD, program, RANK, WORLD)
     out_type = out_ptr.dtype.element_ty
     for row_number in range(program, num_tokens, tl.num_programs(0)):
         row = tl.cast(row_number, tl.int64)

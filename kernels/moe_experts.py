@@ -201,6 +201,7 @@ def run_experts(
     *,
     num_experts: int | None = None,
     config: ExpertsConfig | None = None,
+    out_TD: torch.Tensor | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
     """Return [T, D]: the weighted sum of what this rank's experts make of each token.
@@ -215,6 +216,7 @@ def run_experts(
         slots_TK: int32, from `route`; -1: another rank's.
         num_experts: Of all ranks, for the choice of a configuration; None: S.
         config: Overrides `experts_config` (for tuning).
+        out_TD: Where to write the result; dense. None: somewhere new.
         backend: What runs it, see `runs_triton`.
 
     Raises:
@@ -230,9 +232,13 @@ def run_experts(
             f"{tuple(slots_TK.shape)}; expected [T, D], [S, 2 F, D], [S, D, F] and twice [T, K]"
         )
     if not runs_triton(x_TD, backend):
-        return run_experts_reference(x_TD, experts, weights_TK, slots_TK)
+        made_TD = run_experts_reference(x_TD, experts, weights_TK, slots_TK)
+        return made_TD if out_TD is None else out_TD.copy_(made_TD)
     num_tokens, top_k = slots_TK.shape
-    out_TD = torch.empty((num_tokens, hidden_size), dtype=x_TD.dtype, device=x_TD.device)
+    if out_TD is None:
+        out_TD = torch.empty((num_tokens, hidden_size), dtype=x_TD.dtype, device=x_TD.device)
+    assert out_TD.shape == (num_tokens, hidden_size)
+    assert out_TD.is_contiguous()
     if not num_tokens:
         return out_TD
     if x_TD.stride(1) != 1:

@@ -25,6 +25,7 @@ class GatedMlp:
         intermediate_size: int,
         bias: bool,
         reduce: bool = True,
+        whole: bool = False,
     ) -> None:
         """Load this rank's columns.
 
@@ -36,8 +37,9 @@ class GatedMlp:
             intermediate_size: Of the whole block.
             bias: Whether the three products add one.
             reduce: Sum over the TP group; False: the caller does, with what it adds.
+            whole: This rank has all columns, for tokens of its own.
         """
-        columns = dense_columns(mesh, intermediate_size)
+        columns = (0, intermediate_size) if whole else dense_columns(mesh, intermediate_size)
         self._gate_up = ColumnParallelLinear(
             source,
             (
@@ -58,7 +60,7 @@ class GatedMlp:
         )
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Return [T, D], with attention DP of this rank's tokens among all ranks'."""
+        """Return [T, D]; without `reduce`, this rank's part of it."""
         return self._down(swiglu(self._gate_up(x_TD)))
 
 

@@ -1,17 +1,27 @@
 """A MoE block: router, this rank's experts, shared experts.
 
-The tokens are equal on all ranks of the group, so each rank routes all of them, runs the pairs
-(token, expert) whose expert it holds, with its columns of that expert, and the parts are summed.
-Shape letters: T tokens, D hidden, E experts, S slots of this rank, F columns of an expert.
+With attention TP the tokens are equal on all ranks of the group, so each rank routes all of them,
+runs the pairs (token, expert) whose expert it holds, with its columns of that expert, and the parts
+are summed. With attention DP each rank has tokens of its own: they are gathered before and
+scattered after, or sent to the ranks that hold their experts (`dispatch.py`), and while they are on
+their way the shared experts, whole on each rank, work on the rank's own.
+Shape letters: T tokens, D hidden, K experts a token, E experts, S slots of this rank, F columns of
+an expert.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch.nn.functional import linear
 
 from rankwright.cost_model.model_spec import FeedForward, Router
+from rankwright.cost_model.shards import even_range
+from rankwright.executor.expert_memory import MAX_TOKENS, ExpertMemory
 from rankwright.executor.expert_slots import LayerSlots, Slots
+from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.layers.dispatch import Dispatch
+from rankwright.executor.layers.exchange import ExchangeChoice, open_expert_memory
 from rankwright.executor.layers.expert_weights import load_experts
 from rankwright.executor.layers.feed_forward import GatedMlp
 from rankwright.executor.mesh import Mesh
@@ -33,22 +43,24 @@ class MoeBlock:
         *,
         layer: int,
         hidden_size: int,
-        reduce: bool = True,
         slots: Slots | None = None,
     ) -> None:
         """Load this rank's experts: its range of them, or those that `slots` gives it."""
         self._mesh = mesh
-        self._reduce = reduce
-        self._num_experts = block.num_experts
+        self._block = block
         self._rule = routing_rule(block.router, block.experts_per_token)
-        held: Sequence[int] = range(*mesh.place.experts)
-        self._first_slot = mesh.place.experts[0]
+        ep = mesh.split.ep
+        self._ep_rank = mesh.place.tp_rank // mesh.split.moe_tp
+        placed = slots or tuple(
+            tuple(range(*even_range(block.num_experts, ep, rank))) for rank in range(ep)
+        )
+        held: Sequence[int] = placed[self._ep_rank]
+        stops = accumulate((len(experts) for experts in placed), initial=0)
+        self._slots_of_ranks = tuple(pairwise(stops))
         self.slots: LayerSlots | None = None
         if slots is not None:
-            ep_rank = mesh.ep.ranks.index(mesh.place.rank)
-            held = slots[ep_rank]
-            self._first_slot = ep_rank * len(held)
             self.slots = LayerSlots(slots, block.num_experts, mesh.device)
+        self._choose = ExchangeChoice(mesh, block) if mesh.attention_ranks > 1 else None
         self._float32_router = names.float32_router
         router = names.router.format(layer=layer)
         shape = (block.num_experts, hidden_size)
@@ -82,31 +94,118 @@ class MoeBlock:
                 intermediate_size=block.shared_intermediate_size,
                 bias=False,
                 reduce=False,
+                whole=mesh.attention_ranks > 1,
             )
 
-    def __call__(self, x_TD: torch.Tensor, counted_T: torch.Tensor | None = None) -> torch.Tensor:
-        """Return [T, D], equal on every rank; without `reduce`, this rank's part.
+        self._memory = open_expert_memory(
+            mesh, top_k=block.experts_per_token, dim=hidden_size, dtype=self.router_ED.dtype
+        )
+        if self._memory is not None:
+            firsts = [first for first, _ in self._slots_of_ranks]
+            stop = self._slots_of_ranks[-1][1]
+            self._starts = torch.tensor([*firsts, stop], dtype=torch.int32, device=mesh.device)
+            self._beside = torch.cuda.Stream(mesh.device)
+
+    def __call__(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Return [T, D]: this rank's part of a sum over the group; with attention DP, all of it.
 
         Args:
-            x_TD: Tokens.
-            counted_T: int32, 0 for those that are padding; None: none is. Read where experts are
-                in slots, whose placement follows the counts.
+            x_TD: Tokens, with attention DP this rank's.
+            context: Which of them are padding: those are neither counted nor sent.
         """
+        if self._mesh.attention_ranks == 1:
+            y_TD = self._run_all(x_TD, None if self.slots is None else context.counted())
+            return y_TD if self.shared is None else y_TD.add_(self.shared(x_TD))
+        if self._memory is not None and len(x_TD) <= MAX_TOKENS:
+            return self._over_peers(self._memory, x_TD, context.counted())
+        if self._choose is not None and self._choose(x_TD) == "dispatch":
+            return self._dispatched(x_TD, context.counted())
+        counted_T = None if self.slots is None else self._count_own(context.counted())
+        y_TD = self._mesh.sum_tokens(self._run_all(self._mesh.gather_tokens(x_TD), counted_T))
+        return y_TD if self.shared is None else y_TD.add_(self.shared(x_TD))
+
+    def _run_all(self, x_TD: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
+        """Return what this rank's experts make of tokens that every rank has."""
+        first, stop = self._slots_of_ranks[self._ep_rank]
+        weights_TK, slots_TK = self._route(x_TD, first, stop - first, counted_T)
+        return run_experts(
+            x_TD, self.experts, weights_TK, slots_TK, num_experts=self._block.num_experts
+        )
+
+    def _dispatched(self, x_TD: torch.Tensor, counted_T: torch.Tensor) -> torch.Tensor:
+        """Return what all ranks' experts make of this rank's tokens, zeros for padding."""
+        num_slots = self._slots_of_ranks[-1][1]
+        weights_TK, slots_TK = self._route(x_TD, 0, num_slots, counted_T)
+        sent = Dispatch(
+            self._mesh.tp,
+            self._slots_of_ranks,
+            self._ep_rank,
+            x_TD,
+            weights_TK,
+            slots_TK,
+            counted_T,
+        )
+        shared_TD = None if self.shared is None else self.shared(x_TD)  # tokens are on their way
+        here = sent.arrived()
+        y_TD = sent.combine(
+            run_experts(
+                here.x_MD,
+                self.experts,
+                here.weights_MK,
+                here.slots_MK,
+                num_experts=self._block.num_experts,
+            )
+        )
+        return y_TD if shared_TD is None else y_TD.add_(shared_TD)
+
+    def _over_peers(
+        self, memory: ExpertMemory, x_TD: torch.Tensor, counted_T: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the same, through memory that GPUs share; a graph may hold it."""
+        shared_TD = None
+        here = torch.cuda.current_stream()
+        if self.shared is not None:
+            self._beside.wait_stream(here)
+            with torch.cuda.stream(self._beside):  # while tokens are on their way
+                shared_TD = self.shared(x_TD)
+        num_slots = self._slots_of_ranks[-1][1]
+        weights_TK, slots_TK = self._route(x_TD, 0, num_slots, counted_T)
+        slots_TK = slots_TK.masked_fill_((counted_T == 0).unsqueeze(1), -1)
+        x_ND, weights_NK, slots_NK = memory.dispatch(x_TD, weights_TK, slots_TK, self._starts)
+        run_experts(
+            x_ND,
+            self.experts,
+            weights_NK,
+            slots_NK,
+            num_experts=self._block.num_experts,
+            out_TD=memory.parts(len(x_ND)),
+        )
+        if shared_TD is not None:
+            here.wait_stream(self._beside)
+            shared_TD.record_stream(here)
+        return memory.combine(slots_TK, self._starts, shared_TD)
+
+    def _route(
+        self, x_TD: torch.Tensor, first_slot: int, num_slots: int, counted_T: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         slots = self.slots
-        weights_TK, slots_TK = route(
+        return route(
             self._router_logits(x_TD),
             self._rule,
-            first_slot=self._first_slot,
-            num_slots=self.experts.num_slots,
+            first_slot=first_slot,
+            num_slots=num_slots,
             correction_E=self.correction_E,
             table=None if slots is None else slots.table,
             load_E=None if slots is None else slots.load_E,
             counted_T=None if slots is None else counted_T,
         )
-        y_TD = run_experts(x_TD, self.experts, weights_TK, slots_TK, num_experts=self._num_experts)
-        if self.shared is not None:
-            y_TD += self.shared(x_TD)
-        return self._mesh.sum_tokens(y_TD) if self._reduce else y_TD
+
+    def _count_own(self, counted_T: torch.Tensor) -> torch.Tensor:
+        """Return the counts of all gathered tokens, 0 for other ranks', who count their own."""
+        rank, ranks = self._mesh.place.tp_rank, self._mesh.attention_ranks
+        out_RT = counted_T.new_zeros(ranks, len(counted_T))
+        out_RT[rank] = counted_T
+        return out_RT.flatten()
 
     def _router_logits(self, x_TD: torch.Tensor) -> torch.Tensor:
         if self._float32_router:

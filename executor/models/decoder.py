@@ -39,7 +39,6 @@ class DecoderLayer:
     ) -> None:
         hidden = spec.hidden_size
         self._mesh = mesh
-        self._has_all_heads = mesh.attention_ranks > 1
         self._eps = spec.norm_eps
         self.attention_norm_D = source.shard(names.attention_norm.format(layer=index), (hidden,))
         self.feed_forward_norm_D = source.shard(
@@ -54,19 +53,22 @@ class DecoderLayer:
         """Return this rank's part of what is to be added to `residual_TD`.
 
         Blocks return parts of a sum over the TP group, so that summing, adding and normalising can
-        be one kernel. `x_TD` is what the layer before returned.
+        be one kernel; with attention DP they return all that is to be added to this rank's tokens.
+        `x_TD` is what the layer before returned.
         """
+        mesh, is_whole = self._mesh, self._mesh.attention_ranks > 1
+        norm_D, eps = self.attention_norm_D, self._eps
         if x_TD is None:
-            x_TD = rms_norm(residual_TD, self.attention_norm_D, self._eps)
+            x_TD = rms_norm(residual_TD, norm_D, eps)
         else:
-            x_TD = self._mesh.add_norm(x_TD, self.attention_norm_D, self._eps, residual_TD)
+            x_TD = mesh.add_norm(x_TD, norm_D, eps, residual_TD, is_whole=is_whole)
         x_TD = self.attention(x_TD, context)
-        x_TD = self._mesh.add_norm(
-            x_TD, self.feed_forward_norm_D, self._eps, residual_TD, is_whole=self._has_all_heads
-        )
-        x_TD = self._mesh.gather_tokens(x_TD)
-        if isinstance(self.feed_forward, MoeBlock) and self.feed_forward.slots is not None:
-            return self.feed_forward(x_TD, self._mesh.gather_tokens(context.counted()))
+        norm_D = self.feed_forward_norm_D
+        x_TD = mesh.add_norm(x_TD, norm_D, eps, residual_TD, is_whole=is_whole)
+        if isinstance(self.feed_forward, MoeBlock):
+            return self.feed_forward(x_TD, context)
+        if is_whole:
+            return mesh.sum_tokens(self.feed_forward(mesh.gather_tokens(x_TD)))
         return self.feed_forward(x_TD)
 
 
@@ -125,7 +127,6 @@ def _feed_forward(
             names.experts,
             layer=index,
             hidden_size=spec.hidden_size,
-            reduce=False,
             slots=slots,
         )
     return GatedMlp(
@@ -202,9 +203,12 @@ class DecoderStage:
         for layer in self.layers:
             x_TD = layer(x_TD, residual_TD, context)
         assert x_TD is not None
+        is_whole = self._mesh.attention_ranks > 1
         if self.head is None:
-            return residual_TD.add_(self._mesh.sum_tokens(x_TD))
-        return self._mesh.add_norm(x_TD, self.final_norm_D, self._eps, residual_TD)
+            return residual_TD.add_(x_TD if is_whole else self._mesh.sum_tokens(x_TD))
+        return self._mesh.add_norm(
+            x_TD, self.final_norm_D, self._eps, residual_TD, is_whole=is_whole
+        )
 
     def expert_slots(self) -> list[tuple[LayerSlots, Matrices]]:
         """Return the slots and weights of each layer whose experts are in slots."""

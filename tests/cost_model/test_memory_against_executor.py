@@ -5,7 +5,7 @@ of a split can be built in this process, on torch's meta device.
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from tests.cost_model.configs import FAMILY_CONFIGS
@@ -34,8 +34,13 @@ MOE = [
 BLOCK_TOKENS = 16
 SPLITS = [(1, 1, 1), (2, 1, 1), (1, 1, 3), (2, 1, 2), (6, 1, 1)]  # tp, ep, pp
 MOE_SPLITS = [(1, 1, 1), (2, 2, 1), (6, 3, 1), (2, 2, 2)]
-CASES = [(family, *split) for family in DENSE for split in SPLITS] + [
-    (family, *split) for family in MOE for split in MOE_SPLITS
+CASES = [(family, *split, "tp") for family in DENSE for split in SPLITS] + [
+    (family, *split, attention)
+    for family in MOE
+    for *split, attention in [
+        *((*split, "tp") for split in MOE_SPLITS),
+        (4, 2, 1, "dp"),
+    ]
 ]
 
 
@@ -66,10 +71,20 @@ class CountingSource:
         return tensor
 
 
-@pytest.mark.parametrize(("family", "tp", "ep", "pp"), CASES)
-def test_every_rank_loads_what_is_predicted(family: str, tp: int, ep: int, pp: int) -> None:
+@pytest.mark.parametrize(("family", "tp", "ep", "pp", "attention"), CASES)
+def test_every_rank_loads_what_is_predicted(
+    family: str, tp: int, ep: int, pp: int, attention: Literal["tp", "dp"]
+) -> None:
     spec = read_model(FAMILY_CONFIGS[family])
-    plan = cpu_plan(spec, tp=tp, ep=ep, pp=pp, num_blocks=5, block_tokens=BLOCK_TOKENS)
+    plan = cpu_plan(
+        spec,
+        tp=tp,
+        ep=ep,
+        pp=pp,
+        attention=attention,
+        num_blocks=5,
+        block_tokens=BLOCK_TOKENS,
+    )
     for place in plan.ranks:
         first, last = place.layers
         caches = kv_cache.allocate(
@@ -83,9 +98,12 @@ def test_every_rank_loads_what_is_predicted(family: str, tp: int, ep: int, pp: i
             latent=spec.layers[0].attention.kv_lora_rank,
         )
         mesh = SimpleNamespace(
+            plan=plan,
+            split=plan.split,
+            device=torch.device("meta"),
             place=place,
-            tp=SimpleNamespace(size=tp),
-            attention_ranks=1,
+            tp=SimpleNamespace(size=tp, ranks=tuple(range(tp))),
+            attention_ranks=tp if attention == "dp" else 1,
             expert_slots=None,
             is_first_stage=place.stage == 0,
             is_last_stage=place.stage == pp - 1,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.executor.moe_models import MOE_MODELS
 from tests.executor.ranks import Ranks, ranks
 
 # One row a family and trait: GQA everywhere, tied and untied embeddings, odd vocabularies, feed-
@@ -117,6 +118,16 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
             tmp_path_factory.mktemp(name), seed, {**COMMON, "model_type": name, **changes}
         )
         for seed, (name, changes) in enumerate(MODELS.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def moe_references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    return {
+        name: make_reference(
+            tmp_path_factory.mktemp("moe"), seed, {**COMMON, "model_type": name, **changes}
+        )
+        for seed, (name, changes) in enumerate(MOE_MODELS.items())
     }
 
 

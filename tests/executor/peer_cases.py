@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.expert_memory import ExpertMemory
 from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
 from rankwright.kernels.rms_norm import rms_norm
 
@@ -90,3 +91,55 @@ def graph(rank: int, rows: int, dim: int, num_sums: int, replays: int) -> tuple[
         dist.all_gather(everyone, out)
         equal &= all(torch.equal(other, out) for other in everyone)
     return worst, equal
+
+
+def exchanges(rank: int, num_tokens: int, moe_tp: int, repeats: int, in_graph: bool) -> list[float]:
+    """Relative errors of tokens that went to their experts and back, over repeats.
+
+    Slot `s` makes `(s + 1) / moe_tp` times a token on each rank that has a part of it. Ranks lag in
+    turn.
+    """
+    device, dtype = torch.device("cuda", rank), torch.bfloat16
+    ranks, top_k, dim, held = dist.get_world_size(), 4, 2048, 3
+    group = dist.group.WORLD
+    assert group is not None
+    memory = ExpertMemory(group, top_k=top_k, dim=dim, dtype=dtype, moe_tp=moe_tp, device=device)
+    ep, first = ranks // moe_tp, rank // moe_tp * held
+    starts = torch.arange(ep + 1, dtype=torch.int32, device=device) * held
+    x = torch.zeros(num_tokens, dim, device=device, dtype=dtype)
+    weights = torch.zeros(num_tokens, top_k, device=device)
+    slots = torch.zeros(num_tokens, top_k, device=device, dtype=torch.int32)
+
+    def trip() -> torch.Tensor:
+        rows, weights_here, slots_here = memory.dispatch(x, weights, slots, starts)
+        factor = weights_here * (slots_here + first + 1) * (slots_here >= 0)
+        made = rows.float() * factor.sum(1, keepdim=True) / moe_tp
+        # Rows that did not come may hold anything.
+        came = (slots_here >= 0).any(1, keepdim=True)
+        memory.parts(len(rows)).copy_(torch.where(came, made, float("nan")))
+        return memory.combine(slots, starts, x)
+
+    trip()
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    if in_graph:
+        with torch.cuda.graph(captured):
+            out = trip()
+    generator = torch.Generator(device).manual_seed(rank)
+    errors = []
+    for repeat in range(repeats):
+        x.copy_(torch.randn(x.shape, generator=generator, device=device))
+        weights.copy_(torch.rand(weights.shape, generator=generator, device=device))
+        order = torch.rand(num_tokens, ep * held, generator=generator, device=device).argsort(1)
+        chosen = min(top_k, ep * held)
+        slots.fill_(-1)[:, :chosen] = order[:, :chosen].to(torch.int32)
+        if repeat % ranks == rank:
+            torch.cuda._sleep(200_000)
+        if in_graph:
+            captured.replay()
+        else:
+            out = trip()
+        factor = (weights * (slots + 1)).sum(1, keepdim=True)
+        expected = x.float() * (1 + factor)
+        errors.append(float((out.float() - expected).norm() / expected.norm()))
+    return errors

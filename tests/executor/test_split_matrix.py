@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.executor.conftest import COMMON, MODELS, Reference
+from tests.executor.moe_models import MOE_MODELS
 from tests.executor.plans import cpu_plan
 from tests.executor.ranks import Ranks
-from tests.executor.test_moe_equality import MOE_MODELS, moe_references
 from tests.executor.test_parallel_equality import prompts
 
 from rankwright.cost_model.model_spec import ModelSpec
@@ -28,8 +28,6 @@ from rankwright.cost_model.split import Split
 from rankwright.executor.models.supported import check_supported
 from rankwright.planner.shapes import Pins, find_shapes
 from rankwright.topology.shorthand import parse_cluster
-
-__all__ = ["moe_references"]  # a fixture
 
 MOST_RANKS = 8
 # Of each family, so that there are more than 150; and how many of them run by default.

@@ -19,9 +19,9 @@ from triton import next_power_of_2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
-    all_reduce, decode_attention, decode_config, decode_merge, filtered_sampling, mla_attention,
-    mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise, prefill_attention,
-    rms_norm, rotary, sampling, skinny_linear, swiglu, token_feed,
+    all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
+    mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
+    prefill_attention, rms_norm, rotary, sampling, skinny_linear, swiglu, token_feed,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -32,10 +32,10 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
             signature[name] = "constexpr"
             continue
         short = name.removesuffix("_ptr")
-        moe = kernel.__module__.rpartition(".")[2].startswith("moe")
+        moe = kernel.__module__.rpartition(".")[2].startswith(("moe", "expert"))
         ints = (
             "words epochs table work context windows token tokens pairs counts counted replicas "
-            "block_slots"
+            "block_slots starts"
         ).split()
         floats_of = (
             "partial lse merged_lse cos_sin temperature best weights pair_weights correction "
@@ -109,6 +109,14 @@ found["mla rotary"] = resources(
 found["sum of parts"] = resources(
     all_reduce._sum_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
     SIGNAL_WORD=0, RANK=0, WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
+to_experts = dict(
+    SIGNAL_WORD=0, RANK=0, WORLD=4, MOE_TP=1, TOP_K=8, BLOCK_K=8, DIM=4096, BLOCK_D=4096)
+found["dispatch"] = resources(
+    expert_exchange._dispatch_kernel, 16, 1, [], ["num_tokens"], SLOTS_WORD=4096, ROWS_OFFSET=8192,
+    WEIGHTS_WORD=8192, **to_experts)
+found["combine"] = resources(
+    expert_exchange._combine_kernel, 16, 1, [], ["num_tokens"], PARTS_OFFSET=8192, HAS_BASE=True,
+    **to_experts)
 found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
 for rows, kernel in ((1, skinny_linear._vector_kernel), (8, skinny_linear._rows_kernel)):
     cut = skinny_linear.skinny_config(rows, 4096, 132) or skinny_linear.SkinnyConfig(64, 256, 4, 4)
@@ -164,6 +172,12 @@ def compiled() -> dict[str, Any]:
         ("sum of parts", "ld.global.v4.b32"),
         ("sum of parts", "atom.global.sys.release.exch.b32"),
         ("sum of parts", "ld.global.sys.acquire.b32"),
+        ("dispatch", "ld.global.v4.b32"),
+        ("dispatch", "st.global.v4.b32"),
+        ("dispatch", "atom.global.sys.release.exch.b32"),
+        ("dispatch", "ld.global.sys.acquire.b32"),
+        ("combine", "ld.global.v4.b32"),
+        ("combine", "ld.global.sys.acquire.b32"),
         ("linear 1", "cp.async.cg.shared.global"),
         ("linear 8", "cp.async.cg.shared.global"),
         ("linear 8", "mma"),
