@@ -72,7 +72,7 @@ def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
     kind first. A group larger than a machine takes whole machines: `tp` is a multiple of one.
     """
     found: list[SlotKind] = []
-    for node, runs in _alike(cluster):
+    for node, runs in alike_machines(cluster):
         size = len(node.gpus)
         if tp <= size:
             for gpus in _cut_node(node, tp):
@@ -186,7 +186,7 @@ def _mixed_boundaries(cluster: Cluster, stages: tuple[SlotKind, ...]) -> tuple[G
     )
 
 
-def _alike(cluster: Cluster) -> list[tuple[Node, list[range]]]:
+def alike_machines(cluster: Cluster) -> list[tuple[Node, list[range]]]:
     """Return the kinds of machine, each with the runs of machines that are of it."""
     kinds: dict[object, tuple[Node, list[range]]] = {}
     first = 0

@@ -110,6 +110,29 @@ def slowest_s(stages: Sequence[StageCosts], cut: Sequence[int]) -> float:
     return found
 
 
+def cache_tokens(
+    stages: Sequence[StageCosts],
+    cut: Sequence[int],
+    weight_bytes: Sequence[int],
+    token_bytes: Sequence[int],
+) -> float:
+    """Return the tokens of KV cache that fit on the rank with least room for them.
+
+    Args:
+        stages: Budgets, and what ranks hold besides layers.
+        cut: Layers of each stage.
+        weight_bytes: Of each layer.
+        token_bytes: Cache of one token in each layer.
+    """
+    start, tokens = 0, inf
+    for stage, count in zip(stages, cut, strict=True):
+        layers = slice(start, start + count)
+        room = stage.budget_bytes - stage.extra_bytes - sum(weight_bytes[layers])
+        tokens = min(tokens, room / sum(token_bytes[layers]))
+        start += count
+    return tokens
+
+
 def _too_large(stages: Sequence[StageCosts]) -> bool:
     """Return whether the layers exceed what all stages together may hold."""
     distinct = {id(stage.layer_bytes): stage.layer_bytes for stage in stages}.values()

@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Objective, Workload
+from rankwright.planner.disaggregate import DEFAULT_ENGINE, plan_disaggregated
+from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.topology.cluster import Cluster
@@ -125,6 +127,35 @@ class AutoParallelConfig(Value):
             memory_budget_bytes=None if budget is None else int(budget * _GB),
             pins=Pins(tp=self.tp, pp=self.pp, ep=self.ep, dp=self.dp),
             allow_pipeline=self.enable_pipeline_parallelism,
+            assumptions=assumption,
+        )
+
+    def plan_disaggregated(
+        self, model: ModelSpec | None = None, engine: str = DEFAULT_ENGINE
+    ) -> DisaggregatedPlan:
+        """Return the best plan with separate pools for prefill and decode.
+
+        Args:
+            model: Takes the place of the one that `self.model` names.
+            engine: That shall run it: vllm, sglang or trtllm.
+
+        Raises:
+            NoFeasiblePlanError: Nothing fits.
+            ValueError: A name is unknown, a size out of range, or a degree is pinned, which would
+                be that of one pool.
+        """
+        pinned = Pins(tp=self.tp, pp=self.pp, ep=self.ep, dp=self.dp).describe()
+        if pinned:
+            raise ValueError(f"{pinned} is pinned, for one pool; leave it out for separate pools")
+        _, assumption = self._gpu_found
+        budget = self.memory_budget_per_device
+        return plan_disaggregated(
+            model or read_model(self.model),
+            self.cluster(),
+            self.workload(),
+            memory_budget_bytes=None if budget is None else int(budget * _GB),
+            allow_pipeline=self.enable_pipeline_parallelism,
+            engine=engine,
             assumptions=assumption,
         )
 

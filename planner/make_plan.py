@@ -7,7 +7,7 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict_replicas
 from rankwright.cost_model.trace import TraceRow
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.balance import StageCosts
+from rankwright.planner.balance import cache_tokens
 from rankwright.planner.binding import find_binding
 from rankwright.planner.environment import find_environment
 from rankwright.planner.ilp import GOALS, Choice
@@ -71,7 +71,7 @@ def make_plan(
         ValueError: The request exceeds the model's context, the budget the GPUs' memory, or a pin
             or a limit is out of range.
     """
-    _check(model, cluster, workload, memory_budget_bytes, top, time_limit_s)
+    check_request(model, cluster, workload, memory_budget_bytes, top, time_limit_s)
     search = Search(
         model,
         cluster,
@@ -92,7 +92,7 @@ def make_plan(
     return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
 
 
-def _check(
+def check_request(
     model: ModelSpec,
     cluster: Cluster,
     workload: Workload,
@@ -100,6 +100,7 @@ def _check(
     top: int,
     time_limit_s: float,
 ) -> None:
+    """Raise ValueError for a request that no plan can be made for."""
     tokens = workload.input_tokens + workload.output_tokens
     if tokens > model.max_context_tokens:
         raise ValueError(
@@ -184,22 +185,13 @@ def _num_blocks(search: Search, choice: Choice) -> int:
         candidate.chunk_tokens,
         candidate.serving[0].flow.mixed,
     )
-    weights, kv = evaluator.memory.layer_bytes(candidate.shape)
-    start, tokens = 0, float("inf")
-    for stage, count in zip(costs, candidate.stage_layers, strict=True):
-        layers = slice(start, start + count)
-        room = _room(stage, sum(weights[layers]))
-        tokens = min(tokens, room / sum(kv[layers]))
-        start += count
+    layer_bytes = evaluator.memory.layer_bytes(candidate.shape)
+    tokens = cache_tokens(costs, candidate.stage_layers, *layer_bytes)
     if evaluator.is_cpu:
         wanted = evaluator.kv_tokens(candidate.shape, candidate.batch_size)
         usual = min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)
         tokens = min(tokens, max(wanted, ceil(usual / candidate.shape.cp)))
     return max(1, floor(tokens / evaluator.block_tokens(candidate.shape.cp)))
-
-
-def _room(stage: StageCosts, weight_bytes: int) -> float:
-    return stage.budget_bytes - stage.extra_bytes - weight_bytes
 
 
 def _certificate(search: Search, choice: Choice, top: int) -> Certificate:

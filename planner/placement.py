@@ -5,7 +5,7 @@ strung inside machines where they fit; here each gets its numbers. Ranks count T
 then stages, then replicas: `rank = ((replica * pp + stage) * cp + cp_rank) * tp + tp_rank`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 
 from rankwright.cost_model.layout import SlotKind, replica_slots
@@ -26,13 +26,26 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
         split: How.
         groups: Kinds of slot of the replicas, and how many replicas are on each.
     """
+    return bind_ranks(model, split, _replica_places(groups))
+
+
+def bind_ranks(
+    model: ModelSpec, split: Split, replicas: Iterable[Sequence[Sequence[Place]]]
+) -> tuple[RankPlan, ...]:
+    """Return every rank with its part of the model, each where `replicas` says.
+
+    Args:
+        model: What is cut.
+        split: How.
+        replicas: For each replica, the places of each stage's ranks.
+    """
     shards = [_shard(model, split, tp_rank) for tp_rank in range(split.tp)]
     stops = list(accumulate(split.stage_layers))
     stages: list[Range] = [
         (stop - count, stop) for stop, count in zip(stops, split.stage_layers, strict=True)
     ]
     ranks: list[RankPlan] = []
-    for replica, slots in enumerate(_replica_places(groups)):
+    for replica, slots in enumerate(replicas):
         for stage, places in enumerate(slots):
             for index, (node, gpu) in enumerate(places):
                 cp_rank, tp_rank = divmod(index, split.tp)

@@ -7,12 +7,30 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.plan import Plan
 from rankwright.topology.cluster import Cluster
 
 
 def read_plan(path: str | Path) -> Plan:
     """Return the plan in the file at `path`.
+
+    Raises:
+        ValueError: There is no such file, it is no plan, it is one of two pools, or it contradicts
+            itself; one line that names the field.
+    """
+    plan = read_any_plan(path)
+    if isinstance(plan, DisaggregatedPlan):
+        raise ValueError(
+            f"plan {str(path)!r} has separate pools for prefill and decode, which the executor of "
+            f"rankwright does not run; `rankwright render {path} --target {plan.engine}` writes it "
+            "for an engine that does"
+        )
+    return plan
+
+
+def read_any_plan(path: str | Path) -> Plan | DisaggregatedPlan:
+    """Return the plan in the file at `path`, of one pool or of two.
 
     Raises:
         ValueError: There is no such file, it is no plan, or it contradicts itself; one line that
@@ -25,13 +43,22 @@ def read_plan(path: str | Path) -> Plan:
         raise ValueError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"plan {str(path)!r} is not a text file") from None
+    kind: type[Plan | DisaggregatedPlan] = DisaggregatedPlan if _has_pools(text) else Plan
     try:
-        return Plan.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"plan {str(path)!r}: {_first_problem(error)}") from None
 
 
-def write_plan(plan: Plan, path: str | Path) -> None:
+def _has_pools(text: str) -> bool:
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return False  # what is wrong with it is said by who reads it as a plan
+    return isinstance(fields, dict) and "prefill" in fields
+
+
+def write_plan(plan: Plan | DisaggregatedPlan, path: str | Path) -> None:
     """Write `plan` to `path`: to a temporary file beside it, then renamed.
 
     Raises:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rankwright.cost_model.split import Split
     from rankwright.cost_model.workload import Workload
     from rankwright.planner.config import AutoParallelConfig
+    from rankwright.planner.disaggregate import plan_disaggregated
+    from rankwright.planner.disaggregated_plan import DisaggregatedPlan
     from rankwright.planner.make_plan import NoFeasiblePlanError, make_plan
     from rankwright.planner.plan import Plan
     from rankwright.topology.cluster import Cluster
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AutoParallelConfig": "rankwright.planner.config",
     "Cluster": "rankwright.topology.cluster",
+    "DisaggregatedPlan": "rankwright.planner.disaggregated_plan",
     "ModelSpec": "rankwright.cost_model.model_spec",
     "NoFeasiblePlanError": "rankwright.planner.make_plan",
     "Plan": "rankwright.planner.plan",
@@ -34,6 +37,7 @@ _HOME = {
     "Workload": "rankwright.cost_model.workload",
     "make_plan": "rankwright.planner.make_plan",
     "parse_cluster": "rankwright.topology.shorthand",
+    "plan_disaggregated": "rankwright.planner.disaggregate",
     "predict": "rankwright.cost_model.predict",
     "probe": "rankwright.topology.probe",
     "read_model": "rankwright.cost_model.read_model",
@@ -42,6 +46,7 @@ _HOME = {
 __all__ = [
     "AutoParallelConfig",
     "Cluster",
+    "DisaggregatedPlan",
     "ModelSpec",
     "NoFeasiblePlanError",
     "Plan",
@@ -51,6 +56,7 @@ __all__ = [
     "__version__",
     "make_plan",
     "parse_cluster",
+    "plan_disaggregated",
     "predict",
     "probe",
     "read_model",

@@ -1,5 +1,6 @@
 """`rankwright plan`: the best split of a model over a cluster, with its proof."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,8 @@ import typer
 from rankwright.cli import options
 from rankwright.cli.output import print_json, status
 from rankwright.cli.plan_page import print_plan
-from rankwright.cli.planning import plan_for
+from rankwright.cli.planning import plan_for, pools_for
+from rankwright.cli.pools_page import print_pools
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.trace import read_trace, workload_of
 from rankwright.planner.make_plan import Pins
@@ -47,6 +49,12 @@ def run(
     cp: options.Cp = None,
     attention: options.AttentionOption = None,
     engine: options.EngineOption = "rankwright",
+    disaggregate: Annotated[
+        bool,
+        typer.Option(
+            "--disaggregate", help="Separate pools for prefill and decode, beside one pool."
+        ),
+    ] = False,
     calibration: options.CalibrationFile = None,
     top: Annotated[int, typer.Option(min=1, help="Runners-up to list, with why they lost.")] = 3,
     pareto: Annotated[
@@ -85,11 +93,37 @@ def run(
         means = workload_of(rows)
         names = ("input_tokens", "output_tokens", "concurrency", "request_rate", "shared_prefix")
         load = load.model_copy(update={name: getattr(means, name) for name in names})
+    spec, pins = read_model(model), Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention)
+    if disaggregate:
+        _refuse_beside_pools(
+            {"--trace": trace, "--report": report, "--pareto": pareto or None}
+            | {f"--{pair.partition('=')[0]}": pair for pair in pins.describe().split()}
+        )
+        pools = pools_for(
+            spec,
+            cluster,
+            load,
+            engine=engine,
+            time_limit_s=time_limit,
+            calibration=calibration,
+            memory_budget_gb=memory_budget,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            top=top,
+        )
+        if output is not None:
+            write_plan(pools, output)
+            status(f"wrote {output}")
+        if as_json:
+            print_json(pools)
+        else:
+            print_pools(pools, explain=explain)
+        return
     plan = plan_for(
-        read_model(model),
+        spec,
         cluster,
         load,
-        pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention),
+        pins=pins,
         engine=engine,
         pareto=pareto,
         time_limit_s=time_limit,
@@ -112,3 +146,10 @@ def run(
         print_json(plan)
         return
     print_plan(plan, explain=explain)
+
+
+def _refuse_beside_pools(given: Mapping[str, object]) -> None:
+    """Raise ValueError where an option in `given`, which is for one pool, has a value."""
+    name = next((name for name, value in given.items() if value is not None), None)
+    if name is not None:
+        raise ValueError(f"{name} is for plans with one pool; leave it or --disaggregate out")

@@ -84,7 +84,7 @@ def _ranks(plan: Plan) -> Table:
             str(replica),
             str(stage),
             ranges(ranks),
-            _places(plan, ranks),
+            places_of(plan, ranks),
             f"{first}-{stop - 1} ({stop - first})",
             f"{plan.kv_cache.num_blocks} blocks of {plan.kv_cache.block_tokens} = {tokens} tokens",
         )
@@ -93,7 +93,8 @@ def _ranks(plan: Plan) -> Table:
     return made
 
 
-def _places(plan: Plan, ranks: list[int]) -> str:
+def places_of(plan: Plan, ranks: list[int]) -> str:
+    """Return the GPUs of these ranks by machine."""
     gpus: dict[int, list[int]] = {}
     for rank in ranks:
         gpus.setdefault(plan.ranks[rank].node, []).append(plan.ranks[rank].gpu)

@@ -10,6 +10,7 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.trace import TraceRow
 from rankwright.cost_model.workload import Workload
+from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
@@ -59,6 +60,46 @@ def plan_for(
     )
 
 
+def pools_for(
+    model: ModelSpec,
+    cluster: str,
+    workload: Workload,
+    *,
+    memory_budget_gb: float | None = None,
+    dtype: Dtype | None = None,
+    kv_dtype: Dtype | None = None,
+    top: int = 2,
+    engine: str = "rankwright",
+    time_limit_s: float = TIME_LIMIT_S,
+    calibration: Path | None = None,
+) -> DisaggregatedPlan:
+    """Return the plan with separate pools for prefill and decode; as `plan_for`.
+
+    Raises:
+        ValueError: An input is unsound; names the option or the field.
+        NoFeasiblePlanError: Nothing fits.
+        ProbeError: `cluster` is "auto" and this machine cannot be read.
+    """
+    from rankwright.planner.disaggregate import DEFAULT_ENGINE, plan_disaggregated
+
+    check_positive("--memory-budget", memory_budget_gb, " GB")
+    check_positive("--time-limit", time_limit_s, " s")
+    assumed: tuple[str, ...] = ()
+    if engine == "rankwright":
+        engine = DEFAULT_ENGINE
+        assumed = (f"engine: {engine}, since rankwright's own executor does not run pools",)
+    return plan_disaggregated(
+        with_dtypes(model, dtype, kv_dtype),
+        calibrated(read_cluster(cluster), calibration),
+        workload,
+        memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+        engine=engine,
+        top=top,
+        time_limit_s=time_limit_s,
+        assumptions=assumed,
+    )
+
+
 def plan_of(
     text: str, cluster: str, workload: Workload, *, pins: Pins | None = None
 ) -> tuple[Plan, bool]:
@@ -81,7 +122,8 @@ def plan_or_model(text: str) -> Plan | ModelSpec:
         return read_plan(path)
     if path.is_file():
         try:
-            is_plan = "split" in json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            is_plan = "split" in fields or "prefill" in fields
         except (TypeError, ValueError):
             is_plan = False
         if is_plan:

@@ -1,0 +1,90 @@
+"""A plan with separate pools in words and figures."""
+
+from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+from rankwright.planner.plan import Plan
+
+
+def explain_pools(plan: DisaggregatedPlan) -> str:
+    """Return what was chosen, what it will do, where its time goes, and how one pool compares."""
+    sections = [
+        _headline(plan),
+        *(_pool(role, pool) for role, pool in plan.pools.items()),
+        _prediction(plan),
+        _proof(plan),
+        f"Beside one pool:\n  {plan.one_pool.verdict}",
+        _list("Assumed", plan.assumptions),
+        _list("About the cluster", plan.cluster.notes),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _headline(plan: DisaggregatedPlan) -> str:
+    return (
+        f"{plan.model.name} on {plan.cluster.describe()}: {plan.label()}, {plan.num_gpus} of "
+        f"{plan.cluster.num_gpus} GPUs, for {plan.engine}"
+    )
+
+
+def _pool(role: str, pool: Plan) -> str:
+    split, limits, prediction = pool.split, pool.limits, pool.prediction
+    tokens = pool.kv_cache.num_blocks * pool.kv_cache.block_tokens
+    each, label = split.gpus_per_replica, split.model_copy(update={"dp": 1}).label()
+    layers = ", ".join(map(str, split.stage_layers))
+    lines = [
+        f"Pool for {role}, {pool.num_gpus} GPUs:",
+        f"  {split.dp} worker{'s' * (split.dp > 1)} of {each} GPU{'s' * (each > 1)}, "
+        f"{label}, layers {layers}",
+        f"  up to {limits.max_num_seqs} requests at once in a worker, {limits.max_batched_tokens} "
+        f"tokens a step; {tokens:,} tokens of KV cache a rank, "
+        f"{prediction.memory_bytes_per_gpu.value / 1e9:.1f} GB on the fullest GPU",
+    ]
+    parts = prediction.prefill_parts or prediction.decode_parts
+    total_s = sum(part.seconds for part in parts)
+    what = "one prompt" if prediction.prefill_parts else "one step"
+    lines.append(f"  {what} on the slowest stage, {total_s * 1e3:.4g} ms:")
+    for part in sorted(parts, key=lambda one: -one.seconds):
+        lines.append(
+            f"    {part.name:<26}{part.seconds * 1e3:>12.4g} ms {part.seconds / total_s:>6.0%}"
+            f"  bound by {part.bound} ({part.source})"
+        )
+    return "\n".join(lines)
+
+
+def _prediction(plan: DisaggregatedPlan) -> str:
+    one, load = plan.prediction, plan.workload
+    limits = [
+        "" if limit is None else f", limit {limit * 1e3:,.4g}"
+        for limit in (load.ttft_limit_s, load.tpot_limit_s)
+    ]
+    return "\n".join(
+        [
+            f"Predicted at {load.input_tokens} tokens in, {load.output_tokens} out:",
+            f"  time to first token {one.ttft_s.value * 1e3:,.4g} ms{limits[0]}: wait "
+            f"{one.wait_s * 1e3:,.4g}, prompt {one.prompt_s * 1e3:,.4g}, cache of "
+            f"{one.transfer_bytes / 1e6:,.4g} MB a GPU on its way {one.transfer_s * 1e3:,.4g}",
+            f"  time per output token {one.tpot_s.value * 1e3:,.4g} ms{limits[1]}",
+            f"  {one.output_tokens_per_s.value:,.4g} output tokens/s, {one.requests_per_s:,.4g} "
+            f"requests/s; prefill is busy {one.prefill_load:.0%} of the time, decode has "
+            f"{one.decode_load:.0%} of its places taken",
+        ]
+    )
+
+
+def _proof(plan: DisaggregatedPlan) -> str:
+    proof = plan.certificate
+    lines = [
+        f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound {proof.bound:,.5g}, "
+        f"gap {proof.gap:.2g} ({proof.solver}, {proof.status}, {proof.solve_s:.2f} s)",
+        f"  {proof.num_candidates} pairs of workers",
+        f"  binding: {proof.binding_constraint}",
+    ]
+    if proof.status != "optimal":
+        lines.insert(
+            0, f"NOT PROVED BEST: {proof.status}; a better plan may be better by {proof.gap:.2%}"
+        )
+    lines += [f"  runner-up {loser.label}: {loser.reason}" for loser in plan.runners_up]
+    return "\n".join(lines)
+
+
+def _list(title: str, lines: tuple[str, ...]) -> str:
+    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""
