@@ -1,5 +1,6 @@
 # The image of the executor, for Kubernetes and for Slurm with pyxis or Apptainer:
 #   docker build --tag registry.example.com/rankwright:0.1.0 .
+# For KubeRay it needs Ray too: --build-arg EXTRAS=executor,serve
 FROM python:3.12-slim-bookworm
 
 # Triton compiles its launchers with gcc when a kernel first runs; pods wait for names with getent,
@@ -9,8 +10,9 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
+ARG EXTRAS=executor
 COPY . /src
-RUN pip install --no-cache-dir '/src[executor]' \
+RUN pip install --no-cache-dir "/src[${EXTRAS}]" \
     && rm -rf /src
 
 # The user of the rendered pods. Its home is a volume there, since the root is read-only.

@@ -35,8 +35,8 @@ class Group:
 class Flavor:
     """A kind of workload: how its pods find the head, and what tells the head's pod apart."""
 
-    head: str  # address of the head; {name} is the deployment's
-    rank_label: str  # of pods: their number
+    head: str = ""  # address of the head; {name} is the deployment's
+    rank_label: str = ""  # of pods: their number
     head_labels: tuple[tuple[str, str], ...] = ((f"{_APP}/component", "head"),)
     needs_service: bool = True  # a headless one for names
     subdomain: str | None = None
@@ -45,6 +45,8 @@ class Flavor:
     max_kinds: int | None = None  # of machines that it can ask for
     scale_target: str | None = None  # as JSON; {name} is the deployment's
     num_nodes: range = range(1, 2**31)
+    # Whether Ray runs in the pods and starts the ranks; it needs no order of pods, and no names.
+    on_ray: bool = False
 
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
@@ -84,6 +86,13 @@ FLAVORS: dict[str, Flavor] = {
         scale_target='{{"apiVersion": "leaderworkerset.x-k8s.io/v1", "kind": "LeaderWorkerSet", '
         '"name": "{name}"}}',
     ),
+    "rayservice": Flavor(
+        # KubeRay sets it on pods whose proxy it may send requests to.
+        head_labels=(("ray.io/serve", "true"),),
+        needs_service=False,
+        needs=", with KubeRay 1.3 or later",
+        on_ray=True,
+    ),
 }
 
 
@@ -114,6 +123,11 @@ def check_flavor(name: str, groups: tuple[Group, ...], options: KubernetesOption
         raise ValueError(
             f"flavor={name} asks for {flavor.max_kinds} kind(s) of pod, the plan's machines are of "
             f"{kinds}; use statefulset, or plan with a --dp, --tp and --pp that fill all alike"
+        )
+    if flavor.on_ray and len({group.gpu_type for group in groups}) > 1:
+        raise ValueError(
+            f"flavor={name} leaves it to Ray which of its machines is which, and the plan's are of "
+            "several kinds of GPU; use statefulset"
         )
     if options.rdma_resource is not None and groups[0].share.num_gpus == 0:
         raise ValueError(

@@ -25,6 +25,15 @@ from rankwright.templates.kubernetes_flavors import (
     for_name,
 )
 from rankwright.templates.kubernetes_options import KubernetesOptions, PodOptions
+from rankwright.templates.kubernetes_ray import (
+    AGENT_PORT,
+    DASHBOARD_PORT,
+    GCS_PORT,
+    OBJECT_STORE_BYTES,
+    check_ray_port,
+    ray_head,
+    ray_workers,
+)
 from rankwright.templates.layout import (
     DRAIN_S,
     END_S,
@@ -58,6 +67,8 @@ _OWN_USER = 10001
 PROBE_PERIOD_S = 10
 WAIT_FOR_HEAD_S = 300
 
+_HEAD_LABEL = ("app.kubernetes.io/component", "head")
+
 # These name network interfaces of the machine, of which a pod has the loopback one only.
 INTERFACE_VARIABLES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
@@ -74,6 +85,8 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
     groups = _groups(name, shares, options.gpu_types)
     kind = flavor_name(options.flavor, len(shares))
     flavor = check_flavor(kind, groups, options)
+    if flavor.on_ray:
+        check_ray_port(options.port)
     environment, left_out = pod_environment(checked_environment(plan))
     model_mount, model_path, host_path = model_volume(plan, options)
     return fill_objects(
@@ -108,6 +121,11 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
         model_host_path=host_path,
         # Later than the launcher's own limit, which says why; this is for a launcher that hangs.
         startup_failures=startup_failures(shares),
+        ray_head=ray_head(name),
+        ray_workers=ray_workers(plan, shares, groups) if flavor.on_ray else (),
+        object_store_bytes=OBJECT_STORE_BYTES,
+        gcs_port=GCS_PORT,
+        agent_port=AGENT_PORT,
     )
 
 
@@ -161,6 +179,9 @@ def fill_objects(
         token_secret=options.token_secret,
         port=options.port,
         ports=range(KUBERNETES_PORT, KUBERNETES_PORT + PORTS_OF_A_LAUNCH),
+        http_port="serve" if extras.on_ray else "http",  # KubeRay looks for this name
+        dashboard_port=DASHBOARD_PORT,
+        monitored_labels=(_HEAD_LABEL,) if extras.on_ray else extras.head_labels,
         wait_tries=WAIT_FOR_HEAD_S,
         gpu_resource=options.gpu_resource or _gpu_resource(_first_device(plan)),
         device_class=options.device_class if gpu_counts else None,

@@ -138,11 +138,11 @@ class PodOptions(Value):
 class KubernetesOptions(PodOptions):
     """Options of `render(plan, "kubernetes", ...)`."""
 
-    flavor: Literal["auto", "deployment", "statefulset", "job", "leaderworkerset", "jobset"] = (
-        Field(
-            default="auto",
-            description="auto, deployment, statefulset, job, leaderworkerset or jobset",
-        )
+    flavor: Literal[
+        "auto", "deployment", "statefulset", "job", "leaderworkerset", "jobset", "rayservice"
+    ] = Field(
+        default="auto",
+        description="auto, deployment, statefulset, job, leaderworkerset, jobset or rayservice",
     )
     max_replicas: int = Field(
         default=1,

@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +22,7 @@ if not HAS_GPU:
 
 
 # Fixtures that start something which all their tests share, so that one worker runs these.
-_SHARED = {"pool": "ranks", "slurm": "slurm", "ray_address": "ray", "two_nodes": "ray"}
+_SHARED = {"pool": "ranks", "slurm": "slurm", "ray_address": "ray"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,6 +69,37 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmRig]:
         pytest.skip(reason)
     with SlurmRig(tmp_path_factory.mktemp("slurm") / "rig", num_nodes=2, gpus_per_node=8) as rig:
         yield rig
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Of a Ray of two nodes on this machine."""
+    # Workers are Python processes that must find what this one finds.
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "executor/ray_nodes.py")],
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr or []))
+    reader.start()
+    try:
+        address = process.stdout.readline().strip()
+        assert address, "".join(errors)
+        yield address
+    finally:
+        process.stdin.close()
+        process.wait(60)
+        reader.join(10)
+        process.stdout.close()
+        process.stderr.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 from rankwright.executor.backends.tools import MissingToolError
 from rankwright.executor.run_options import RunOptions
 from rankwright.planner.plan import Plan
+from rankwright.templates.ray_share import rank_share
 
 _CONNECT_S = 5.0
 
@@ -118,15 +119,12 @@ def make_bundles(plan: Plan, offered: list[RayNode]) -> list[Bundle]:
 
 
 def _bundle(plan: Plan, node: int, node_id: str | None) -> Bundle:
-    machine, ranks = plan.cluster.node(node), plan.ranks_of_node(node)
-    devices = {gpu.index: gpu.device for gpu in machine.gpus}
-    is_cpu = all(devices[rank.gpu] == "cpu" for rank in ranks)
+    share = rank_share(plan, node)
     return Bundle(
         node=node,
-        num_ranks=len(ranks),
-        gpus_per_rank=0 if is_cpu else 1,
-        # A GPU rank keeps a core busy with launching kernels; CPU ranks share the cores.
-        cpus_per_rank=max(1, machine.num_cpus // len(machine.gpus)) if is_cpu else 1,
+        num_ranks=len(plan.ranks_of_node(node)),
+        gpus_per_rank=share.num_gpus,
+        cpus_per_rank=share.num_cpus,
         node_id=node_id,
     )
 

@@ -15,6 +15,7 @@ from rankwright.templates.checks.mismatch import (
     ranks_by_node,
     variables,
 )
+from rankwright.templates.checks.ray_service import check_ray_service
 
 # A pod has interfaces of its own: names of the machine's are wrong there.
 HOST_INTERFACES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
@@ -63,14 +64,22 @@ def check_objects(plan: Plan, text: str) -> None:
     objects = read_objects(text)
     ranks = ranks_by_node(plan)
     claims = claimed_gpus(objects)
+    services = [item for item in objects if item["kind"] == "RayService"]
+    for service in services:
+        check_ray_service(plan, service)
     gpus: dict[int, int] = {}
     for start, count, pod in workload_pods(objects):
         for ordinal in range(start, start + count):
             expect(f"pods numbered {ordinal}", ordinal in gpus, False)
             gpus[ordinal] = pod_gpus(plan, pod, claims)
-        _check_launch(plan, pod)
+        if services:
+            _check_environment(plan, pod)
+        else:
+            _check_launch(plan, pod)
     expect("pods", sorted(gpus), list(range(len(ranks))))
     by_pod = [gpus[ordinal] for ordinal in sorted(gpus)]
+    if services:  # which worker is which machine of the plan, Ray decides
+        by_pod, ranks = sorted(by_pod), sorted(ranks)
     expect("GPUs by pod", by_pod, [0] * len(ranks) if is_cpu(plan) else ranks)
     (config,) = [item for item in objects if item["kind"] == "ConfigMap"]
     expect_plan(plan, config["data"]["plan.json"])
@@ -99,6 +108,11 @@ def workload_pods(objects: list[dict[str, Any]]) -> Iterator[tuple[int, int, dic
                 group = spec["leaderWorkerTemplate"]
                 yield 0, 1, group["leaderTemplate"]
                 yield 1, group["size"] - 1, group["workerTemplate"]
+            case "RayService":
+                first = 0
+                for group in spec["rayClusterConfig"]["workerGroupSpecs"]:
+                    yield first, group["replicas"], group["template"]
+                    first += group["replicas"]
             case _:
                 pass
 
@@ -136,12 +150,18 @@ def pod_gpus(plan: Plan, pod: dict[str, Any], claims: dict[str, int]) -> int:
 
 
 def _check_launch(plan: Plan, pod: dict[str, Any]) -> None:
-    """The launcher's number of machines, and the plan's environment but for host interfaces."""
+    """The launcher's number of machines, and the environment."""
     (container,) = pod["spec"]["containers"]
     num_nodes = len(ranks_by_node(plan))
     words = " ".join(container["command"] + container["args"])
     nnodes = re.findall(r"--nnodes (\d+)", words)
     expect("launch --nnodes", nnodes, [str(num_nodes)] if num_nodes > 1 else [])
+    _check_environment(plan, pod)
+
+
+def _check_environment(plan: Plan, pod: dict[str, Any]) -> None:
+    """The plan's environment but for host interfaces."""
+    (container,) = pod["spec"]["containers"]
     # As Kubernetes will set them: one dollar for two.
     given = {
         item["name"]: item["value"].replace("$$", "$")

@@ -3,36 +3,47 @@
 A process of its own: Ray warns, and its threads and signal handlers would be the tests'.
 """
 
+import contextlib
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from typing import Any
 
-os.environ["RAY_raylet_start_wait_time_s"] = "40"  # noqa: SIM112 (Ray spells it so)
+# For a machine with much other work. (Ray spells them so.)
+os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112
+os.environ["RAY_agent_register_timeout_ms"] = "120000"  # noqa: SIM112
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Compiling all that Ray's agents import takes longer than the tests, each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from ray.cluster_utils import Cluster
 
-# A node ends itself when its Python agent takes more than 15 s to start, which no setting changes
-# and which may happen on a machine with much other work.
-ATTEMPTS = 4
+# A node waits 15 s, which no setting changes, for each port that its Python agents choose, and then
+# ends itself. For ports that are given it does not wait.
+AGENT_PORTS = (
+    "metrics_agent_port",
+    "metrics_export_port",
+    "dashboard_agent_listen_port",
+    "runtime_env_agent_port",
+)
 
 
 def start(folder: str) -> Cluster:
-    node: dict[str, Any] = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 100_000_000}
-    for attempt in range(ATTEMPTS):
-        cluster = Cluster()
-        try:
-            cluster.add_node(include_dashboard=False, temp_dir=folder, **node)
-            cluster.add_node(**node)
-            return cluster
-        except Exception as error:  # Ray has no narrower one here
-            cluster.shutdown()
-            print(f"attempt {attempt}: {error}", file=sys.stderr)
-    raise SystemExit("no Ray cluster could be started")
+    cluster = Cluster()
+    first: dict[str, Any] = {"include_dashboard": False, "temp_dir": folder}
+    for own in (first, {}):
+        node: dict[str, Any] = {"num_cpus": 2, "num_gpus": 2, "object_store_memory": 100_000_000}
+        cluster.add_node(**node, **own, **free_ports())
+    return cluster
+
+
+def free_ports() -> dict[str, Any]:
+    """A port for each of a node's agents, none of them twice."""
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(socket.create_server(("", 0))) for _ in AGENT_PORTS]
+        return dict(zip(AGENT_PORTS, (each.getsockname()[1] for each in made), strict=True))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The first test runs the real worker; the others run ranks that speak the protoco
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,8 +17,9 @@ from typing import Any
 import httpx
 import pytest
 from tests.executor.conftest import Reference
-from tests.executor.launched import HERE, WORKER, Launched, complete, launched
+from tests.executor.launched import WORKER, Launched, complete, launched
 from tests.executor.plans import cpu_plan, two_nodes
+from tests.executor.ranks_on_ray import pids_of_ranks
 from tests.executor.test_launch import SPEC, parent_of
 from tests.executor.tiny_tokenizer import write_tokenizer
 
@@ -31,48 +31,6 @@ from rankwright.planner.plan import Plan
 
 pytest.importorskip("ray", reason="needs rankwright[ray]")
 pytestmark = pytest.mark.timeout(300)
-
-# In the environment of ranks that Ray's actors start, and of no others.
-RANK_MARK = b"/rankwright-ray-"
-
-
-@pytest.fixture(scope="module")
-def ray_address() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "ray_nodes.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    assert process.stderr is not None
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(process.stderr or []))
-    reader.start()
-    try:
-        address = process.stdout.readline().strip()
-        assert address, "".join(errors)
-        yield address
-    finally:
-        process.stdin.close()
-        process.wait(60)
-        reader.join(10)
-        process.stdout.close()
-        process.stderr.close()
-
-
-def pids_of_ranks() -> dict[int, int]:
-    """Process ids of the ranks that Ray's actors have started, by rank."""
-    found: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            whole = (path / "environ").read_bytes()
-            if RANK_MARK in whole and b"RANK=" in whole:
-                environ = whole.split(b"\0")
-                found[int(dict(e.split(b"=", 1) for e in environ if e)[b"RANK"])] = int(path.name)
-    return found
 
 
 @contextlib.contextmanager

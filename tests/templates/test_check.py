@@ -64,6 +64,35 @@ def test_changed_objects_are_noticed(old: str, new: str, message: str) -> None:
         check(plan(), "kubernetes", files)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("nvidia.com/gpu: 8", "nvidia.com/gpu: 4", "GPUs by pod"),
+        ('num-gpus: "8"', 'num-gpus: "16"', "GPUs and CPUs that Ray hands out"),
+        ('num-cpus: "9"', 'num-cpus: "8"', "GPUs and CPUs that Ray hands out"),
+        ('num-cpus: "0"', 'num-cpus: "4"', "num-cpus of the head"),
+        ("maxReplicas: 2", "maxReplicas: 3", "workers: rendered"),
+        ("        replicas: 2", "        replicas: 1", "workers: rendered"),
+        ("ray_serve:app", "ray_serve:ap", "import_path"),
+        ("plan: /etc/rankwright/plan.json", "plan: /tmp/plan.json", "plan of the application"),
+        ("mountPath: /etc/rankwright", "mountPath: /etc/plan", "has no plan in"),
+        ("      port: 8000\n    app", "      port: 8001\n    app", "ports of HTTP"),
+        (
+            "        route_prefix: /\n",
+            "        route_prefix: /\n        deployments: [{name: Server, num_replicas: 2}]\n",
+            "deployments",
+        ),
+        ('value: "WARN"', 'value: "INFO"', "NCCL_DEBUG"),
+        ('"num_blocks": 1000', '"num_blocks": 1001', "embedded plan.json"),
+        ('"max_num_seqs": ', '"max_num_seqs": 1', "embedded plan.json"),
+    ],
+)
+def test_a_changed_ray_service_is_noticed(old: str, new: str, message: str) -> None:
+    files = tampered(render(plan(), "kubernetes", flavor="rayservice"), KUBERNETES, old, new)
+    with pytest.raises(ManifestMismatchError, match=message):
+        check(plan(), "kubernetes", files)
+
+
 def test_a_cpu_plan_must_not_ask_for_gpus() -> None:
     files = render(cpu_plan(), "slurm")
     extra = tampered(files, SLURM, "#SBATCH --mem=0", "#SBATCH --gpus-per-node=1\n#SBATCH --mem=0")

@@ -52,6 +52,7 @@ def is_cpu(made: Plan) -> bool:
 REASONS = re.compile(
     r"cannot express|is for one machine|kind\(s\) of pod|the plan is for CPUs|--on slurm"
     r"|GPUs of their nodes|runs on .* and .*, and another engine|makes all replicas alike"
+    r"|leaves it to Ray which"
 )
 
 

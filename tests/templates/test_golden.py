@@ -66,6 +66,11 @@ CASES: dict[str, tuple[Callable[[], Plan], str, Mapping[str, object]]] = {
         "kubernetes",
         {"flavor": "leaderworkerset", "rdma_resource": "rdma/ib", "model_pvc": "weights"},
     ),
+    "kuberay.yaml": (
+        plan,
+        "kubernetes",
+        {"flavor": "rayservice", "name": "llama", "model_pvc": "weights"},
+    ),
     "two_nodes_vllm.sh": (plan, "vllm", {}),
     "experts_sglang.sh": (
         lambda: with_split(plan((8,), tp=8, pp=1, model=moe_spec()), ep=4, attention="dp"),

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from tests.templates.crd_schemas import crds_folder, custom_schemas, problems
-from tests.templates.plans import cpu_plan, mixed_plan, plan
+from tests.templates.plans import cluster, cpu_plan, mixed_plan, plan
 
 from rankwright.planner.plan import Plan
 from rankwright.templates.checks.objects import read_objects, workload_pods
@@ -52,7 +53,7 @@ def check(found: list[dict[str, Any]]) -> None:
     for item in found:
         if "k8s.io" not in item["apiVersion"] and "." in item["apiVersion"].partition("/")[0]:
             needs_crds()
-        if item["apiVersion"].startswith(("leaderworkerset", "jobset")):
+        if item["apiVersion"].startswith(("leaderworkerset", "jobset", "ray.io")):
             needs_crds()
         assert problems(item) == [], item["kind"]
     for start, _, template in pods(found):
@@ -159,6 +160,72 @@ def test_a_leader_and_its_workers_may_be_two_kinds() -> None:
         objects(plan((8, 4, 8), tp=4, pp=1), flavor="leaderworkerset")
 
 
+def test_on_ray_all_machines_are_workers_and_those_alike_one_group() -> None:
+    found = objects(plan((8, 4, 8), tp=4, pp=1), flavor="rayservice", name="x", model_pvc="w")
+    cluster = of_kind(found, "RayService")["spec"]["rayClusterConfig"]
+    head = cluster["headGroupSpec"]
+    told = [
+        (
+            group["replicas"],
+            group["rayStartParams"]["num-gpus"],
+            group["rayStartParams"]["num-cpus"],
+        )
+        for group in cluster["workerGroupSpecs"]
+    ]
+    # A CPU a rank, and one for the front end, wherever Ray puts it.
+    assert told == [(2, "8", "9"), (1, "4", "5")]
+    assert {head["rayStartParams"][what] for what in ("num-cpus", "num-gpus")} == {"0"}
+    (container,) = head["template"]["spec"]["containers"]
+    assert container["resources"].keys() == {"requests"}
+    assert "nvidia.com/gpu" not in container["resources"]["requests"]
+    # The machines of the plan are apart; the head may be beside one, and needs no weights.
+    assert "affinity" not in head["template"]["spec"]
+    assert "model" not in {volume["name"] for volume in head["template"]["spec"]["volumes"]}
+    for _, _, pod in pods(found):
+        (apart,) = pod["spec"]["affinity"]["podAntiAffinity"].popitem()[1]
+        labels = apart["labelSelector"]["matchLabels"]
+        assert labels.items() <= pod["metadata"]["labels"].items()
+        assert not labels.items() <= head["template"]["metadata"]["labels"].items()
+    # KubeRay makes the head's Service of the named ports and of no others.
+    names = {port["name"] for port in container["ports"]}
+    assert names == {"gcs-server", "dashboard", "serve"}
+    assert not [item for item in found if item["kind"] == "PodDisruptionBudget"]
+
+
+def test_a_cpu_plan_on_ray_asks_for_the_cpus_of_its_ranks() -> None:
+    made = cpu_plan((3, 3))
+    machine = made.cluster.node(0)
+    (group,) = of_kind(objects(made, flavor="rayservice"), "RayService")["spec"][
+        "rayClusterConfig"
+    ]["workerGroupSpecs"]
+    each = machine.num_cpus // len(machine.gpus)
+    assert group["rayStartParams"]["num-cpus"] == str(3 * each + 1)
+    assert group["rayStartParams"]["num-gpus"] == "0"
+
+
+def test_serve_is_told_of_the_weights_and_of_how_long_they_take() -> None:
+    made = plan((4,), tp=4, pp=1, machines=cluster((8,)))
+    found = objects(made, flavor="rayservice", model_pvc="w", model_path="/models/it's", port=9000)
+    config = yaml.safe_load(of_kind(found, "RayService")["spec"]["serveConfigV2"])
+    assert config["http_options"] == {"host": "0.0.0.0", "port": 9000}
+    (application,) = config["applications"]
+    settings = application["args"]
+    assert settings["model_path"] == "/models/it's"
+    assert settings["force"] is True  # four GPUs of eight
+    assert settings["start_timeout_s"] > 300
+    service = of_kind(found, "Service")["spec"]
+    assert service["ports"] == [{"name": "http", "port": 9000, "targetPort": "serve"}]
+
+
+def test_kinds_of_gpu_that_ray_would_mix_up_are_refused() -> None:
+    types = "h100-sxm=NVIDIA-H100-80GB-HBM3,a100-sxm-80gb=NVIDIA-A100-SXM4-80GB"
+    with pytest.raises(ValueError, match="leaves it to Ray which of its machines is which"):
+        objects(mixed_plan(), flavor="rayservice", gpu_types=types)
+    one = "h100-sxm=NVIDIA-H100-80GB-HBM3"
+    for _, _, pod in pods(objects(plan(), flavor="rayservice", gpu_types=one)):
+        assert pod["spec"]["nodeSelector"] == {"nvidia.com/gpu.product": one.partition("=")[2]}
+
+
 def test_machines_of_two_kinds_are_told_apart_by_their_label() -> None:
     types = "h100-sxm=NVIDIA-H100-80GB-HBM3,a100-sxm-80gb=NVIDIA-A100-SXM4-80GB"
     found = objects(mixed_plan(), gpu_types=types)
@@ -210,8 +277,14 @@ def test_ranks_are_reached_by_the_plans_own_pods_alone(flavor: str) -> None:
         assert labels.items() <= pod["metadata"]["labels"].items()
     (http,) = [rule for rule in policy["ingress"] if "from" not in rule]
     assert http == {"ports": [{"port": 9000}]}
-    own = [rule["from"] for rule in policy["ingress"] if "from" in rule]
+    own = [rule["from"] for rule in policy["ingress"] if rule.keys() == {"from"}]
     assert own == ([[{"podSelector": policy["podSelector"]}]] if made.split.pp > 1 else [])
+    (others,) = [rule for rule in policy["ingress"] if len(rule) == 2] or [None]
+    assert (others is not None) == FLAVORS[flavor].on_ray  # its dashboard is for the operator
+    if others is not None:
+        operator = {"app.kubernetes.io/component": "kuberay-operator"}
+        assert others["from"][0]["podSelector"]["matchLabels"] == operator
+        assert others["ports"] == [{"port": 8265}]
 
 
 def test_machines_are_emptied_one_at_a_time() -> None:
@@ -228,7 +301,10 @@ def test_machines_are_emptied_one_at_a_time() -> None:
         ({"max_replicas": 2}, "flavor=statefulset has no copies"),
         ({"prometheus": "http://a:1"}, "max_replicas scales by"),
         ({"node_selector": "a=b,-c=d"}, "node_selector has '-c=d'"),
-        ({"flavor": "rayservice"}, "expected auto, deployment, statefulset"),
+        ({"flavor": "raycluster"}, "expected auto, deployment, statefulset"),
+        ({"flavor": "rayservice", "port": 8265}, "port=8265 is one that Ray uses itself"),
+        ({"flavor": "rayservice", "port": 10500}, "10002 to 19999.; expected another"),
+        ({"flavor": "rayservice", "max_replicas": 2}, "flavor=rayservice has no copies"),
     ],
 )
 def test_options_that_do_not_fit_say_so(options: dict[str, object], message: str) -> None:
