@@ -58,7 +58,7 @@ class RecordedRunner:
     def __getattr__(self, name: str) -> Any:  # noqa: D105
         return getattr(self._runner, name)
 
-    def execute(self, batch: StepBatch) -> Any:
+    def execute(self, batch: StepBatch, *more: Any) -> Any:
         """Run a batch; start or end the recording before it where that was asked."""
         if self._orders.poll():
             self._orders.recv()
@@ -69,7 +69,7 @@ class RecordedRunner:
             else:
                 self._end()
         self._num_steps += 1
-        return self._runner.execute(batch)
+        return self._runner.execute(batch, *more)
 
     def _begin(self) -> None:
         self._recording = profile(activities=[self._activity])

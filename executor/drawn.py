@@ -23,6 +23,10 @@ class Drawn:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    def is_ready(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._copied is None or self._copied.query()
+
     def wait(self) -> list[int]:
         """Return the tokens, once the step is done."""
         if self._copied is not None:

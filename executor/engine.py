@@ -1,19 +1,18 @@
 """The loop of every rank: the leader schedules and tells, the others listen and run.
 
 One step: the leader takes in requests, decides a batch, broadcasts it; every rank of the replica
-runs its part; the rank that samples sends the tokens back to the leader, which tells the front end.
-In a pipeline as many batches are in flight as there are stages, so that all of them compute. On one
-stage of GPUs there are two: the next one is decided, sent and launched while this one runs, and
-reads its tokens where this one leaves them, so that no GPU waits for Python (docs/decisions/0004).
+runs its part; the rank that samples sends the tokens back to the first stage, and the leader tells
+the front end. In a pipeline as many batches are in flight as there are stages, so that all of them
+compute. One more may be decided and sent ahead (docs/decisions/0004): on one stage of GPUs it reads
+its tokens where the last one leaves them, so that no GPU waits for Python; in a pipeline the first
+stage has all but the tokens ready when they come.
 """
 
+import os
 import time
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-
-import torch
-import torch.distributed as dist
 
 from rankwright.executor.drawn import Drawn
 from rankwright.executor.mesh import Mesh
@@ -29,8 +28,10 @@ from rankwright.executor.messages import (
     encode,
 )
 from rankwright.executor.runner import Runner
-from rankwright.executor.scheduler import Scheduler, Sequence
+from rankwright.executor.scheduler import Scheduler
+from rankwright.executor.sequence import Sequence
 from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.token_returns import TokenReturns
 from rankwright.planner.plan import Plan
 
 # First byte of a control message.
@@ -43,58 +44,84 @@ STATS_S = 0.1
 IDLE_WAIT_S = 0.5
 
 
+def default_ahead(mesh: Mesh, runner: Runner) -> int:
+    """Return how many batches are decided before the tokens that they go on from are known.
+
+    One where that is possible and hides work: on one stage of GPUs. In a pipeline it is asked for
+    by `RANKWRIGHT_PIPELINE_AHEAD=1`, for it was measured on no GPU yet.
+    """
+    if mesh.num_stages > 1:
+        return int(os.environ.get("RANKWRIGHT_PIPELINE_AHEAD") == "1")
+    return int(mesh.device.type == "cuda" and runner.feeds_itself)
+
+
 @dataclass(slots=True)
 class InFlight:
-    """A batch that has been issued: whom it samples, and where its tokens will be."""
+    """A batch that has been issued: whom it samples, and what it draws on this rank."""
 
+    step: int
     sampled: list[Sequence]
     drawn: Drawn | None
-    receiving: dist.Work | None
-    buffer: torch.Tensor | None
-
-    def wait(self) -> list[int]:
-        """Return its tokens, once they are there."""
-        if self.drawn is not None:
-            return self.drawn.wait()
-        assert self.receiving is not None
-        assert self.buffer is not None
-        self.receiving.wait()
-        return [int(token) for token in self.buffer[: len(self.sampled)]]
 
 
 class Follower:
-    """A rank that runs what its leader says."""
+    """A rank that runs what its leader says.
 
-    def __init__(self, mesh: Mesh, runner: Runner) -> None:
+    Args:
+        mesh: Its groups.
+        runner: Its layers.
+        ahead: Of the leader. The rank that samples then launches the next batch before the tokens
+            of the last are there, if it has heard of it.
+    """
+
+    def __init__(self, mesh: Mesh, runner: Runner, *, ahead: int | None = None) -> None:
         self._mesh = mesh
         self._runner = runner
+        self._is_eager = bool(default_ahead(mesh, runner) if ahead is None else ahead)
+        self._returns = TokenReturns(mesh) if mesh.num_stages > 1 else None
+        self._unsent: deque[Drawn] = deque()
 
     def run(self) -> None:
         """Run batches until the leader says stop."""
-        pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        while True:
-            message = self._mesh.hear()
-            kind, body = message[:1], memoryview(message)[1:]
-            if kind == STOP:
-                break
-            if kind == IDLE:
-                continue
-            # A copy, because the offset of one byte leaves the arrays unaligned.
-            drawn = self._runner.execute(StepBatch.decode(bytes(body)))
-            if self._mesh.is_sampler:
-                assert drawn is not None
-                buffer = torch.tensor([*drawn.wait(), 0], dtype=torch.int64)
-                work = dist.isend(
-                    buffer, self._mesh.control.ranks[0], group=self._mesh.results.process_group
-                )
-                assert work is not None
-                pending.append((work, buffer))
-                while len(pending) > self._mesh.num_stages:
-                    pending.popleft()[0].wait()
-        while pending:
-            pending.popleft()[0].wait()
+        while (message := self._next_message())[:1] != STOP:
+            if message[:1] == BATCH:
+                # A copy, because the offset of one byte leaves the arrays unaligned.
+                self._run(StepBatch.decode(bytes(memoryview(message)[1:])))
+        if self._returns is not None:
+            self._send_tokens(leave=0)
+            self._returns.finish()
         self._runner.finish()
         self._mesh.finish()
+
+    def _run(self, batch: StepBatch) -> None:
+        if self._returns is None:
+            self._runner.execute(batch)
+            return
+        if self._mesh.is_first_stage:
+            self._returns.expect(batch.step, batch.num_samples)
+        drawn = self._runner.execute(batch, self._returns.tokens)
+        if self._mesh.is_sampler:
+            assert drawn is not None
+            self._unsent.append(drawn)
+            self._send_tokens(leave=self._mesh.num_stages if self._is_eager else 0)
+
+    def _next_message(self) -> bytes:
+        """Return what the leader says next; send the tokens that get ready meanwhile.
+
+        What is ready goes first: the leader may have told of a batch that waits for these tokens.
+        """
+        while self._unsent:
+            if self._unsent[0].is_ready():
+                self._send_tokens(leave=len(self._unsent) - 1)
+            elif self._mesh.has_heard():
+                break
+        return self._mesh.hear()
+
+    def _send_tokens(self, *, leave: int) -> None:
+        """Send the tokens of all steps but the last `leave`, once they are there."""
+        assert self._returns is not None
+        while len(self._unsent) > leave:
+            self._returns.send(self._unsent.popleft().wait())
 
 
 class Leader:
@@ -121,12 +148,12 @@ class Leader:
             connection: To the front end.
             eos_token_ids: Tokens that end a sequence.
             peak_memory_bytes: Of each rank, after start.
-            ahead: Batches decided before the tokens they go on from are known; None: 1 where that
-                is possible and hides work, which is on GPUs.
+            ahead: Batches decided before the tokens they go on from are known; None: as
+                `default_ahead` says.
             prefix_cache: Share KV blocks of equal tokens, where every rank holds all of them.
         """
         if ahead is None:
-            ahead = int(mesh.device.type == "cuda" and runner.feeds_itself)
+            ahead = default_ahead(mesh, runner)
         self._mesh = mesh
         self._runner = runner
         self._connection = connection
@@ -143,13 +170,14 @@ class Leader:
             prefix_cache=prefix_cache and mesh.split.cp == 1 and mesh.split.attention == "tp",
         )
         self._in_flight: deque[InFlight] = deque()
+        self._returns = TokenReturns(mesh) if mesh.num_stages > 1 else None
         self._stopping: Stop | None = None
         self._last_stats = self._last_word = 0.0
         self._send(
             Hello(
                 replica=mesh.place.replica,
                 num_kv_blocks=plan.kv_cache.num_blocks * mesh.attention_ranks,
-                block_tokens=self.scheduler.block_tokens,
+                block_tokens=self.scheduler.room.block_tokens,
                 max_num_seqs=plan.limits.max_num_seqs,
                 max_model_len=self.scheduler.max_model_len,
                 eos_token_ids=eos_token_ids,
@@ -169,6 +197,8 @@ class Leader:
         while self._in_flight:
             self._collect()
         self._mesh.tell(STOP)
+        if self._returns is not None:
+            self._returns.finish()
         self._runner.finish()
         self._mesh.finish()
 
@@ -221,20 +251,23 @@ class Leader:
         if self._mesh.control.size > 1:
             self._mesh.tell(BATCH + batch.encode())
             self._last_word = time.monotonic()
-        receiving = buffer = None
-        if not self._mesh.is_sampler:
-            buffer = torch.zeros(len(sampled) + 1, dtype=torch.int64)
-            receiving = dist.irecv(
-                buffer, self._mesh.sampler_rank, group=self._mesh.results.process_group
-            )
-        drawn = self._runner.execute(batch)
-        self._in_flight.append(InFlight(sampled, drawn, receiving, buffer))
+        if self._returns is None:
+            drawn = self._runner.execute(batch)
+        else:
+            self._returns.expect(batch.step, len(sampled))
+            drawn = self._runner.execute(batch, self._returns.tokens)
+        self._in_flight.append(InFlight(batch.step, sampled, drawn))
         return True
 
     def _collect(self) -> None:
         """Take in the tokens of the oldest batch."""
         oldest = self._in_flight.popleft()
-        news = self.scheduler.complete(oldest.sampled, oldest.wait())
+        if self._returns is not None:
+            tokens = self._returns.tokens(oldest.step)
+        else:
+            assert oldest.drawn is not None
+            tokens = oldest.drawn.wait()
+        news = self.scheduler.complete(oldest.sampled, tokens)
         if news:
             self._send(News(tokens=tuple(news)))
 
@@ -249,7 +282,7 @@ class Leader:
                     steps=scheduler.num_steps,
                     running=len(scheduler.running),
                     waiting=len(scheduler.waiting),
-                    free_kv_blocks=scheduler.num_free_blocks,
+                    free_kv_blocks=scheduler.room.num_free_blocks,
                     generated_tokens=scheduler.num_generated,
                     prompt_tokens=scheduler.num_prompt_tokens,
                     reused_tokens=scheduler.num_reused_tokens,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rankwright.executor.backends.agent import Agent
 from rankwright.executor.checkpoint import read_sampling_defaults
 from rankwright.executor.messages import Sampling
 from rankwright.executor.preflight import check_machine, find_model, joined, make_options
@@ -62,6 +63,7 @@ def generate(
     force: bool = False,
     quiet: bool = False,
     worker: Sequence[str] = WORKER,
+    agent: Agent | None = None,
 ) -> list[Generation]:
     """Return the answers to `prompts`, in their order; ranks start before and end after.
 
@@ -82,6 +84,7 @@ def generate(
         force: Run also where this machine is not the one the plan was made for.
         quiet: Show no progress.
         worker: Command of a rank.
+        agent: Started before, so that it has imported PyTorch by now; None: one of its own.
 
     Raises:
         ValueError: Something asked for cannot be: this machine, the weights, a prompt.
@@ -113,7 +116,7 @@ def generate(
     for index, prompt in enumerate(ids):
         check_length(plan, index, prompt, sampling)
     with joined(plan, options) as options:
-        run = _run(plan, options, tokenizer, ids, sampling, stops, on_text, quiet=quiet)
+        run = _run(plan, options, tokenizer, ids, sampling, stops, on_text, agent, quiet=quiet)
         return asyncio.run(run)
 
 
@@ -162,12 +165,13 @@ async def _run(
     sampling: Sampling,
     stops: Sequence[str],
     on_text: OnText | None,
+    agent: Agent | None,
     *,
     quiet: bool,
 ) -> list[Generation]:
     signals = Signals()
     with Progress(plan, quiet=quiet) as progress:
-        async with start(plan, options) as session:
+        async with start(plan, options, agent) as session:
             if await signals.before(session.ready(progress.show)):
                 raise KeyboardInterrupt
             if not quiet:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankwright.executor.backends.agent import Agent
 from rankwright.executor.checkpoint import read_sampling_defaults
 from rankwright.executor.launch_record import (
     make_record,
@@ -60,6 +61,7 @@ def launch(
     model_name: str | None = None,
     worker: Sequence[str] = WORKER,
     ray_address: str | None = None,
+    agent: Agent | None = None,
     **submitted: Any,
 ) -> int:
     """Serve `plan` until SIGINT or SIGTERM; return 0 then, 5 when a rank fails.
@@ -89,6 +91,7 @@ def launch(
         model_name: Name in the API; None: the plan's.
         worker: Command of a rank.
         ray_address: Of a Ray cluster; None: `RAY_ADDRESS`, or the one that runs here.
+        agent: Started before, so that it has imported PyTorch by now; None: one of its own.
         submitted: Arguments of `submit_and_follow`, for a back end that submits.
 
     Raises:
@@ -126,7 +129,7 @@ def launch(
         _say(f"warning: {note}")
     try:
         if node_rank > 0:
-            asyncio.run(_follow(plan, options, drain_s))
+            asyncio.run(_follow(plan, options, drain_s, agent))
             return EXIT_OK
         defaults, notes = read_sampling_defaults(options.model_path)
         for note in notes:
@@ -137,7 +140,7 @@ def launch(
             _recorded(plan, options, listening),
         ):
             server = _Launch(plan, options, tokenizer, defaults, model_name or plan.model.name)
-            asyncio.run(server.run(listening, drain_s))
+            asyncio.run(server.run(listening, drain_s, agent))
             return EXIT_OK
     except LaunchError as error:
         _say(str(error))
@@ -159,7 +162,7 @@ class _Launch:
         self._tokenizer, self._defaults = tokenizer, defaults
         self._model_name = model_name
 
-    async def run(self, listening: socket.socket, drain_s: float) -> None:
+    async def run(self, listening: socket.socket, drain_s: float, agent: Agent | None) -> None:
         """Serve on `listening` until a signal comes.
 
         Raises:
@@ -167,7 +170,7 @@ class _Launch:
         """
         signals = Signals()
         with Progress(self._plan) as progress:
-            async with start(self._plan, self._options) as session:
+            async with start(self._plan, self._options, agent) as session:
                 front_end = session.front_end
                 service = Service(
                     front_end,
@@ -228,7 +231,7 @@ async def _drain(
     front_end.abort_all("the server has stopped")
 
 
-async def _follow(plan: Plan, options: RunOptions, drain_s: float) -> None:
+async def _follow(plan: Plan, options: RunOptions, drain_s: float, agent: Agent | None) -> None:
     """Run the ranks of a machine that does not serve, until machine 0 stops them.
 
     Raises:
@@ -236,7 +239,7 @@ async def _follow(plan: Plan, options: RunOptions, drain_s: float) -> None:
     """
     signals = Signals()
     with Progress(plan):
-        async with follow(plan, options) as ranks:
+        async with follow(plan, options, agent) as ranks:
             if await signals.before(ranks.done()):
                 # Whoever ends the job signals machine 0 too: it drains, then stops our ranks.
                 with contextlib.suppress(TimeoutError):

@@ -294,6 +294,10 @@ class Mesh:
         """Return what the leader of this replica says next."""
         return self._hear_over_gloo() if self._channel is None else self._channel.read()
 
+    def has_heard(self) -> bool:
+        """Whether the leader has said something; without shared memory nobody can tell: False."""
+        return self._channel is not None and self._channel.has_next()
+
     def _open_channel(self, *, one_machine: bool) -> None:
         """Share memory with the ranks of this replica, if all of them can."""
         able = self.gather_integers(int(one_machine and is_supported()))
@@ -364,6 +368,11 @@ class Mesh:
         out = [torch.zeros(1, dtype=torch.int64) for _ in self.control.ranks]
         dist.all_gather(out, torch.tensor([value]), group=self.control.process_group)
         return [int(one) for one in out]
+
+    @property
+    def first_stage_ranks(self) -> tuple[int, ...]:
+        """World ranks that embed the tokens of this replica; the leader is the first."""
+        return self.control.ranks[: self.split.tp * self.split.cp]
 
     @property
     def sampler_rank(self) -> int:

@@ -22,7 +22,7 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.models import tensor_names
 from rankwright.executor.models.decoder import DecoderStage
 from rankwright.executor.rank_batch import Parts, RankBatch, rank_batch
-from rankwright.executor.step_batch import StepBatch, made_up_batch
+from rankwright.executor.step_batch import StepBatch, known_tokens, made_up_batch
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rotary import rope_table
 from rankwright.kernels.sampling import sample
@@ -170,11 +170,21 @@ class Runner:
             self.rebalancer.reset()
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch) -> Drawn | None:
-        """Start a batch; return the R tokens drawn on the rank that samples, None elsewhere."""
+    def execute(
+        self, batch: StepBatch, tokens_of: Callable[[int], list[int]] | None = None
+    ) -> Drawn | None:
+        """Start a batch; return the R tokens drawn on the rank that samples, None elsewhere.
+
+        Args:
+            batch: What the replica computes.
+            tokens_of: Waits for the tokens of an earlier step; for the first stage of a pipeline.
+        """
         if self.rebalancer is not None:
             self.rebalancer.step()
         part = self._part(batch)
+        if tokens_of is not None and self.mesh.is_first_stage and (part.token_ids_T < 0).any():
+            drawn = np.array(tokens_of(batch.step - self.mesh.num_stages), dtype=np.int64)
+            part = replace(part, token_ids_T=known_tokens(part.token_ids_T, drawn))
         if (
             self._graphs is not None
             and batch.decode_only
@@ -239,7 +249,7 @@ class Runner:
                 )
             )
         ids_T = self._to_device(batch.token_ids_T)
-        if (batch.token_ids_T < 0).any():
+        if self.mesh.is_first_stage and (batch.token_ids_T < 0).any():
             assert self.feeds_itself
             ids_T = feed_tokens(ids_T, self._drawn_R)
         out_TD = self.stage.forward(ids_T, hidden_TD, context)

@@ -13,14 +13,15 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
-from rankwright.executor.backends.local import LocalRanks, Rendezvous, rank_environment
+from rankwright.executor.backends.agent import Agent, Rendezvous
+from rankwright.executor.backends.local import LocalRanks, rank_environment
 from rankwright.executor.backends.ranks import Failure, Ranks, tail
 from rankwright.executor.front_end import FrontEnd
 from rankwright.executor.log_tail import WARNING, LogTail
-from rankwright.executor.run_options import RunOptions, node_order, worker_arguments
+from rankwright.executor.run_options import WORKER, RunOptions, node_order, worker_arguments
 from rankwright.planner.plan import Plan, RankPlan
 
 # From Stop until the ranks are killed: they finish a step and destroy their process groups.
@@ -120,13 +121,20 @@ class Session:
 
 
 @contextlib.asynccontextmanager
-async def start(plan: Plan, options: RunOptions) -> AsyncIterator[Session]:
-    """Start the ranks of this machine and the front end; all are gone at the end of the block."""
+async def start(
+    plan: Plan, options: RunOptions, agent: Agent | None = None
+) -> AsyncIterator[Session]:
+    """Start the ranks of this machine and the front end; all are gone at the end of the block.
+
+    Args:
+        plan: What to run.
+        options: How.
+        agent: That starts the ranks of this machine; None: one that is started now.
+    """
     front_end = FrontEnd(
         plan.split.dp, address=_listen_address(options), authkey=shared_key(options)
     )
     async with front_end:
-        run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
         host, _, port = front_end.address.rpartition(":")
         reach = f"{options.master_addr if options.nnodes > 1 else host}:{port}"
         ranks: Ranks
@@ -134,9 +142,14 @@ async def start(plan: Plan, options: RunOptions) -> AsyncIterator[Session]:
             # Here, not at the top: Ray is an extra.
             from rankwright.executor.backends.ray_ranks import RayRanks
 
+            if agent is not None:
+                agent.dismiss()
+            run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
             ranks = RayRanks(plan, options, run_dir, front_end.address, front_end.authkey)
         else:
-            ranks = start_ranks(plan, options, run_dir, reach, front_end.authkey)
+            agent = Agent() if agent is None else agent
+            run_dir = agent.run_dir
+            ranks = start_ranks(plan, options, agent, reach, front_end.authkey)
         session = Session(plan, front_end, ranks, run_dir, options.start_timeout_s)
         try:
             yield session
@@ -174,14 +187,16 @@ class FollowedRanks:
 
 
 @contextlib.asynccontextmanager
-async def follow(plan: Plan, options: RunOptions) -> AsyncIterator[FollowedRanks]:
-    """Start the ranks of machine `options.node_rank`, not the one that serves."""
+async def follow(
+    plan: Plan, options: RunOptions, agent: Agent | None = None
+) -> AsyncIterator[FollowedRanks]:
+    """Start the ranks of machine `options.node_rank`, not the one that serves; see `start`."""
     key = shared_key(options)
     assert key is not None, "several machines always share a key"
-    run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))
+    agent = Agent() if agent is None else agent
     address = f"{options.master_addr}:{leader_port(options)}"
-    ranks = start_ranks(plan, options, run_dir, address, key)
-    followed = FollowedRanks(plan, ranks, run_dir)
+    ranks = start_ranks(plan, options, agent, address, key)
+    followed = FollowedRanks(plan, ranks, agent.run_dir)
     try:
         yield followed
     finally:
@@ -189,10 +204,10 @@ async def follow(plan: Plan, options: RunOptions) -> AsyncIterator[FollowedRanks
 
 
 def start_ranks(
-    plan: Plan, options: RunOptions, run_dir: Path, front_end: str, authkey: bytes
+    plan: Plan, options: RunOptions, agent: Agent, front_end: str, authkey: bytes
 ) -> LocalRanks:
     """Start the ranks of machine `options.node_rank`, which talk to `front_end` (host:port)."""
-    plan_path = run_dir / "plan.json"
+    plan_path = agent.run_dir / "plan.json"
     plan_path.write_text(plan.model_dump_json(), encoding="utf-8")
     node = node_order(plan)[options.node_rank]
     ranks = plan.ranks_of_node(node)
@@ -201,12 +216,27 @@ def start_ranks(
         "RANKWRIGHT_FRONT_END": front_end,
         "RANKWRIGHT_AUTHKEY": authkey.hex(),
     }
-    worker = [*options.worker, *worker_arguments(options, plan_path)]
+    arguments = worker_arguments(options, plan_path)
+    forks = tuple(options.worker) == WORKER and ranks_fork(plan, options, os.environ)
     port = options.master_port
     if port is None:
         port = 29500 if options.nnodes > 1 else _free_port()
     rendezvous = Rendezvous(options.nnodes, options.node_rank, options.master_addr, port)
-    return LocalRanks(ranks, run_dir, rendezvous, environment, worker)
+    worker = arguments if forks else [*options.worker, *arguments]
+    return LocalRanks(ranks, agent, rendezvous, environment, worker, forks=forks)
+
+
+def ranks_fork(plan: Plan, options: RunOptions, environment: Mapping[str, str]) -> bool:
+    """Whether ranks are forks of their agent, and not processes that import all by themselves.
+
+    On CPUs they are. On GPUs they can be, as long as nothing has touched CUDA before; that was not
+    tried on one yet, so there `RANKWRIGHT_FORK_RANKS` has to ask for it. 0 forbids it anywhere.
+    """
+    asked = environment.get("RANKWRIGHT_FORK_RANKS")
+    if asked in ("0", "1"):
+        return asked == "1"
+    gpus = (gpu for node in plan.nodes_used() for gpu in plan.cluster.node(node).gpus)
+    return options.device == "cpu" or all(gpu.device == "cpu" for gpu in gpus)
 
 
 def leader_port(options: RunOptions) -> int:

@@ -106,7 +106,7 @@ class SharedChannel:
         parts: list[bytes] = []
         while True:
             slot = self._count % NUM_SLOTS
-            self._wait(self._has_next, "the leader")
+            self._wait(self.has_next, "the leader")
             left = int(self._headers[slot, 1])
             size = min(left, SLOT_BYTES)
             parts.append(bytes(self._bodies[slot * SLOT_BYTES : slot * SLOT_BYTES + size]))
@@ -115,7 +115,8 @@ class SharedChannel:
             if left <= SLOT_BYTES:
                 return b"".join(parts)
 
-    def _has_next(self) -> bool:
+    def has_next(self) -> bool:
+        """Whether `read` would return at once."""
         return int(self._headers[self._count % NUM_SLOTS, 0]) == self._count + 1
 
     def _wait(self, ready: Callable[[], bool], who: str) -> None:

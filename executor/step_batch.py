@@ -2,7 +2,8 @@
 
 Shape letters: S sequences, T tokens of all of them, R rows to sample, N blocks of a table row.
 Sequences that decode one token stand first, then those that prefill a chunk.
-A token id below zero stands for a token that the step before draws (`from_row`).
+A token id below zero stands for a token that an earlier step draws (`from_row`): the step before,
+or in a pipeline that of one round before, as many steps as there are stages.
 """
 
 from dataclasses import dataclass
@@ -17,12 +18,24 @@ Float32 = npt.NDArray[np.float32]
 
 
 def from_row(row: int) -> int:
-    """Return the id that stands for the token that the step before draws in its row `row`.
+    """Return the id that stands for the token that an earlier step draws in its row `row`.
 
     >>> from_row(0)
     -1
     """
     return -1 - row
+
+
+def known_tokens(token_ids_T: Int64, drawn_R: Int64) -> Int64:
+    """Return the ids, with those that stand for rows of an earlier step replaced by what it drew.
+
+    >>> known_tokens(np.array([7, from_row(1)]), np.array([20, 21])).tolist()
+    [7, 21]
+    """
+    known: Int64 = token_ids_T.copy()
+    unknown = token_ids_T < 0
+    known[unknown] = drawn_R[-1 - token_ids_T[unknown]]
+    return known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -5,13 +5,15 @@ tensor that it shares, and host memory holds one shard at a time.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
-Range = tuple[int, int]
+from rankwright.executor.shard_reader import Range as Range
+from rankwright.executor.shard_reader import SafetensorsFile, ShardReader
 
 
 class WeightSource(Protocol):
@@ -49,17 +51,30 @@ class SafetensorsSource:
         folder: Where the files are.
         dtype: What the weights are converted to.
         device: Where they go.
+        num_threads: That read at once; None: this rank's share of the CPUs.
 
     Raises:
         ValueError: The folder has no safetensors, or the index names a file that is missing.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_threads: int | None = None,
+    ) -> None:
         self._folder = folder
         self._dtype = dtype
         self._device = device
         self._file_of = _tensor_files(folder)
-        self._open: dict[Path, safe_open] = {}
+        self._reader = ShardReader(device, num_threads)
+        self._open: dict[Path, SafetensorsFile] = {}
+        # On a GPU the reader's pinned buffers have not run yet: there they have to be asked for.
+        asked = os.environ.get("RANKWRIGHT_PINNED_LOAD") == "1"
+        self._mapped: dict[Path, safe_open] = {}
+        self._through_library = device.type != "cpu" and not asked
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
@@ -86,17 +101,34 @@ class SafetensorsSource:
                 "of another architecture than its config.json says, or incomplete"
             )
         if path not in self._open:
-            self._open[path] = safe_open(str(path), framework="pt")
-        view = self._open[path].get_slice(name)
-        found = tuple(view.get_shape())
+            self._open[path] = SafetensorsFile(path)
+        file = self._open[path]
+        found = file.tensors[name].shape
         if found != shape:
             raise ValueError(
                 f"{path}: tensor {name!r} has shape {found}, config.json asks for {shape}"
             )
         parts = (rows, columns, depth)[: len(shape)]
-        index = [slice(*part) if part else slice(None) for part in parts]
-        part = view[tuple(index)]
-        return part.to(self._device, dtype or self._dtype, copy=True).contiguous()
+        if self._through_library:
+            if path not in self._mapped:
+                self._mapped[path] = safe_open(str(path), framework="pt")
+            index = tuple(slice(*part) if part else slice(None) for part in parts)
+            part = self._mapped[path].get_slice(name)[index]
+            return part.to(self._device, dtype or self._dtype, copy=True).contiguous()
+        return self._reader.read(file, name, parts, dtype or self._dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes read until now."""
+        return self._reader.num_bytes
+
+    def close(self) -> None:
+        """Close the files; what was read stays."""
+        self._reader.close()
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+        self._mapped.clear()
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -1,5 +1,7 @@
 """Entry point of a rank: `python -m rankwright.executor.worker --plan plan.json`, under torchrun.
 
+Or a fork of torchrun's agent that calls `main` (backends/agent_main.py).
+
 Makes the groups, loads this rank's shard, captures graphs, and then leads or follows until told to
 stop. What goes wrong is written in one line to `$RANKWRIGHT_RUN_DIR/rank-<r>.error`, for the
 launcher to show.
@@ -14,6 +16,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -37,15 +40,15 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def main() -> None:
-    """Run this rank to its end; exit 0 after a stop, 1 with an error file otherwise."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run this rank to its end; return after a stop, exit with 1 and an error file otherwise."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--model-path", type=Path)
     parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     # A terminal's Ctrl-C reaches every process; the launcher decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("RANKWRIGHT_IGNORE_TERM") == "1":
@@ -113,6 +116,8 @@ def run(
 
     with memory_explained(plan, plan.ranks[rank], device, done):
         runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
+        if isinstance(source, SafetensorsSource):
+            source.close()
         if device.type == "cuda":
             runner.warm_up(plan.limits)
             progress("kernels compiled")

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (PyTorch's own abbreviation)
-from torch.nn.attention.bias import causal_lower_right
 
 from rankwright.kernels.backend import ceil_div
 from rankwright.kernels.paged_cache import kv_heads_of_queries
@@ -108,6 +107,9 @@ def attend_sdpa(
     if whole and num_queries == context:
         pass
     elif whole and q_HQD.is_cuda:
+        # Here, not at the top: it imports torch._dynamo, seconds that a rank on CPUs never needs.
+        from torch.nn.attention.bias import causal_lower_right
+
         mask = causal_lower_right(num_queries, context)  # lets PyTorch choose FlashAttention
     else:
         mask = _seen(num_queries, context, window, q_HQD.device)

@@ -10,15 +10,12 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from rankwright.executor.backends.agent import AGENT_LOG, BEFORE_IMPORTS, Agent, Order, Rendezvous
 from rankwright.executor.backends.ranks import Failure, describe_exit, last_line
-from rankwright.executor.run_options import WORKER
 from rankwright.planner.plan import Plan, RankPlan
 
 # torchrun's own --log-dir makes two files four folders deep, and counts local ranks. `exec` keeps
@@ -27,29 +24,11 @@ _SHELL = (
     'echo $$ >"$RANKWRIGHT_RUN_DIR/rank-$RANK.pid" && '
     'exec "$@" >"$RANKWRIGHT_RUN_DIR/rank-$RANK.log" 2>&1'
 )
-AGENT_LOG = "torchrun.log"
 _POLL_S = 0.1
 # From the first rank's end until the others are killed: time for them to say what they saw.
 _LAST_WORDS_S = 2.0
 # torchrun names the exit code of each rank it saw end badly.
 _EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where the agents of all nodes meet.
-
-    Attributes:
-        nnodes: Machines.
-        node_rank: Number of this one among them.
-        master_addr: Address of the first one.
-        master_port: Port there.
-    """
-
-    nnodes: int
-    node_rank: int
-    master_addr: str
-    master_port: int
 
 
 class LocalRanks:
@@ -58,40 +37,41 @@ class LocalRanks:
     def __init__(
         self,
         ranks: Sequence[RankPlan],
-        run_dir: Path,
+        agent: Agent,
         rendezvous: Rendezvous,
         environment: Mapping[str, str],
-        worker: Sequence[str] = WORKER,
+        worker: Sequence[str],
+        *,
+        forks: bool,
     ) -> None:
-        """Start `ranks`, which run the command `worker` and keep their files in `run_dir`."""
+        """Have `agent` start `ranks`, whose files are in its folder.
+
+        Args:
+            ranks: Of this machine.
+            agent: Without an order yet.
+            rendezvous: Where it meets those of other machines.
+            environment: Of the ranks.
+            worker: Command of a rank, or with `forks` the arguments of our own worker.
+            forks: Ranks are forks of the agent.
+        """
         self._ranks = {rank.rank: rank for rank in ranks}
-        self._run_dir = run_dir
+        self._run_dir = agent.run_dir
         self._pids: dict[int, int] = {}
         self._watched: dict[int, int] = {}  # rank: descriptor that is readable when it has ended
         self._ended: list[int] = []
         self._changed = asyncio.Event()
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nnodes", str(rendezvous.nnodes), "--node-rank", str(rendezvous.node_rank)),
-            *("--nproc-per-node", str(len(ranks)), "--max-restarts", "0"),
-            *("--master-addr", rendezvous.master_addr),
-            *("--master-port", str(rendezvous.master_port)),
-            # Without it torchrun asks the resolver for this machine's name, which may take seconds.
-            *(("--local-addr", rendezvous.master_addr) if rendezvous.node_rank == 0 else ()),
-            "--no-python",
-            # torchrun fills in ${local_rank} and the like, so a dollar must be doubled.
-            *(part.replace("$", "$$") for part in ("sh", "-c", _SHELL, "rank", *worker)),
-        ]
-        with (run_dir / AGENT_LOG).open("wb") as log:
-            self._agent = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**environment, "RANKWRIGHT_RUN_DIR": str(run_dir)},
-                # A terminal's Ctrl-C goes to the parent alone, which decides what it means.
-                start_new_session=True,
+        self._agent = agent.process
+        # torchrun fills in ${local_rank} and the like, so a dollar must be doubled.
+        shell = [part.replace("$", "$$") for part in ("-c", _SHELL, "rank", *worker)]
+        agent.give(
+            Order(
+                rendezvous=rendezvous,
+                num_ranks=len(ranks),
+                environment={**environment, "RANKWRIGHT_RUN_DIR": str(agent.run_dir)},
+                command=None if forks else "sh",
+                arguments=list(worker) if forks else shell,
             )
+        )
 
     def doing(self) -> str:
         """Return the last line of the first rank."""
@@ -222,8 +202,7 @@ def rank_environment(
     What the user has set comes before what the plan sets, so that it can be changed without
     editing the plan.
     """
-    # A rank's log is read while it runs; buffered lines would be lost when it is killed.
-    ours = {"PYTHONUNBUFFERED": "1"}
+    ours = dict(BEFORE_IMPORTS)
     ours.update({variable.name: variable.value for variable in plan.environment})
     # Slurm and systemd signal every process at once: the parent drains, then stops the ranks.
     forced = {"RANKWRIGHT_IGNORE_TERM": "1"}

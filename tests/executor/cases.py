@@ -155,7 +155,7 @@ def answers(
 ) -> dict[str, list[int]] | None:
     """Tokens of this replica's requests, on its leader."""
     if not mesh.is_leader:
-        Follower(mesh, runner).run()
+        Follower(mesh, runner, ahead=ahead).run()
         return None
     ours, theirs = Pipe()
     mine = requests[mesh.place.replica :: plan.split.dp]

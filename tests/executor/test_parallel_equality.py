@@ -58,6 +58,7 @@ def test_logits_equal_transformers(
     [
         *(("TP1", 0), ("TP2 PP2", 0), ("uneven TP3", 0), ("uneven PP3", 0), ("DP2", 0)),
         *(("TP2", 1), ("attention DP2", 0), ("attention DP2", 1), ("CP2", 0)),
+        *(("TP2 PP2", 1), ("uneven PP3", 1)),
     ],
 )
 def test_greedy_tokens_equal_transformers_while_requests_come_and_go(

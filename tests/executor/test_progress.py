@@ -31,3 +31,22 @@ def test_a_log_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first == "rankwright: starting 2 ranks (TP2) ..."
     assert last.startswith("rankwright: ready in 0.")
     assert shown(monkeypatch, 0, quiet=True) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_of_the_layers() -> None:
+    stream = Terminal()
+    with Progress(cpu_plan(SPEC, tp=2), stream=stream) as it:
+        it.show("   1.50 s  layer 3 of 4")
+        assert it._bar is not None
+        (task,) = it._bar.tasks
+        assert task.percentage == 75
+        it.show("   1.60 s  ready")
+        assert task.fields["said"] == "   1.60 s  ready"
+        it.ready("llama")
+    assert "starting 2 ranks (TP2)" in stream.getvalue()
+    assert stream.getvalue().splitlines()[-1].endswith(" s: llama")

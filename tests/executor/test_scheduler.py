@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwright.executor.messages import FinishReason, Sampling, Tokens
-from rankwright.executor.scheduler import Scheduler, Sequence
+from rankwright.executor.scheduler import Scheduler
+from rankwright.executor.sequence import Sequence
 from rankwright.executor.step_batch import StepBatch
 
 
@@ -31,17 +32,19 @@ def next_token(context: list[int]) -> int:
 class Cache:
     """Slots of the paged cache, filled and read as a forward pass does."""
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, depth: int) -> None:
         self.block_tokens = block_tokens
+        self.depth = depth
         self.slots: dict[tuple[int, int], int] = {}
-        self.drawn: list[int] = []
+        self.drawn: dict[int, list[int]] = {}
 
     def run(self, batch: StepBatch) -> list[int]:
         batch = StepBatch.decode(batch.encode())  # as it travels
         parts = batch.parts_S.repeat(batch.query_lens_S)
         slots = batch.slots(self.block_tokens)
         for part, slot, token in zip(parts, slots, batch.token_ids_T, strict=True):
-            known = int(token) if token >= 0 else self.drawn[-1 - int(token)]
+            earlier = self.drawn.get(batch.step - self.depth, [])
+            known = int(token) if token >= 0 else earlier[-1 - int(token)]
             self.slots[int(part), int(slot)] = known
         ends = batch.query_lens_S.cumsum() - 1
         drawn = []
@@ -56,7 +59,7 @@ class Cache:
                 for p in range(int(batch.context_lens_S[index]))
             ]
             drawn.append(next_token(context))
-        self.drawn = drawn
+        self.drawn[batch.step] = drawn
         return drawn
 
 
@@ -68,7 +71,7 @@ def expected(prompt: list[int], count: int) -> list[int]:
 
 
 def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> dict[str, list[int]]:
-    cache = Cache(scheduler.block_tokens)
+    cache = Cache(scheduler.room.block_tokens, scheduler.depth)
     out: dict[str, list[int]] = {name: [] for name in requests}
     waiting = deque(requests.items())
     in_flight: deque[tuple[list[Sequence], list[int]]] = deque()
@@ -79,7 +82,7 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
         scheduled = scheduler.schedule()
         if scheduled is not None:
             batch, sampled = scheduled
-            share = max(1, scheduler.max_batched_tokens // len(scheduler.pools))
+            share = max(1, scheduler.max_batched_tokens // len(scheduler.room.pools))
             tokens_of = np.bincount(batch.parts_S, batch.query_lens_S)
             assert tokens_of.max() <= share
             assert len(scheduler.running) <= scheduler.max_num_seqs
@@ -107,7 +110,7 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
     block_tokens=st.sampled_from([1, 4, 16]),
     max_num_seqs=st.integers(1, 6),
     max_batched_tokens=st.integers(1, 30),
-    depth_and_ahead=st.sampled_from([(1, 0), (2, 0), (3, 0), (1, 1)]),
+    depth_and_ahead=st.sampled_from([(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1)]),
     num_parts=st.integers(1, 3),
     prefix_cache=st.booleans(),
 )
@@ -138,7 +141,9 @@ def test_every_request_gets_the_tokens_it_would_get_alone(
     out = drain(scheduler, requests)
     for name, (prompt, count) in requests.items():
         assert out[name] == expected(prompt, min(count, 40 - len(prompt)))
-    assert scheduler.num_free_blocks == scheduler.pools[0].num_blocks * len(scheduler.pools)
+    assert scheduler.room.num_free_blocks == scheduler.room.pools[0].num_blocks * len(
+        scheduler.room.pools
+    )
 
 
 def test_requests_join_the_part_with_most_room() -> None:
@@ -171,9 +176,9 @@ def test_a_prompt_that_begins_like_another_shares_its_full_blocks() -> None:
     assert second[:2] == first[:2]
     assert second[2] != first[2]
     assert scheduler.num_reused_tokens == 8
-    assert scheduler.num_free_blocks == 4  # two shared, one of each
+    assert scheduler.room.num_free_blocks == 4  # two shared, one of each
     scheduler.abort("a")
-    assert scheduler.num_free_blocks == 5  # b still holds what they shared
+    assert scheduler.room.num_free_blocks == 5  # b still holds what they shared
     # The same tokens after others are other blocks.
     assert start(scheduler, "c", [5, 6, 7, 8, 1])[0] == 5
 
@@ -256,6 +261,22 @@ def test_a_step_ahead_goes_on_from_a_row_of_the_step_before() -> None:
     assert [news.token_ids for news in scheduler.complete(second[1], [13, 14])] == [(13,), (14,)]
 
 
+def test_in_a_pipeline_a_step_ahead_goes_on_from_the_step_one_round_before() -> None:
+    scheduler = make(ahead=1, depth=2, max_batched_tokens=2)
+    scheduler.add("a", [5, 6], Sampling(max_tokens=4))
+    scheduler.add("b", [7, 8], Sampling(max_tokens=4))
+    first, second, third, fourth = (scheduler.schedule() for _ in range(4))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert [one.request_id for one in first[1] + second[1] + third[1]] == ["a", "b", "a"]
+    assert third[0].token_ids_T.tolist() == [-1]
+    assert third[0].step == 2
+    assert fourth is not None  # the engine would take in the first before it asks for more
+    assert [one.request_id for one in fourth[1]] == ["b"]
+    assert scheduler.schedule() is None
+
+
 @pytest.mark.parametrize("how", ["stop", "abort"])
 def test_what_came_too_much_is_dropped_and_its_blocks_are_free_then(how: str) -> None:
     scheduler = make(ahead=1)
@@ -267,10 +288,10 @@ def test_what_came_too_much_is_dropped_and_its_blocks_are_free_then(how: str) ->
         assert scheduler.abort("a")
     news = scheduler.complete(first[1], [0])
     assert [one.finish_reason for one in news] == ([] if how == "abort" else ["stop"])
-    assert scheduler.num_free_blocks == 6  # the step in flight writes to them
+    assert scheduler.room.num_free_blocks == 6  # the step in flight writes to them
     assert scheduler.schedule() is None
     assert scheduler.complete(second[1], [9]) == []
-    assert scheduler.num_free_blocks == 8
+    assert scheduler.room.num_free_blocks == 8
 
 
 def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() -> None:
@@ -280,9 +301,9 @@ def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() ->
     assert scheduled is not None
     assert scheduler.abort("a")
     assert not scheduler.abort("a")
-    assert scheduler.num_free_blocks == 6
+    assert scheduler.room.num_free_blocks == 6
     assert scheduler.complete(scheduled[1], [3]) == []
-    assert scheduler.num_free_blocks == 8
+    assert scheduler.room.num_free_blocks == 8
     assert not scheduler.has_work
 
 

@@ -1,6 +1,7 @@
 """`rankwright generate`: answer prompts offline."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rankwright.cli import options
 from rankwright.cli.output import print_json, seconds, status
 from rankwright.cli.planning import plan_of
+from rankwright.executor.backends.agent import Agent
 from rankwright.planner.make_plan import Pins
 
 
@@ -65,30 +67,33 @@ def run(
         raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p:g}")
     options.check_positive("--start-timeout", start_timeout, " s")
     load = options.workload(isl=isl, osl=max_tokens, concurrency=len(prompt), objective=objective)
-    plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
-    if made_now:
-        status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
-    # Here, not at the top: a login node has no rankwright[executor], and `--help` works there too.
-    from rankwright.executor.generate import generate
-    from rankwright.executor.messages import Sampling
-
     streams = len(prompt) == 1 and not as_json
-    answers = generate(
-        plan,
-        prompt,
-        Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
-        ),
-        chat=chat,
-        system=system,
-        stops=stop or (),
-        on_text=_print_piece if streams else None,
-        load_format=load_format,
-        model_path=model_path,
-        backend=backend,
-        start_timeout_s=start_timeout,
-        force=force,
-    )
+    # It imports PyTorch while we plan.
+    with nullcontext() if backend == "ray" else Agent() as agent:
+        plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
+        if made_now:
+            status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
+        # Here, not at the top: a login node has no rankwright[executor], and `--help` works there.
+        from rankwright.executor.generate import generate
+        from rankwright.executor.messages import Sampling
+
+        answers = generate(
+            plan,
+            prompt,
+            Sampling(
+                temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
+            ),
+            chat=chat,
+            system=system,
+            stops=stop or (),
+            on_text=_print_piece if streams else None,
+            load_format=load_format,
+            model_path=model_path,
+            backend=backend,
+            start_timeout_s=start_timeout,
+            force=force,
+            agent=agent,
+        )
     if as_json:
         print_json({"split": plan.split.model_dump(), "answers": [asdict(a) for a in answers]})
         return

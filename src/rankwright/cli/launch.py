@@ -1,5 +1,6 @@
 """`rankwright launch`: start the ranks of a plan and serve them over HTTP."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,10 @@ import typer
 from rankwright.cli import options
 from rankwright.cli.output import status
 from rankwright.cli.planning import plan_of
+from rankwright.cost_model.workload import Workload
+from rankwright.executor.backends.agent import Agent
 from rankwright.planner.make_plan import Pins
+from rankwright.planner.plan import Plan
 
 # What a scheduler's manifest decides: `--set` says it where it can be said.
 _OURS = (
@@ -116,10 +120,9 @@ def run(
     load = options.workload(
         isl=isl, osl=osl, concurrency=concurrency, ttft_ms=ttft, tpot_ms=tpot, objective=objective
     )
-    plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
-    if made_now:
-        status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
+    pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp)
     if submits:
+        plan = _planned(model, cluster, load, pins)
         from rankwright.cli.render import parse_settings
         from rankwright.executor.submit import submit_and_follow
 
@@ -130,29 +133,40 @@ def run(
             given.setdefault("model_path", str(model_path.absolute()))
         code = submit_and_follow(plan, backend, folder=job_dir, settings=given, detach=detach)
         raise typer.Exit(code)
-    # Here, not at the top: a login node has no rankwright[executor], and `--help` works there too.
-    from rankwright.executor.launch import launch
+    # It imports PyTorch while we plan and import the server.
+    with nullcontext() if backend == "ray" else Agent() as agent:
+        plan = _planned(model, cluster, load, pins)
+        # Here, not at the top: a login node has no rankwright[executor], and `--help` works there.
+        from rankwright.executor.launch import launch
 
-    code = launch(
-        plan,
-        host=host,
-        port=port,
-        load_format=load_format,
-        backend=backend,
-        model_path=model_path,
-        nnodes=nnodes,
-        node_rank=node_rank,
-        master_addr=master_addr,
-        master_port=master_port,
-        host_interface=host_interface,
-        start_timeout_s=start_timeout,
-        drain_s=drain,
-        prefix_cache=prefix_cache,
-        force=force,
-        model_name=model_name,
-        ray_address=ray_address,
-    )
+        code = launch(
+            plan,
+            host=host,
+            port=port,
+            load_format=load_format,
+            backend=backend,
+            model_path=model_path,
+            nnodes=nnodes,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            host_interface=host_interface,
+            start_timeout_s=start_timeout,
+            drain_s=drain,
+            prefix_cache=prefix_cache,
+            force=force,
+            model_name=model_name,
+            ray_address=ray_address,
+            agent=agent,
+        )
     raise typer.Exit(code)
+
+
+def _planned(model: str, cluster: str, load: Workload, pins: Pins) -> Plan:
+    plan, made_now = plan_of(model, cluster, load, pins=pins)
+    if made_now:
+        status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
+    return plan
 
 
 def _refuse(context: typer.Context, backend: str, names: tuple[str, ...]) -> None:
