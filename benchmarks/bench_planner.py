@@ -1,6 +1,6 @@
 """How good and how fast plans are: small problems against trying everything, large ones timed.
 
-    PYTHONPATH=src:. python benchmarks/bench_planner.py optimal [--cases 2000] [--output FOLDER]
+    PYTHONPATH=src:. python benchmarks/bench_planner.py optimal [--cases 2000] [--parts FILE]
     PYTHONPATH=src:. python benchmarks/bench_planner.py fast [--output FOLDER]
 
 `optimal` draws problems (up to 8 GPUs, mixed kinds and unequal islands among them; dense and MoE
@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.planner.exhaustive import exhaustive, random_case
+from tests.planner.exhaustive import exhaustive
+from tests.planner.random_cases import random_case
 
+from rankwright.cost_model.legality import has_experts
 from rankwright.planner.ilp import Choice
 from result import write_result
 
@@ -45,11 +47,12 @@ MOST_MB = 200
 def compare(seed: int) -> dict[str, Any]:
     """Return how the two solvers and the exhaustive search ended on one problem."""
     case = random_case(seed)
+    search = case.search()
     started = time.process_time()
-    highs = case.search().best(settle=False)
+    highs = search.best(settle=False)
     planned_s = time.process_time() - started
     with patch("rankwright.planner.solver.find_spec", return_value=None):  # as without HiGHS
-        cbc = case.search().best(settle=False)
+        cbc = search.best(settle=False)
     started = time.process_time()
     best = exhaustive(case)
     return {
@@ -57,6 +60,9 @@ def compare(seed: int) -> dict[str, Any]:
         "case": case.describe(),
         "num_gpus": case.cluster.num_gpus,
         "num_layers": case.model.num_layers,
+        "num_kinds": len({gpu.device for node in case.cluster.nodes for gpu in node.gpus}),
+        "num_islands": len({len(island) for island in case.cluster.islands}),
+        "has_experts": has_experts(case.model),
         "objective": case.workload.objective,
         "best": best,
         "highs": _value(highs),
@@ -78,15 +84,31 @@ def differs(value: float | None, best: float | None) -> bool:
     return abs(value / best - 1) > 1e-6
 
 
-def optimal(cases: int, jobs: int, output: Path | None) -> int:
-    """Compare `cases` problems; return how many differ."""
+def optimal(cases: int, jobs: int, output: Path | None, parts: Path | None) -> int:
+    """Compare `cases` problems, but for those in `parts` already; return how many differ."""
+    rows: list[dict[str, Any]] = []
+    if parts is not None and parts.exists():
+        rows = [json.loads(line) for line in parts.read_text(encoding="utf-8").splitlines()]
+    known = {row["seed"] for row in rows}
+    seeds = [seed for seed in range(cases) if seed not in known]
     with ProcessPoolExecutor(jobs) as pool:
-        rows = list(pool.map(compare, range(cases), chunksize=4))
+        for row in pool.map(compare, seeds, chunksize=4):
+            rows.append(row)
+            if parts is not None:
+                with parts.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            if differs(row["highs"], row["best"]) or differs(row["cbc"], row["highs"]):
+                print(row, flush=True)
+            if len(rows) % 100 == 0:
+                print(f"{len(rows)} of {cases}", flush=True)
     wrong = [row for row in rows if differs(row["highs"], row["best"])]
     disagree = [row for row in rows if differs(row["cbc"], row["highs"])]
     content = {
         "cases": cases,
         "feasible": sum(row["best"] is not None for row in rows),
+        "with_experts": sum(row["has_experts"] for row in rows),
+        "on_mixed_gpus": sum(row["num_kinds"] > 1 for row in rows),
+        "on_unequal_islands": sum(row["num_islands"] > 1 for row in rows),
         "differ_from_exhaustive": len(wrong),
         "solvers_disagree": len(disagree),
         "largest_certified_gap": max(row["certified_gap"] or 0.0 for row in rows),
@@ -95,8 +117,6 @@ def optimal(cases: int, jobs: int, output: Path | None) -> int:
         "rows": wrong + [row for row in disagree if row not in wrong] or rows[:20],
     }
     print({key: value for key, value in content.items() if key != "rows"})
-    for row in wrong + disagree:
-        print(row)
     print(write_result("planner-optimal", content, folder=output))
     return len(wrong) + len(disagree)
 
@@ -169,11 +189,13 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
+    parser.add_argument("--parts", type=Path, help="file of single rows, to go on with later")
     arguments = parser.parse_args()
     if arguments.what == "fast":
         fast(arguments.output)
         return
-    sys.exit(1 if optimal(arguments.cases, arguments.jobs, arguments.output) else 0)
+    wrong = optimal(arguments.cases, arguments.jobs, arguments.output, arguments.parts)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

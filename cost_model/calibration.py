@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
+from rankwright.cost_model.calibration_file import own_file
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.split import Split
@@ -74,23 +75,6 @@ def add_run(calibration: Calibration, run: RunTime) -> Calibration:
     return calibration.model_copy(update={"runs": runs})
 
 
-def calibration_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of calibrations: `rankwright/calibration` under the XDG data home.
-
-    >>> calibration_folder({"XDG_DATA_HOME": "/data"}).as_posix()
-    '/data/rankwright/calibration'
-    """
-    home = environment.get("XDG_DATA_HOME", "")
-    # The specification ignores what is no absolute path.
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "share"
-    return base / "rankwright" / "calibration"
-
-
-def default_path(device: str, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return where the calibration of `device` lies when nobody names another place."""
-    return calibration_folder(environment) / f"{device}.json"
-
-
 def read_calibration(path: Path) -> Calibration:
     """Return the calibration in `path`.
 
@@ -133,12 +117,6 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
 def find_calibration(
     cluster: Cluster, environment: Mapping[str, str] = os.environ
 ) -> Calibration | None:
-    """Return this user's calibration of the GPUs of `cluster`; None where there is none.
-
-    Only where all GPUs are of one kind: a file describes one.
-    """
-    devices = {gpu.device for node in cluster.nodes for gpu in node.gpus}
-    if len(devices) != 1:
-        return None
-    path = default_path(devices.pop(), environment)
-    return read_calibration(path) if path.is_file() else None
+    """Return this user's calibration of the GPUs of `cluster`; None where there is none."""
+    path = own_file(cluster, environment)
+    return None if path is None else read_calibration(path)

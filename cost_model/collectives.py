@@ -6,12 +6,13 @@ taken. Sizes are of the whole buffer on each rank (all-reduce, all-to-all) or of
 (all-gather, reduce-scatter).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 
 from rankwright.cost_model.efficiency import AllReduce
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.graph import port_share_bytes_per_s
+from rankwright.topology.levels import by_rack, crossings, network_latency_s
 
 Place = tuple[int, int]  # node, gpu
 
@@ -37,16 +38,33 @@ _SEND_BASE_S = 4.2e-6
 
 
 @dataclass(frozen=True, slots=True)
+class WayUp:
+    """A level of switches over whose top messages of a group go.
+
+    Args:
+        num_nodes: Machines (or racks) of the group in the part that has fewest of them.
+        num_ranks: Its ranks in the part that has fewest of them.
+        bytes_per_s: A GPU's share of a part's way up, each way, when all below it send at once.
+    """
+
+    num_nodes: int
+    num_ranks: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Ranks that run a collective, and the links between them.
 
     Args:
         size: Ranks.
-        num_nodes: Machines that they are on.
+        num_nodes: Machines that they are on; a rack that NVLink joins counts as one.
         bytes_per_s: Of the slowest link inside a machine, each way, a GPU.
         latency_s: Of that link.
-        network_bytes_per_s: Of the fabric, each way, a GPU.
-        network_latency_s: Of the fabric.
+        network_bytes_per_s: Of the fabric's ports, each way, a GPU.
+        network_latency_s: Of the fabric, between the two that are furthest apart.
+        ways_up: The levels of the fabric's switches that the group does not keep within.
+        one_machine: Whether the ranks can map each other's memory.
     """
 
     size: int
@@ -55,11 +73,23 @@ class Group:
     latency_s: float = 0.0
     network_bytes_per_s: float = float("inf")
     network_latency_s: float = 0.0
+    ways_up: tuple[WayUp, ...] = ()
+    one_machine: bool = True
 
     @property
     def local_size(self) -> int:
         """Ranks on the fullest machine."""
         return ceil(self.size / self.num_nodes)
+
+    @property
+    def ring_bytes_per_s(self) -> float:
+        """Bytes/s of the fabric that a GPU has in rings and trees over machines, each way.
+
+        They pass from neighbour to neighbour and leave a part of a level once, with the way up of
+        all the machines that they have there.
+        """
+        rates = [way_up.num_nodes * way_up.bytes_per_s for way_up in self.ways_up]
+        return min(self.network_bytes_per_s, *rates) if rates else self.network_bytes_per_s
 
 
 def find_group(cluster: Cluster, places: tuple[Place, ...]) -> Group:
@@ -71,14 +101,32 @@ def find_group(cluster: Cluster, places: tuple[Place, ...]) -> Group:
     nodes: dict[int, list[Place]] = {}
     for place in places:
         nodes.setdefault(place[0], []).append(place)
-    local = [members for members in nodes.values() if len(members) > 1]
+    racks = [
+        [place for node in rack for place in nodes[node]]
+        for rack in by_rack(cluster, nodes).values()
+    ]
+    local = [members for members in racks if len(members) > 1]
     bandwidth = min((cluster.bandwidth(members) for members in local), default=float("inf"))
     latency = max((cluster.latency(members) for members in local), default=0.0)
-    if len(nodes) == 1:
-        return Group(len(places), 1, bandwidth, latency)
+    inside = Group(len(places), len(racks), bandwidth, latency, one_machine=len(nodes) == 1)
+    if len(racks) == 1:
+        return inside
     assert cluster.fabric is not None, "a cluster of several nodes has a fabric"
     share = min(port_share_bytes_per_s(cluster, cluster.node(node), gpu) for node, gpu in places)
-    return Group(len(places), len(nodes), bandwidth, latency, share, cluster.fabric.latency_s)
+    ways_up = tuple(
+        WayUp(
+            min(len(by_rack(cluster, part)) for part in crossing.parts.values()),
+            min(sum(len(nodes[node]) for node in part) for part in crossing.parts.values()),
+            share / crossing.ratio,
+        )
+        for crossing in crossings(cluster, nodes)
+    )
+    return replace(
+        inside,
+        network_bytes_per_s=share,
+        network_latency_s=network_latency_s(cluster, nodes),
+        ways_up=ways_up,
+    )
 
 
 def all_reduce_s(
@@ -101,7 +149,7 @@ def all_reduce_s(
     if group.num_nodes > 1:
         return _all_reduce_over_nodes_s(size_bytes, group)
     times = [_ring_s(2, size_bytes, group)]
-    if "one_shot" in algorithms:
+    if "one_shot" in algorithms and group.one_machine:
         rate = group.bytes_per_s * _PEER_SHARE
         others = group.size - 1
         one_shot_s = _ONE_SHOT_BASE_S + others * size_bytes / rate + 2 * group.latency_s
@@ -141,14 +189,20 @@ def all_to_all_s(size_bytes: float, group: Group) -> float:
     near = size_bytes * (group.local_size - 1) / group.size
     seconds = _RING_BASE_S + near / (group.bytes_per_s * _LINK_SHARE)
     if group.num_nodes > 1:
-        seconds += group.network_latency_s + away / (group.network_bytes_per_s * _NETWORK_SHARE)
+        # At once out of each machine, and over each level's way up what goes there.
+        sent_s = [away / group.network_bytes_per_s]
+        sent_s += [
+            size_bytes * (group.size - way_up.num_ranks) / group.size / way_up.bytes_per_s
+            for way_up in group.ways_up
+        ]
+        seconds += group.network_latency_s + max(sent_s) / _NETWORK_SHARE
     return seconds
 
 
 def send_s(size_bytes: float, group: Group) -> float:
     """Return the seconds of one message between the two ranks of `group`."""
     if group.num_nodes > 1:
-        rate = group.network_bytes_per_s * _NETWORK_SHARE
+        rate = group.ring_bytes_per_s * _NETWORK_SHARE
         return _SEND_BASE_S + group.network_latency_s + size_bytes / rate
     return _SEND_BASE_S + group.latency_s + size_bytes / (group.bytes_per_s * _LINK_SHARE)
 
@@ -167,7 +221,7 @@ def _network_s(passes: int, size_bytes: float, group: Group) -> float:
     """Return the seconds to combine `size_bytes` a GPU over nodes: by ring or by tree."""
     nodes = group.num_nodes
     hop_s = group.network_latency_s
-    rate = group.network_bytes_per_s * _NETWORK_SHARE
+    rate = group.ring_bytes_per_s * _NETWORK_SHARE
     ring = passes * (nodes - 1) * hop_s + passes * (nodes - 1) / nodes * size_bytes / rate
     tree = passes * ceil(log2(nodes)) * hop_s + passes * size_bytes / rate
     return min(ring, tree)

@@ -5,8 +5,10 @@ step, how much of the memory holds KV cache, and how its published benchmarks we
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rankwright.cost_model.simulate import Policy
+if TYPE_CHECKING:
+    from rankwright.cost_model.simulate import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Engine:
         source: Of these.
     """
 
-    policy: Policy
+    policy: "Policy"
     chunk_tokens: int
     split_prompts: bool
     reserved_share: float

@@ -5,14 +5,17 @@ stay inside a machine where they can. Machines that are alike are counted, not l
 cost as much as one.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rankwright.cost_model.collectives import Group, Place, all_gather_s, find_group
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 from rankwright.topology.graph import islands_of_node
 from rankwright.topology.groups import cut_node
+from rankwright.topology.levels import block_sizes, cut_runs, distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
     """Return the groups of `tp` ranks that the cluster has room for, fastest kind first.
 
     A machine is cut island by island; GPUs left over in several islands are joined, those of one
-    kind first. A group larger than a machine takes whole machines: `tp` is a multiple of one.
+    kind first. A group larger than a machine takes whole machines: `tp` is a multiple of one. They
+    are of one rack where it holds them, else below one switch; what is left over is joined.
     """
     found: list[SlotKind] = []
     for node, runs in alike_machines(cluster):
@@ -79,7 +83,8 @@ def find_slots(cluster: Cluster, tp: int) -> tuple[SlotKind, ...]:
                 found.append(_slot_kind(cluster, node, gpus, 1, runs))
         elif size and tp % size == 0 and sum(len(run) for run in runs) >= tp // size:
             whole = (tuple(gpu.index for gpu in node.gpus),)
-            found.append(_slot_kind(cluster, node, whole, tp // size, runs))
+            cuts = cut_runs(cluster, runs, tp // size) if block_sizes(cluster) else [runs]
+            found += [_slot_kind(cluster, node, whole, tp // size, cut) for cut in cuts]
     return tuple(sorted(found, key=_speed, reverse=True))
 
 
@@ -162,6 +167,8 @@ def boundary_groups(
     if len(set(map(id, stages))) > 1:
         return _mixed_boundaries(cluster, stages)
     away = crossings(first, len(stages)) if spread else 0
+    if away and block_sizes(cluster):
+        return _furthest_boundaries(cluster, first, len(stages))
     groups: list[Group] = []
     if away:
         pair = (first.places(0)[0], first.places(len(first.gpus))[0])
@@ -171,6 +178,21 @@ def boundary_groups(
         pair = (first.places(0)[0], first.places(1)[0])
         groups += [find_group(cluster, pair)] * near
     return tuple(groups)
+
+
+def _furthest_boundaries(cluster: Cluster, kind: SlotKind, pp: int) -> tuple[Group, ...]:
+    """Return the links of the pipeline whose stages lie furthest apart in racks and switches."""
+    sizes = block_sizes(cluster)
+    nodes = [kind.places(slot)[0] for slot in range(0, kind.count, len(kind.gpus))]
+    worst, furthest = tuple[int, ...](), tuple[int, ...]()
+    for slots in replica_slots(kind, pp, spread=True):
+        homes = [nodes[slot // len(kind.gpus)][0] for slot in slots]
+        apart = ((a != b) + distance(sizes, a, b) for a, b in pairwise(homes))
+        far = tuple(sorted(apart, reverse=True))
+        if far > furthest:
+            worst, furthest = slots, far
+    pairs = pairwise([kind.places(slot)[0] for slot in worst])
+    return tuple(find_group(cluster, pair) for pair in pairs)
 
 
 def _mixed_boundaries(cluster: Cluster, stages: tuple[SlotKind, ...]) -> tuple[Group, ...]:
@@ -244,16 +266,45 @@ def _slot_kind(
     nodes_per_slot: int,
     runs: list[range],
 ) -> SlotKind:
-    first = [index for run in runs for index in run[:nodes_per_slot]][:nodes_per_slot]
     groups = [
-        find_group(cluster, tuple((index, gpu) for index in first for gpu in slot)) for slot in gpus
+        find_group(cluster, tuple((index, gpu) for index in nodes for gpu in slot))
+        for slot in gpus
+        for nodes in _unlike_slots(cluster, runs, nodes_per_slot)
     ]
     members = [gpu for gpu in node.gpus if any(gpu.index in slot for slot in gpus)]
     return SlotKind(gpus, nodes_per_slot, tuple(runs), _slowest(members), _worst(groups))
 
 
+def _unlike_slots(cluster: Cluster, runs: list[range], nodes_per_slot: int) -> list[list[int]]:
+    """Return the machines of the first slot, and of those that lie otherwise in racks or switches.
+
+    Without either, and inside one machine, all lie alike.
+    """
+    nodes = [index for run in runs for index in run]
+    sizes = block_sizes(cluster)
+    if nodes_per_slot == 1 or not sizes:
+        return [nodes[:nodes_per_slot]]
+    unlike: dict[object, list[int]] = {}
+    for first in range(0, len(nodes) - nodes_per_slot + 1, nodes_per_slot):
+        slot = nodes[first : first + nodes_per_slot]
+        parts = tuple(
+            tuple(sorted(Counter(node // size for node in slot).values())) for size in sizes
+        )
+        unlike.setdefault(parts, slot)
+    return list(unlike.values())
+
+
 def _worst(groups: list[Group]) -> Group:
-    return min(groups, key=lambda group: (group.bytes_per_s, -group.latency_s))
+    return min(
+        groups,
+        key=lambda group: (
+            -group.num_nodes,
+            group.ring_bytes_per_s,
+            group.bytes_per_s,
+            -group.network_latency_s,
+            -group.latency_s,
+        ),
+    )
 
 
 def _slowest(gpus: list[Gpu]) -> Gpu:

@@ -255,7 +255,8 @@ def slowest_path(cluster: Cluster) -> Group | None:
         first, places = 0, list[tuple[int, int]]()
         for node in cluster.nodes:
             gpus = [gpu.index for gpu in node.gpus]
-            places += [(first + i, gpus[0]) for i in range(min(node.count, 2)) if gpus]
+            some = {0, min(1, node.count - 1), node.count - 1}  # the last is furthest in a network
+            places += [(first + index, gpus[0]) for index in sorted(some) if gpus]
             first += node.count
         if len(places) > 1:
             return find_group(cluster, tuple(places))
@@ -276,7 +277,7 @@ def path_seconds(path: Group | None, num_bytes: float) -> float:
     if path is None:
         return 0.0
     if path.num_nodes > 1:
-        return path.network_latency_s + num_bytes / (path.network_bytes_per_s * _NETWORK_SHARE)
+        return path.network_latency_s + num_bytes / (path.ring_bytes_per_s * _NETWORK_SHARE)
     return path.latency_s + num_bytes / (path.bytes_per_s * _LINK_SHARE)
 
 

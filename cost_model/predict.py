@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from rankwright.cost_model.collectives import Group
 from rankwright.cost_model.efficiency import device_class
-from rankwright.cost_model.engine_run import chunk_tokens, kv_capacity_tokens, run_on_engine
 from rankwright.cost_model.engines import ENGINE_ROWS
 from rankwright.cost_model.intervals import MEMORY, Intervals, estimate, intervals_of
 from rankwright.cost_model.layout import (
@@ -120,6 +119,9 @@ def _predict_engine(
 
     Terms of a step and memory are those of the steady state.
     """
+    # The simulation is loaded here: plans for our own executor do without it.
+    from rankwright.cost_model.engine_run import chunk_tokens, kv_capacity_tokens, run_on_engine
+
     gpu, engine = groups[0].stages[0].gpu, models.engine
     split = split.model_copy(update={"chunk_tokens": chunk_tokens(split, engine)})
     capacity = kv_capacity_tokens(models.spec, split, gpu, engine)

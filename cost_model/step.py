@@ -84,6 +84,7 @@ class StageModel:
             rates.efficiency.peer_sums
             and group.size > 1
             and group.num_nodes == 1
+            and group.one_machine
             and group.bytes_per_s >= _NVLINK_BYTES_PER_S
             and one_shot_max_bytes(group.size) > 0
         )

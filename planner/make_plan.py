@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from math import ceil, floor, inf
+from typing import TYPE_CHECKING
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict_replicas
-from rankwright.cost_model.trace import TraceRow
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import cache_tokens
 from rankwright.planner.binding import find_binding
@@ -17,13 +17,16 @@ from rankwright.planner.placement import place_ranks
 from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
 from rankwright.planner.runners_up import find_runners_up, split_of
 from rankwright.planner.search import Search
-from rankwright.planner.settle import needs_simulation, settle
 from rankwright.planner.shapes import Pins
 from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.cluster import Cluster
 
+if TYPE_CHECKING:
+    from rankwright.cost_model.trace import TraceRow
+
 __all__ = ["NoFeasiblePlanError", "Pins", "make_plan"]
 
+_USUAL_PERCENTILE = 50  # up to which the steady state's mean is what is asked for
 _MIN_RUNNERS_UP = 2  # a plan without a comparison explains nothing
 
 # What the cache of a CPU rank holds at least, if memory allows: a conversation, whatever lengths
@@ -43,7 +46,7 @@ def make_plan(
     engine: str = "rankwright",
     pareto: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
-    trace: Sequence[TraceRow] = (),
+    trace: Sequence["TraceRow"] = (),
     assumptions: tuple[str, ...] = (),
 ) -> Plan:
     """Return the best plan to serve `workload` with `model` on `cluster`.
@@ -85,11 +88,19 @@ def make_plan(
     choice = search.best()
     if choice is None:
         raise explain_failure(search)
-    if needs_simulation(search, trace):
+    if _needs_simulation(workload, trace):
+        from rankwright.planner.settle import settle  # the simulation: most plans do without
+
         settled = settle(search, choice, trace)
         choice, assumptions = settled.choice, (*assumptions, settled.note)
     plan = _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
     return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
+
+
+def _needs_simulation(workload: Workload, trace: Sequence["TraceRow"]) -> bool:
+    """Return whether steady states cannot decide: a trace, or a limit at a high percentile."""
+    limited = workload.ttft_limit_s is not None or workload.tpot_limit_s is not None
+    return bool(trace) or (limited and workload.percentile > _USUAL_PERCENTILE)
 
 
 def check_request(

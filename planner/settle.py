@@ -19,7 +19,6 @@ from rankwright.planner.search import Search
 # Choices that are simulated at most: each takes a few hundred steps' time of this process.
 _MOST_CHOICES = 6
 _REQUESTS = 400  # of a run without a trace: the 99th percentile is the fourth largest
-_USUAL_PERCENTILE = 50  # up to which the steady state's mean is what is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +27,6 @@ class Settled:
 
     choice: Choice
     note: str
-
-
-def needs_simulation(search: Search, trace: Sequence[TraceRow]) -> bool:
-    """Return whether steady states cannot decide: a trace, or a limit at a high percentile."""
-    load = search.workload
-    limited = load.ttft_limit_s is not None or load.tpot_limit_s is not None
-    return bool(trace) or (limited and load.percentile > _USUAL_PERCENTILE)
 
 
 def settle(search: Search, choice: Choice, trace: Sequence[TraceRow]) -> Settled:

@@ -8,22 +8,26 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from rankwright.topology import graph as links
-from rankwright.topology.groups import best_groups
 from rankwright.topology.measurements import Measurements
-from rankwright.topology.rings import Ring, best_ring
 from rankwright.topology.value import Value
 
 if TYPE_CHECKING:
     import networkx
 
+    from rankwright.topology.rings import Ring
+
 # Of one cluster, and of one memory: catch a slip before anything counts to it.
 MAX_NODES = 1_000_000
 _MAX_BYTES = 10**15
+# What a message over the top of a level of switches takes longer: two switches of 0.2 to 0.3 us
+# more, and up to 100 m of fibre at 5 ns a metre. Assumed from data sheets, not measured.
+LEVEL_LATENCY_S = 1e-6
 
 # What a file may hold as a speed or a time: YAML knows `.inf` and `.nan`.
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -113,6 +117,30 @@ class Node(Value):
         return self
 
 
+class FabricLevel(Value):
+    """Switches above the machines: leaves, pods, what keeps neighbours' messages to themselves."""
+
+    nodes: int = Field(ge=1, le=MAX_NODES, description="neighbouring machines below one of them")
+    oversubscription: float = Field(
+        default=1.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="bytes/s from below over bytes/s of its way up; 1 where nothing is saved",
+    )
+    latency_s: Positive = Field(
+        default=LEVEL_LATENCY_S, description="that a message over its top takes longer"
+    )
+
+
+class Rack(Value):
+    """Neighbouring machines whose GPUs meet in NVLink switches, as the 18 trays of an NVL72."""
+
+    nodes: int = Field(ge=2, le=MAX_NODES)
+    kind: str = Field(description="token of the link, such as NV18")
+    bytes_per_s: Positive = Field(description="of one GPU to those of other machines, each way")
+    latency_s: Positive
+
+
 class Fabric(Value):
     """The network between nodes."""
 
@@ -130,6 +158,19 @@ class Fabric(Value):
     sharp: bool = Field(
         default=False, description="its switches sum for the GPUs, and NCCL's plugin is installed"
     )
+    levels: tuple[FabricLevel, ...] = Field(
+        default=(), description="from the leaves up; above the last, and without any, all meet"
+    )
+
+    @model_validator(mode="after")
+    def _levels_hold_each_other(self) -> "Fabric":
+        for below, above in pairwise(self.levels):
+            if above.nodes % below.nodes or above.nodes == below.nodes:
+                raise ValueError(
+                    f"a level of {above.nodes} machines above one of {below.nodes}: expected a "
+                    "multiple of it"
+                )
+        return self
 
 
 class Cluster(Value):
@@ -142,6 +183,7 @@ class Cluster(Value):
     schema_version: Literal[1] = 1
     nodes: tuple[Node, ...] = Field(min_length=1)
     fabric: Fabric | None = None
+    racks: Rack | None = Field(default=None, description="None: NVLink ends at each machine")
     source: str = Field(default="", description="'probe', a file, or the shorthand it came from")
     notes: tuple[str, ...] = Field(default=(), description="what the reader should know")
     measurements: Measurements | None = Field(default=None, description="of `probe --measure`")
@@ -183,10 +225,12 @@ class Cluster(Value):
     def graph(self) -> "networkx.Graph[links.GpuId]":
         """Every GPU and link, with `bandwidth` (bytes/s each way) and `latency` (s) on the edges.
 
-        See `topology/graph.py`. Its size grows with the GPUs: ask `bandwidth` about a group instead
-        where that will do.
+        See `topology/link_graph.py`. Its size grows with the GPUs: ask `bandwidth` about a group
+        instead where that will do.
         """
-        return links.graph(self)
+        from rankwright.topology.link_graph import graph  # plans ask for bandwidths only
+
+        return graph(self)
 
     @cached_property
     def islands(self) -> tuple[tuple[links.GpuId, ...], ...]:
@@ -201,12 +245,16 @@ class Cluster(Value):
         """Seconds one hop of a small message takes on the slowest link of a set; 0 for one GPU."""
         return links.latency(self, group)
 
-    def best_ring(self, group: Iterable[links.GpuId]) -> Ring:
+    def best_ring(self, group: Iterable[links.GpuId]) -> "Ring":
         """Ring through a set of `(node, gpu)` with the fastest slowest hop; see `rings.py`."""
+        from rankwright.topology.rings import best_ring
+
         return best_ring(self, group)
 
     def best_groups(self, size: int) -> tuple[tuple[links.GpuId, ...], ...]:
         """Groups of `size` GPUs that avoid slow links; see `groups.py`."""
+        from rankwright.topology.groups import best_groups
+
         return best_groups(self, size)
 
     def facts(self) -> dict[str, object]:
@@ -229,7 +277,19 @@ class Cluster(Value):
             "fabric": None
             if self.fabric is None
             else [self.fabric.kind, self.fabric.bytes_per_s, self.fabric.ports_per_node],
+            **self._groups_of_nodes(),
         }
+
+    def _groups_of_nodes(self) -> dict[str, object]:
+        """Return racks and levels as facts; nothing where there are none."""
+        facts: dict[str, object] = {}
+        if self.racks is not None:
+            facts["racks"] = [self.racks.nodes, self.racks.kind]
+        if self.fabric is not None and self.fabric.levels:
+            facts["levels"] = [
+                [level.nodes, level.oversubscription] for level in self.fabric.levels
+            ]
+        return facts
 
     @property
     def fingerprint(self) -> str:
@@ -250,4 +310,10 @@ class Cluster(Value):
         if self.fabric is not None and self.num_nodes > 1:
             gbit = self.fabric.bytes_per_s * 8 / 1e9
             line += f" + {self.fabric.kind} {self.fabric.ports_per_node} x {gbit:.0f} Gb/s"
+            for level in self.fabric.levels:
+                line += f", {level.nodes} machines a switch"
+                if level.oversubscription > 1:
+                    line += f" {level.oversubscription:g}:1"
+        if self.racks is not None:
+            line += f", {self.racks.kind} within each {self.racks.nodes} machines"
         return line

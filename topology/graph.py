@@ -1,6 +1,6 @@
-"""What the links of a cluster are worth: graph, islands, bandwidth and latency of a group.
+"""What the links of a cluster are worth: islands, bandwidth and latency of a group.
 
-Pure functions over `Cluster`; the class offers them as `.graph`, `.islands`, `.bandwidth(group)`
+Pure functions over `Cluster`; the class offers them as `.islands`, `.bandwidth(group)`
 and `.latency(group)`. Questions about a group look only at the nodes it touches, so they cost the
 same in a cluster of 16,384 GPUs as in one of 16.
 """
@@ -10,15 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rankwright.topology.devices import device_of
+from rankwright.topology.levels import by_rack, crossings, network_latency_s, rack_of
 from rankwright.topology.link_kinds import is_direct, joins_island, pcie_rate_of
 
 if TYPE_CHECKING:
-    import networkx
-
     from rankwright.topology.cluster import Cluster, Gpu, Link, Node
 
 GpuId = tuple[int, int]  # (node, gpu)
-FABRIC = (-1, 0)  # the vertex of the graph that stands for the network between nodes
 
 
 def bandwidth(cluster: "Cluster", group: Iterable[GpuId]) -> float:
@@ -27,7 +25,8 @@ def bandwidth(cluster: "Cluster", group: Iterable[GpuId]) -> float:
     Inside a node that is the slowest hop of the best tree of links, or, where NVLink or xGMI alone
     joins the group, what the worst-connected GPU can send to the rest of it. Between nodes each GPU
     owns its share of the node's ports; a group with `g` GPUs on a node enters and leaves it through
-    `g` shares. One GPU alone has infinite bandwidth: nothing needs to move.
+    `g` shares, and a part of a level of switches through `g` shares of its way up. Machines of one
+    rack meet over NVLink instead. One GPU alone has infinite bandwidth: nothing needs to move.
 
     >>> from rankwright.topology.shorthand import parse_cluster
     >>> parse_cluster("2x8xh100-sxm+ib400").bandwidth([(0, 0), (1, 0)]) / 1e9
@@ -37,12 +36,21 @@ def bandwidth(cluster: "Cluster", group: Iterable[GpuId]) -> float:
         ValueError: The group is empty, names a GPU that is not there, or no link joins it.
     """
     members = by_node(cluster, group)
-    rates: list[float] = []
-    for index, gpus in members.items():
-        node = cluster.node(index)
-        rates.append(bandwidth_in_node(node, gpus))
-        if len(members) > 1:
-            rates.append(sum(port_share_bytes_per_s(cluster, node, gpu) for gpu in gpus))
+    rates = [bandwidth_in_node(cluster.node(index), gpus) for index, gpus in members.items()]
+    racks = by_rack(cluster, members)
+    if cluster.racks is not None and len(racks) < len(members):
+        rates.append(cluster.racks.bytes_per_s)
+    if len(racks) > 1:
+        shares = {
+            index: sum(port_share_bytes_per_s(cluster, cluster.node(index), gpu) for gpu in gpus)
+            for index, gpus in members.items()
+        }
+        rates += [sum(shares[index] for index in inside) for inside in racks.values()]
+        for crossing in crossings(cluster, members):
+            rates += [
+                sum(shares[index] for index in part) / crossing.ratio
+                for part in crossing.parts.values()
+            ]
     return min(rates)
 
 
@@ -56,9 +64,11 @@ def latency(cluster: "Cluster", group: Iterable[GpuId]) -> float:
     """
     members = by_node(cluster, group)
     hops = [latency_in_node(cluster.node(index), gpus) for index, gpus in members.items()]
-    if len(members) > 1:
-        assert cluster.fabric is not None
-        hops.append(cluster.fabric.latency_s)
+    racks = by_rack(cluster, members)
+    if cluster.racks is not None and len(racks) < len(members):
+        hops.append(cluster.racks.latency_s)
+    if len(racks) > 1:
+        hops.append(network_latency_s(cluster, members))
     return max(hops)
 
 
@@ -80,16 +90,29 @@ def islands(cluster: "Cluster") -> tuple[tuple[GpuId, ...], ...]:
     """Return the maximal sets of GPUs joined by NVLink, xGMI or NVSwitch, or by one PCIe switch.
 
     A GPU that has neither is an island of its own. CPU ranks of one machine share its memory and
-    are one island. Sets come in order of node and lowest GPU; sizes may differ.
+    are one island; so are GPUs of one rack's machines that have NVLink. Sets come in order of node
+    and lowest GPU; sizes may differ.
     """
     found: list[tuple[GpuId, ...]] = []
+    joined: dict[int, list[GpuId]] = {}
     first = 0
     for node in cluster.nodes:
         sets = islands_of_node(node)
         for index in range(first, first + node.count):
-            found.extend(tuple((index, gpu) for gpu in gpus) for gpus in sets)
+            for gpus in sets:
+                island = tuple((index, gpu) for gpu in gpus)
+                if cluster.racks is None or not _has_direct(node, gpus):
+                    found.append(island)
+                else:
+                    joined.setdefault(rack_of(cluster, index), []).extend(island)
         first += node.count
-    return tuple(found)
+    return tuple(sorted([*found, *map(tuple, joined.values())]))
+
+
+def _has_direct(node: "Node", gpus: Sequence[int]) -> bool:
+    """Return whether these GPUs of a machine meet over NVLink; one alone is taken to have it."""
+    links = [link for link in node.links if link.a in gpus and link.b in gpus]
+    return all(is_direct(link.kind) for link in links)
 
 
 def islands_of_node(node: "Node") -> tuple[tuple[int, ...], ...]:
@@ -105,48 +128,6 @@ def islands_of_node(node: "Node") -> tuple[tuple[int, ...], ...]:
     ]
     joined = [gpus for gpus in direct if len(gpus) > 1]
     return tuple(sorted([*joined, *_components(alone, switched)]))
-
-
-def graph(cluster: "Cluster") -> "networkx.Graph[GpuId]":
-    """Return every GPU and every link, with `bandwidth` (bytes/s each way) and `latency` (s).
-
-    Links inside a node are edges as they stand. GPUs of different nodes meet in the fabric, a node
-    named `FABRIC`, so that the graph grows with the GPUs and not with their square; each of
-    its edges is one GPU's share of the ports and carries half of the fabric's latency.
-    """
-    import networkx  # only callers that ask for the graph pay its 0.2 s import
-
-    result: networkx.Graph[GpuId] = networkx.Graph()
-    fabric = cluster.fabric
-    first = 0
-    for node in cluster.nodes:
-        shares = {
-            gpu.index: port_share_bytes_per_s(cluster, node, gpu.index)
-            for gpu in node.gpus
-            if fabric is not None
-        }
-        for index in range(first, first + node.count):
-            for gpu in node.gpus:
-                result.add_node((index, gpu.index), device=gpu.device)
-            for link in node.links:
-                result.add_edge(
-                    (index, link.a),
-                    (index, link.b),
-                    bandwidth=link.bytes_per_s,
-                    latency=link.latency_s,
-                    kind=link.kind,
-                )
-            if fabric is not None and cluster.num_nodes > 1:
-                for gpu_index, share in shares.items():
-                    result.add_edge(
-                        (index, gpu_index),
-                        FABRIC,
-                        bandwidth=share,
-                        latency=fabric.latency_s / 2,
-                        kind=fabric.kind,
-                    )
-        first += node.count
-    return result
 
 
 def by_node(cluster: "Cluster", group: Iterable[GpuId]) -> dict[int, list[int]]:

@@ -2,23 +2,38 @@
 
     cluster := part ("+" part)* ["+" fabric]
     part    := [NODESx] COUNTx DEVICE       NODESx starts a new kind of node
-    fabric  := (ib | roce | eth) GBITS [xPORTS]
+    fabric  := (ib | roce | eth) GBITS [xPORTS] ("@" MACHINES [":" RATIO])*
 
 `2xrtx4090+2xrtx3090` is one node with two kinds of GPU, `1x8xh100-sxm+1x4xl40s+ib400` two nodes.
 A fabric has one port for each GPU of the smallest node (Ethernet: one port a node) unless `xPORTS`
-says otherwise. How the GPUs of a node are joined follows from the device; a probe knows better.
+says otherwise. `@32@512:2` are its switches: leaves of 32 machines, and above them pods of 512 with
+half of what enters them from below on their way up. How the GPUs of a node are joined, and whether
+NVLink joins those of a rack, follows from the device; a probe knows better.
 """
 
 import re
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from rankwright.topology.cluster import MAX_NODES, Cluster, Fabric, FabricKind, Gpu, Link, Node
+from rankwright.topology.cluster import (
+    MAX_NODES,
+    Cluster,
+    Fabric,
+    FabricKind,
+    FabricLevel,
+    Gpu,
+    Link,
+    Node,
+    Rack,
+)
 from rankwright.topology.devices import DEVICES, Device, resolve_key
 from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
 
 _PART = re.compile(r"(?:(?P<nodes>\d{1,9})x)?(?P<count>\d{1,9})x(?P<device>[a-z][a-z0-9.-]*)$")
-_FABRIC = re.compile(r"(?P<kind>ib|roce|eth)(?P<gbit>\d{1,6})(?:x(?P<ports>\d{1,4}))?$")
+_FABRIC = re.compile(
+    r"(?P<kind>ib|roce|eth)(?P<gbit>\d{1,6})(?:x(?P<ports>\d{1,4}))?"
+    r"(?P<levels>(?:@\d{1,7}(?::\d{1,3}(?:\.\d{1,3})?)?)*)$"
+)
 
 _FABRIC_KINDS: dict[str, FabricKind] = {
     "ib": "infiniband",
@@ -38,6 +53,7 @@ FABRIC_LATENCY_S: dict[FabricKind, float] = {
 
 _MAX_GPUS = 32  # of one node: no server holds more cards; catches a forgotten node count
 _MAX_CPU_RANKS = 512
+_LARGEST_BOARD = 16  # GPUs that NVSwitch joins inside one machine; more are a rack's
 _CARDS_A_SOCKET = 4  # 8-card servers hang four cards from each of two sockets
 
 # NVLinks between the eight V100 of a DGX-1 or p3.16xlarge ("hybrid cube mesh", DGX-1 system
@@ -79,7 +95,8 @@ def parse_cluster(text: str) -> Cluster:
     nodes = tuple(_node(kind, f"node{index}", text) for index, kind in enumerate(kinds))
     fabric = _read_fabric(fabric_text, min(kind.num_gpus for kind in kinds), text)
     notes = _notes(nodes)
-    return Cluster(nodes=nodes, fabric=fabric, source=text.strip(), notes=notes)
+    racks = _racks(kinds)
+    return Cluster(nodes=nodes, fabric=fabric, racks=racks, source=text.strip(), notes=notes)
 
 
 def parse_fabric(text: str, num_gpus: int = 1) -> Fabric:
@@ -123,7 +140,11 @@ def format_shorthand(cluster: Cluster) -> str:
     fabric = cluster.fabric
     if fabric is not None:
         kind = next(word for word, value in _FABRIC_KINDS.items() if value == fabric.kind)
-        words.append(f"{kind}{fabric.bytes_per_s * 8 / 1e9:.0f}x{fabric.ports_per_node}")
+        word = f"{kind}{fabric.bytes_per_s * 8 / 1e9:.0f}x{fabric.ports_per_node}"
+        for level in fabric.levels:
+            ratio = level.oversubscription
+            word += f"@{level.nodes}" + (f":{ratio:g}" if ratio > 1 else "")
+        words.append(word)
     return "+".join(words)
 
 
@@ -169,6 +190,45 @@ def _read_fabric(match: re.Match[str] | None, num_gpus: int, text: str) -> Fabri
         bytes_per_s=gbit * 1e9 / 8,
         ports_per_node=ports,
         latency_s=FABRIC_LATENCY_S[kind],
+        levels=_read_levels(match["levels"], text),
+    )
+
+
+def _read_levels(words: str, text: str) -> tuple[FabricLevel, ...]:
+    """Return the switches that `@32@512:2` stands for."""
+    levels: list[FabricLevel] = []
+    for word in words.split("@")[1:]:
+        nodes, _, ratio = word.partition(":")
+        size, below = int(nodes), levels[-1].nodes if levels else 1
+        if size <= below or size % below or float(ratio or 1) < 1:
+            raise ValueError(
+                f"cluster {text!r}: switches {'@' + word!r} above {below} machines; expected a "
+                "multiple of that, and a ratio of at least 1, such as @32@512:2"
+            )
+        levels.append(FabricLevel(nodes=size, oversubscription=float(ratio or 1)))
+    return tuple(levels)
+
+
+def _racks(kinds: list[_NodeText]) -> Rack | None:
+    """Return the racks of machines whose GPUs meet in NVLink switches outside of them.
+
+    As with an NVL72's trays of four: where all machines are alike and a rack holds several.
+    """
+    sizes = {(kind.num_gpus, *{key for _, key in kind.parts}) for kind in kinds}
+    if len(sizes) > 1 or len(kinds[0].parts) > 1 or sum(kind.nodes for kind in kinds) == 1:
+        return None
+    num_gpus, device = kinds[0].num_gpus, DEVICES[kinds[0].parts[0][1]]
+    domain = device.scale_up_domain
+    if device.scale_up != "nvswitch" or domain <= _LARGEST_BOARD or domain % num_gpus:
+        return None
+    if num_gpus == domain:
+        return None
+    token = device.scale_up_token
+    return Rack(
+        nodes=domain // num_gpus,
+        kind=token,
+        bytes_per_s=device.scale_up_bytes_per_s,
+        latency_s=link_latency_s(token),
     )
 
 

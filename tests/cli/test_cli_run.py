@@ -11,10 +11,10 @@ from rankwright.cli.bench import served
 from rankwright.cost_model.calibration import (
     Calibration,
     OpTime,
-    default_path,
     read_calibration,
     write_calibration,
 )
+from rankwright.cost_model.calibration_file import default_path
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,10 +8,10 @@ import pytest
 from rankwright.cost_model.calibration import (
     Calibration,
     OpTime,
-    default_path,
     read_calibration,
     write_calibration,
 )
+from rankwright.cost_model.calibration_file import default_path
 
 OP = OpTime(
     kind="gemm",

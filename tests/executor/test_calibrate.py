@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rankwright.cli import main
-from rankwright.cost_model.calibration import default_path, find_calibration, read_calibration
+from rankwright.cost_model.calibration import find_calibration, read_calibration
+from rankwright.cost_model.calibration_file import default_path
 from rankwright.executor.calibrate import calibrate
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.shorthand import parse_cluster

@@ -1,9 +1,13 @@
-"""Small planning problems at random, and their best plan by trying everything.
+"""The best plan of a small problem by trying everything.
 
 What the planner decides is enumerated here afresh: degrees, the kinds of slot under the stages,
 every cut of the layers into stages, batches and chunks, numbers of replicas. Shared with the
 planner are only the inputs of its decision: the cost model, which slots a cluster has, which cuts
 are legal, and the levels of batch and chunk.
+
+A problem has up to a million plans, so that what many of them share is worked out once: seconds and
+bytes of every run of layers of a stage are tables, and cuts of the layers that load every stage
+sum and slowest stage alike (`_figures`) are priced once, by the cost model itself.
 """
 
 from collections.abc import Iterator
@@ -11,139 +15,47 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, combinations_with_replacement, product
 from math import ceil
-from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.planner.random_cases import Case
 
 from rankwright.cost_model.layout import SlotKind, find_slots, replicas_in_nodes
 from rankwright.cost_model.legality import cut_is_legal, has_experts
-from rankwright.cost_model.memory import rank_memory
-from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, LayerRun, ModelSpec
+from rankwright.cost_model.memory import (
+    RESERVED_BYTES,
+    activation_bytes,
+    gathered_bytes,
+    stage_kv_bytes_per_token,
+    stage_weight_bytes,
+)
+from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas, cached_tokens
-from rankwright.cost_model.serving import Serving, serve_closed
+from rankwright.cost_model.serving import Serving, find_flow, micro_batches_of, serve_closed
 from rankwright.cost_model.split import Split
-from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidates import Evaluator
 from rankwright.planner.ilp import burn_per_s
-from rankwright.planner.search import Search
 from rankwright.planner.shapes import LONG_REQUEST_TOKENS, Shape
-from rankwright.topology.cluster import Cluster, Link
-from rankwright.topology.shorthand import parse_cluster
 
-CLUSTERS = (
-    *("1xl4", "2xrtx4090", "3xl40s", "4xa100-pcie", "5xl40s", "6xh100-sxm", "7xl4", "8xh100-sxm"),
-    *("1xl40s+1xl4", "2xl40s+1xl4", "2xrtx4090+2xrtx3090", "3xl4+1xa100-pcie", "2xl4+3xl40s"),
-    *("2x2xh100-sxm+ib400", "2x1xl40s+eth25", "2x3xa100-sxm+ib200", "1x4xh100-sxm+1x2xl40s+ib100"),
-)
+Numbers = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """One problem."""
+class Place:
+    """Where replicas of a shape may be: the kind of slot of each stage, and how many fit."""
 
-    model: ModelSpec
-    cluster: Cluster
-    workload: Workload
-    memory_budget_bytes: int | None
+    stages: tuple[SlotKind, ...]
+    room: int
+    spread: bool
 
-    def search(self) -> Search:
-        """Return the planner's search of it."""
-        return Search(self.model, self.cluster, self.workload, self.memory_budget_bytes)
-
-    def describe(self) -> str:
-        """Return the problem in one line."""
-        load = self.workload
-        limits = [
-            f"{name} {limit * 1e3:.3g} ms"
-            for name, limit in (("TTFT", load.ttft_limit_s), ("TPOT", load.tpot_limit_s))
-            if limit is not None
-        ]
-        budget = self.memory_budget_bytes
-        words = [
-            f"{self.model.num_layers} layers of {self.model.name} on {self.cluster.describe()}",
-            f"{load.input_tokens}+{load.output_tokens} tokens, concurrency {load.concurrency}",
-            load.objective,
-            *limits,
-            "" if budget is None else f"{budget / 1e9:g} GB a GPU",
-        ]
-        return ", ".join(word for word in words if word)
+    @property
+    def is_alike(self) -> bool:
+        """Whether all stages are on one kind of slot."""
+        return len(set(map(id, self.stages))) == 1
 
 
-def random_case(seed: int) -> Case:
-    """Return the problem of number `seed`."""
-    rng = Random(seed)
-    cluster = _unequal_islands(rng, parse_cluster(rng.choice(CLUSTERS)))
-    objective = rng.choice(("throughput", "throughput", "latency", "cost", "energy"))
-    return Case(
-        _random_model(rng, 12 if cluster.num_gpus <= 4 else 8),
-        cluster,
-        Workload(
-            input_tokens=rng.choice((16, 200, 1000, 3000)),
-            output_tokens=rng.choice((2, 30, 300)),
-            concurrency=rng.choice((None, 1, 3, 8, 40)),
-            ttft_limit_s=rng.choice((None, None, None, 0.05, 0.5)),
-            tpot_limit_s=rng.choice((None, None, None, 0.004, 0.03)),
-            objective=objective,  # type: ignore[arg-type]
-        ),
-        rng.choice((None, None, 4, 8, 16)) and rng.choice((4, 6, 10, 16)) * 10**9,
-    )
-
-
-def _unequal_islands(rng: Random, cluster: Cluster) -> Cluster:
-    """Return `cluster`, at times with NVLink between the first few GPUs of its first machine."""
-    node = cluster.nodes[0]
-    if len(node.gpus) < 3 or rng.random() < 0.5:
-        return cluster
-    joined = rng.randint(2, len(node.gpus) - 1)
-    links = tuple(
-        Link(a=link.a, b=link.b, kind="NV4", bytes_per_s=1e11, latency_s=1e-6)
-        if max(link.a, link.b) < joined
-        else Link(a=link.a, b=link.b, kind="SYS", bytes_per_s=1.6e10, latency_s=2e-6)
-        for link in node.links
-    )
-    nodes = (node.model_copy(update={"links": links}), *cluster.nodes[1:])
-    return cluster.model_copy(update={"nodes": nodes})
-
-
-def _random_model(rng: Random, most_layers: int) -> ModelSpec:
-    num_layers = rng.randint(1, most_layers)
-    kv_heads, group = rng.choice(((1, 8), (2, 4), (3, 3), (4, 2), (8, 4)))
-    attention = Attention(
-        kind="gqa",
-        num_heads=kv_heads * group,
-        num_kv_heads=kv_heads,
-        head_dim=128,
-        value_head_dim=128,
-    )
-    width = rng.choice((2048, 8192, 28672))
-    dense = Layer(
-        attention=attention, feed_forward=FeedForward(kind="dense", intermediate_size=width)
-    )
-    experts = FeedForward(
-        kind="moe",
-        intermediate_size=width // 4,
-        num_experts=rng.choice((4, 6, 8)),
-        experts_per_token=2,
-        shared_intermediate_size=rng.choice((0, 1024)),
-    )
-    moe = Layer(attention=attention, feed_forward=experts)
-    first = {"dense": num_layers, "moe": 0, "both": rng.randint(0, num_layers)}[
-        rng.choice(("dense", "moe", "both"))
-    ]
-    runs = [LayerRun(count=first, layer=dense)] if first else []
-    runs += [LayerRun(count=num_layers - first, layer=moe)] if first < num_layers else []
-    return ModelSpec(
-        name="a random model",
-        family="llama",
-        architecture="LlamaForCausalLM",
-        hidden_size=rng.choice((1024, 4096, 8192)),
-        vocab_size=rng.choice((32_000, 128_256)),
-        layer_runs=tuple(runs),
-        tie_embeddings=rng.random() < 0.3,
-        max_context_tokens=100_000,
-    )
-
-
-# Kinds of slot of the stages, how many such replicas fit, whether they leave machines.
-Place = tuple[tuple[SlotKind, ...], int, bool]
+# Where a replica is, what it does there, how many of it.
+Used = tuple[Place, Serving, int]
 
 
 def exhaustive(case: Case) -> float | None:
@@ -155,49 +67,36 @@ def exhaustive(case: Case) -> float | None:
 
 
 def _values(case: Case) -> Iterator[float | None]:
+    """Yield the objective of every plan, None for one that breaks a limit."""
     evaluator = case.search().evaluator
     for shape in _all_shapes(case):
         places = list(_places(shape))
+        runs = _RunBytes.of(case, shape)
         for batch_size in evaluator.batch_levels(shape):
             for chunk in evaluator.chunk_levels(batch_size, shape.pp):
-                for layers in compositions(case.model.num_layers, shape.pp):
-                    yield from _values_of(case, evaluator, shape, places, batch_size, chunk, layers)
+                problem = _Cuts(case, evaluator, shape, places, runs, batch_size, chunk)
+                for able in problem.distinct():
+                    yield from _values_of(case, shape, able)
 
 
 def _values_of(
-    case: Case,
-    evaluator: Evaluator,
-    shape: Shape,
-    places: list[Place],
-    batch_size: int,
-    chunk: int,
-    layers: tuple[int, ...],
+    case: Case, shape: Shape, able: list[tuple[Place, Serving]]
 ) -> Iterator[float | None]:
-    """Yield the objective of every number of replicas on each of `places`, cut alike."""
-    able: list[tuple[tuple[SlotKind, ...], int, Serving]] = []
-    for stages, room, spread in places:
-        if _fits(case, evaluator, shape, stages, batch_size, chunk, layers):
-            pipeline = evaluator.pipeline(Replicas(stages, room, spread), layers, shape)
-            state = serve_closed(pipeline, case.workload, batch_size=batch_size, chunk_tokens=chunk)
-            able.append((stages, room, state))
-            for count in range(1, room + 1):
-                yield _value(case, shape, [(stages, state, count)])
+    """Yield the objective of every number of replicas on the places that one cut fits on."""
+    able = [(place, state) for place, state in able if _keeps_limits(case, state)]
+    for place, state in able:
+        for count in range(1, place.room + 1):
+            yield _value(case, shape, [(place, state, count)])
     # Replicas on one kind of slot each, of several kinds.
-    alike = [one for one in able if len(set(map(id, one[0]))) == 1]
-    kinds = {id(stages[0]) for stages, _, _ in alike}
+    alike = [(place, state) for place, state in able if place.is_alike]
+    kinds = {id(place.stages[0]) for place, _ in alike}
     for size in range(2, len(kinds) + 1):
         for chosen in combinations(alike, size):
-            if len({id(stages[0]) for stages, _, _ in chosen}) < size:
+            if len({id(place.stages[0]) for place, _ in chosen}) < size:
                 continue  # inside machines and spread over them are the same slots
-            for counts in product(*(range(1, room + 1) for _, room, _ in chosen)):
-                yield _value(
-                    case,
-                    shape,
-                    [
-                        (stages, state, count)
-                        for (stages, _, state), count in zip(chosen, counts, strict=True)
-                    ],
-                )
+            for counts in product(*(range(1, place.room + 1) for place, _ in chosen)):
+                used = [(*one, count) for one, count in zip(chosen, counts, strict=True)]
+                yield _value(case, shape, used)
 
 
 def _all_shapes(case: Case) -> Iterator[Shape]:
@@ -229,13 +128,13 @@ def _places(shape: Shape) -> Iterator[Place]:
             inside = replicas_in_nodes(stages[0], shape.pp)
             spread = stages[0].count // shape.pp
             if inside:
-                yield stages, inside, False
+                yield Place(stages, inside, False)
             if spread > inside:
-                yield stages, spread, True
+                yield Place(stages, spread, True)
         else:
             room = min(shape.kinds[index].count // chosen.count(index) for index in set(chosen))
             if room:
-                yield stages, room, True
+                yield Place(stages, room, True)
 
 
 @cache
@@ -251,57 +150,179 @@ def compositions(total: int, parts: int) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def _fits(
-    case: Case,
-    evaluator: Evaluator,
-    shape: Shape,
-    stages: tuple[SlotKind, ...],
-    batch_size: int,
-    chunk: int,
-    layers: tuple[int, ...],
-) -> bool:
-    split = Split(
+@cache
+def _bounds(total: int, parts: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return the first layer of each stage and the one past its last, a row for each cut."""
+    ends = np.cumsum(np.array(compositions(total, parts), dtype=np.intp), axis=1)
+    return np.hstack([np.zeros_like(ends[:, :1]), ends[:, :-1]]), ends
+
+
+@dataclass(frozen=True, slots=True)
+class _RunBytes:
+    """Bytes of every run of layers on the fullest rank of a stage, by its first and end layer."""
+
+    weights: Numbers
+    kv_per_token: Numbers
+
+    @classmethod
+    def of(cls, case: Case, shape: Shape) -> "_RunBytes":
+        """Ask the memory model about each run, as a stage with what comes before and after it."""
+        total = case.model.num_layers
+        weights, kv = np.zeros((total + 1, total + 1)), np.zeros((total + 1, total + 1))
+        for first, end in combinations(range(total + 1), 2):
+            layers = tuple(size for size in (first, end - first, total - end) if size)
+            split = _split(shape, layers)
+            stage = 1 if first else 0
+            weights[first, end] = stage_weight_bytes(case.model, split, stage=stage)
+            kv[first, end] = stage_kv_bytes_per_token(case.model, split, stage=stage)
+        return cls(weights, kv)
+
+
+def _split(shape: Shape, layers: tuple[int, ...]) -> Split:
+    return Split(
         tp=shape.tp,
-        pp=shape.pp,
+        pp=len(layers),
         ep=shape.ep,
         cp=shape.cp,
         attention=shape.attention,
         stage_layers=layers,
     )
-    load = case.workload
-    block = evaluator.block_tokens(shape.cp)
-    tokens = ceil(ceil((load.input_tokens + load.output_tokens) / shape.cp) / block) * block
-    kv_tokens = cached_tokens(batch_size, tokens, split.model_copy(update={"cp": 1}))
-    return all(
-        sum(
-            part.bytes
-            for part in rank_memory(
-                case.model,
-                split,
-                stage=stage,
-                kv_tokens=kv_tokens,
-                max_batched_tokens=max(chunk, batch_size),
-                max_num_seqs=batch_size,
-            )
+
+
+class _Cuts:
+    """Every cut of the layers into the stages of one shape, at one batch and chunk."""
+
+    def __init__(
+        self,
+        case: Case,
+        evaluator: Evaluator,
+        shape: Shape,
+        places: list[Place],
+        runs: _RunBytes,
+        batch_size: int,
+        chunk: int,
+    ) -> None:
+        self._case, self._evaluator, self._shape = case, evaluator, shape
+        self._places, self._batch_size, self._chunk = places, batch_size, chunk
+        self._all = compositions(case.model.num_layers, shape.pp)
+        self._starts, self._ends = _bounds(case.model.num_layers, shape.pp)
+        self._bytes = self._stage_bytes(runs)
+        slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
+        flow = find_flow(case.workload, slots, chunk)
+        self._steps = (flow.mixed, flow.plain)
+
+    def distinct(self) -> Iterator[list[tuple[Place, Serving]]]:
+        """Yield for each cut the places that it fits on, and what it does there.
+
+        Of cuts with equal figures on every place, only the first.
+        """
+        fits = [self._fits(place) for place in self._places]
+        if not np.any(fits):
+            return
+        for index in self._unlike(fits):
+            able = [place for place, ok in zip(self._places, fits, strict=True) if ok[index, 0]]
+            if able:
+                yield [(place, self._serve(place, self._all[index])) for place in able]
+
+    def _unlike(self, fits: list[NDArray[np.bool_]]) -> list[int]:
+        """Return the cuts, without those whose figures equal an earlier one's on every place."""
+        if len(self._all) == 1:
+            return [0]
+        figures = [
+            np.where(ok, self._figures(place), 0.0)
+            for place, ok in zip(self._places, fits, strict=True)
+        ]
+        rows = np.hstack(figures)
+        # Sums of the same numbers in another order differ in the last bits.
+        scale = np.maximum(rows.max(axis=0), 1e-30)
+        seen: dict[tuple[float, ...], int] = {}
+        for index, row in enumerate(np.round(rows / scale, 11).tolist()):
+            seen.setdefault(tuple(row), index)
+        return list(seen.values())
+
+    def _serve(self, place: Place, layers: tuple[int, ...]) -> Serving:
+        replicas = Replicas(place.stages, place.room, place.spread)
+        pipeline = self._evaluator.pipeline(replicas, layers, self._shape)
+        return serve_closed(
+            pipeline, self._case.workload, batch_size=self._batch_size, chunk_tokens=self._chunk
         )
-        <= evaluator.memory.budget_bytes(kind.gpu)
-        for stage, kind in enumerate(stages)
-    )
+
+    def _figures(self, place: Place) -> Numbers:
+        """Return all that `serve_closed` takes of a cut: the sum of its stages and the slowest.
+
+        Both in a step with prompts and in one without; a row for each cut.
+        """
+        columns: list[Numbers] = []
+        for tokens in self._steps:
+            busy = np.stack(
+                [self._stage_s(place, stage, tokens) for stage in range(self._shape.pp)], axis=1
+            )
+            columns += [busy.sum(axis=1), busy.max(axis=1)]
+        return np.stack(columns, axis=1)
+
+    def _stage_s(self, place: Place, stage: int, tokens: StepTokens) -> Numbers:
+        """Return the seconds of a stage with each cut, but for what is the same for all cuts."""
+        models, shape = self._evaluator.models, self._shape
+        model = models.stage(place.stages[stage], shape.ep, shape.attention, shape.cp)
+        kinds = [model.layer_s(kind, tokens) for kind in range(len(models.layers.kinds))]
+        up_to = np.cumsum([0.0, *(kinds[kind] for kind in models.layers.of_layer)])
+        seconds: Numbers = up_to[self._ends[:, stage]] - up_to[self._starts[:, stage]]
+        if stage == 0:
+            seconds = seconds + model.first_s(tokens)
+        if stage == shape.pp - 1:
+            return seconds + model.last_s(tokens)
+        return seconds + model.handover_s
+
+    def _stage_bytes(self, runs: _RunBytes) -> Numbers:
+        """Return the bytes of the fullest rank of each stage (column) with each cut (row)."""
+        case, shape = self._case, self._shape
+        load, spec = case.workload, case.model
+        block = self._evaluator.block_tokens(shape.cp)
+        tokens = ceil(ceil((load.input_tokens + load.output_tokens) / shape.cp) / block) * block
+        split = _split(shape, (spec.num_layers,)).model_copy(update={"cp": 1})
+        kv_tokens = cached_tokens(self._batch_size, tokens, split)
+        size = runs.weights[self._starts, self._ends]
+        size = size + kv_tokens * runs.kv_per_token[self._starts, self._ends]
+        gathered = gathered_bytes(
+            spec,
+            tp=shape.tp,
+            cp=shape.cp,
+            attention=shape.attention,
+            max_context_tokens=min(spec.max_context_tokens, kv_tokens * shape.cp),
+            max_num_seqs=self._batch_size,
+        )
+        fixed = [
+            activation_bytes(
+                spec,
+                tp=shape.tp,
+                ep=shape.ep,
+                attention=shape.attention,
+                max_batched_tokens=max(self._chunk, self._batch_size),
+                max_num_seqs=self._batch_size if stage == shape.pp - 1 else 0,
+            )
+            for stage in range(shape.pp)
+        ]
+        return size + np.array(fixed) + gathered + RESERVED_BYTES["cuda"]
+
+    def _fits(self, place: Place) -> NDArray[np.bool_]:
+        """Return whether each cut fits on `place`, as a column."""
+        memory = self._evaluator.memory
+        budgets = np.array([memory.budget_bytes(kind.gpu) for kind in place.stages])
+        return np.all(self._bytes <= budgets, axis=1, keepdims=True)
 
 
-def _value(
-    case: Case, shape: Shape, used: list[tuple[tuple[SlotKind, ...], Serving, int]]
-) -> float | None:
-    """Return the objective of so many replicas on each place, None where they break a limit."""
+def _keeps_limits(case: Case, state: Serving) -> bool:
+    load = case.workload
+    late = load.ttft_limit_s is not None and state.ttft_at_s(load.percentile) > load.ttft_limit_s
+    return not late and (load.tpot_limit_s is None or state.tpot_s <= load.tpot_limit_s)
+
+
+def _value(case: Case, shape: Shape, used: list[Used]) -> float | None:
+    """Return the objective of so many replicas on each place; None where requests do not fill."""
     load = case.workload
     in_flight, tokens = load.concurrency, load.output_tokens
     batch_size = used[0][1].batch_size
     number = sum(count for _, _, count in used)
-    for _, state, _ in used:
-        if load.ttft_limit_s is not None and state.ttft_at_s(load.percentile) > load.ttft_limit_s:
-            return None
-        if load.tpot_limit_s is not None and state.tpot_s > load.tpot_limit_s:
-            return None
     if in_flight is not None and (batch_size - 1) * number > in_flight - 1:
         return None
     if load.objective == "latency":
@@ -317,6 +338,6 @@ def _value(
     return max(
         state.requests_per_s
         * tokens
-        / sum(shape.gpus_per_stage * burn_per_s(kind.gpu, load.objective) for kind in stages)
-        for stages, state, _ in used
+        / sum(shape.gpus_per_stage * burn_per_s(kind.gpu, load.objective) for kind in place.stages)
+        for place, state, _ in used
     )

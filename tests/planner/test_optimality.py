@@ -1,7 +1,8 @@
 """The planner against trying everything; `benchmarks/bench_planner.py` does 2,000 of these."""
 
 import pytest
-from tests.planner.exhaustive import Case, exhaustive, random_case
+from tests.planner.exhaustive import exhaustive
+from tests.planner.random_cases import Case, random_case
 
 from rankwright.planner.ilp import Choice
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwright.topology.cluster import Cluster, Gpu, Link, Node
-from rankwright.topology.graph import FABRIC
+from rankwright.topology.link_graph import FABRIC
 from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
 from rankwright.topology.shorthand import parse_cluster
 

@@ -4,8 +4,8 @@ import pytest
 from tests.topology import machines
 
 from rankwright.topology.cluster import Cluster, Node
-from rankwright.topology.graph import FABRIC
 from rankwright.topology.groups import best_groups, cut_node
+from rankwright.topology.link_graph import FABRIC
 from rankwright.topology.rings import best_ring, best_tree
 
 

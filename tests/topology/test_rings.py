@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwright.topology.cluster import Cluster, Fabric, Gpu, Link, Node
-from rankwright.topology.graph import FABRIC, GpuId
+from rankwright.topology.graph import GpuId
+from rankwright.topology.link_graph import FABRIC
 from rankwright.topology.rings import EXACT_GPUS, best_ring, best_tree
 from rankwright.topology.shorthand import parse_cluster
 

@@ -8,7 +8,8 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 import typer
@@ -54,12 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     known = args[:1] == ["--version"] or args[:1] in ([name] for name in COMMANDS)
     asked = [name for name in COMMANDS if name in args[:1]] if known else COMMANDS
-    # A plan lives for a second: looking for cycles among what imports make took a tenth of it.
-    collects = gc.isenabled()
-    if asked == ["plan"]:
-        gc.disable()
     try:
-        code = build_app(asked)(args=args, prog_name="rankwright", standalone_mode=False)
+        with _short_lived() if asked == ["plan"] else nullcontext():
+            code = build_app(asked)(args=args, prog_name="rankwright", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         print("rankwright: stopped", file=sys.stderr)
         return 130  # as a shell reports a command that SIGINT ended
@@ -68,10 +66,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _report(error, args)
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _short_lived() -> Generator[None]:
+    """Leave out what does not repay in a process that lives for half a second.
+
+    Looking for cycles among what imports make takes a tenth of it, NumPy's threads, one a core, as
+    much (HiGHS brings NumPy), and pydantic's search of all packages for plug-ins a twentieth.
+    """
+    settings = {"OPENBLAS_NUM_THREADS": "1", "PYDANTIC_DISABLE_PLUGINS": "__all__"}
+    added = settings.keys() - os.environ.keys()
+    collects = gc.isenabled()
+    gc.disable()
+    os.environ.update({name: settings[name] for name in added})
+    try:
+        yield
     finally:
+        for name in added:
+            del os.environ[name]
         if collects:
             gc.enable()
-    return code if isinstance(code, int) else 0
 
 
 def _report(error: Exception, args: Sequence[str]) -> int:

@@ -23,10 +23,10 @@ from rankwright.cost_model.calibration import (
     Calibration,
     RunTime,
     add_run,
-    default_path,
     find_calibration,
     write_calibration,
 )
+from rankwright.cost_model.calibration_file import default_path
 from rankwright.cost_model.predict import predict
 from rankwright.cost_model.predict_trace import TracePrediction, predict_trace
 from rankwright.cost_model.prediction import Prediction

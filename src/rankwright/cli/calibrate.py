@@ -7,7 +7,8 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import console, print_json, status
-from rankwright.cost_model.calibration import Calibration, default_path, write_calibration
+from rankwright.cost_model.calibration import Calibration, write_calibration
+from rankwright.cost_model.calibration_file import default_path
 from rankwright.topology.probe import probe
 
 

@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rankwright.cost_model.apply_calibration import apply_calibration
-from rankwright.cost_model.calibration import find_calibration, read_calibration
+from rankwright.cost_model.calibration_file import own_file
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.legality import AttentionSplit
 from rankwright.cost_model.model_spec import ModelSpec
@@ -124,8 +123,13 @@ def calibrated(cluster: topology.Cluster, path: Path | None) -> topology.Cluster
     Raises:
         ValueError: The file is bad, or of another device than the cluster has.
     """
-    found = find_calibration(cluster) if path is None else read_calibration(path)
-    return cluster if found is None else apply_calibration(cluster, found)
+    file = own_file(cluster) if path is None else path
+    if file is None:
+        return cluster
+    from rankwright.cost_model.apply_calibration import apply_calibration  # few plans have one
+    from rankwright.cost_model.calibration import read_calibration
+
+    return apply_calibration(cluster, read_calibration(file))
 
 
 def check_positive(option: str, number: float | None, unit: str = "") -> None:

@@ -1,21 +1,27 @@
 """How values look on a terminal: units, bars and the tables that several commands share.
 
-Results go to stdout, progress to stderr.
+Results go to stdout, progress to stderr. Rich is imported where a table is drawn: it takes 50 ms,
+which `--json` has no use for.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
-from rich.console import Console
-from rich.table import Table
 
 from rankwright.cost_model.prediction import Estimate, Part, Prediction
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
-def console() -> Console:
+
+def console() -> "Console":
     """Return a console on stdout; without a terminal, tables are 100 columns wide."""
+    from rich.console import Console
+
     return Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
@@ -32,8 +38,10 @@ def print_json(value: BaseModel | dict[str, object] | list[object]) -> None:
         print(json.dumps(value, indent=2))
 
 
-def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> Table:
+def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) -> "Table":
     """Return an empty table in the house's looks; columns in `right` are aligned right."""
+    from rich.table import Table
+
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in columns:
         made.add_column(name, justify="right" if name in right else "left", header_style="dim")
@@ -99,7 +107,7 @@ def ranges(numbers: list[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def prediction_table(prediction: Prediction, num_gpus: int) -> Table:
+def prediction_table(prediction: Prediction, num_gpus: int) -> "Table":
     """Return the predicted speed with its intervals."""
     made = table("predicted", "value", "interval", right=("value",))
 
@@ -116,7 +124,7 @@ def prediction_table(prediction: Prediction, num_gpus: int) -> Table:
     return made
 
 
-def memory_table(prediction: Prediction, capacity_bytes: float) -> Table:
+def memory_table(prediction: Prediction, capacity_bytes: float) -> "Table":
     """Return the memory of the fullest rank by part, beside `capacity_bytes`."""
     made = table("memory of the fullest rank", "bytes", "share", right=("bytes",))
     for part in prediction.memory_parts:
@@ -126,7 +134,7 @@ def memory_table(prediction: Prediction, capacity_bytes: float) -> Table:
     return made
 
 
-def parts_table(title: str, parts: tuple[Part, ...]) -> Table:
+def parts_table(title: str, parts: tuple[Part, ...]) -> "Table":
     """Return the terms of a step, with what bounds each and where its number is from."""
     made = table(title, "time", "share", "bound", "source", right=("time", "share"))
     total_s = sum(part.seconds for part in parts) or 1.0

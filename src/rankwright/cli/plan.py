@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import print_json, status
-from rankwright.cli.plan_page import print_plan
 from rankwright.cli.planning import plan_for, pools_for
-from rankwright.cli.pools_page import print_pools
 from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.trace import read_trace, workload_of
 from rankwright.planner.make_plan import Pins
 from rankwright.planner.read_plan import write_plan
 from rankwright.planner.solver import TIME_LIMIT_S
+
+if TYPE_CHECKING:
+    from rankwright.cost_model.trace import TraceRow
 
 
 def run(
@@ -78,7 +78,6 @@ def run(
     options.refuse_beside_trace(
         trace, {"--isl": isl, "--osl": osl, "--concurrency": concurrency, "--rate": rate}
     )
-    rows = () if trace is None else read_trace(trace)
     load = options.workload(
         isl=isl or 1024,
         osl=osl or 128,
@@ -89,7 +88,11 @@ def run(
         percentile=percentile,
         objective=objective,
     )
-    if rows:
+    rows: tuple[TraceRow, ...] = ()
+    if trace is not None:
+        from rankwright.cost_model.trace import read_trace, workload_of  # few plans have one
+
+        rows = read_trace(trace)
         means = workload_of(rows)
         names = ("input_tokens", "output_tokens", "concurrency", "request_rate", "shared_prefix")
         load = load.model_copy(update={name: getattr(means, name) for name in names})
@@ -117,6 +120,8 @@ def run(
         if as_json:
             print_json(pools)
         else:
+            from rankwright.cli.pools_page import print_pools  # with rich
+
             print_pools(pools, explain=explain)
         return
     plan = plan_for(
@@ -145,6 +150,8 @@ def run(
     if as_json:
         print_json(plan)
         return
+    from rankwright.cli.plan_page import print_plan  # with rich, which JSON has no use for
+
     print_plan(plan, explain=explain)
 
 

@@ -3,19 +3,22 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rankwright.cli.options import calibrated, check_positive, with_dtypes
 from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.trace import TraceRow
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_plan
 from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.read_cluster import read_cluster
+
+if TYPE_CHECKING:
+    from rankwright.cost_model.trace import TraceRow
+    from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 
 
 def plan_for(
@@ -32,7 +35,7 @@ def plan_for(
     pareto: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
     calibration: Path | None = None,
-    trace: Sequence[TraceRow] = (),
+    trace: Sequence["TraceRow"] = (),
 ) -> Plan:
     """Return the plan for `model` on the cluster that `cluster` names.
 
@@ -72,7 +75,7 @@ def pools_for(
     engine: str = "rankwright",
     time_limit_s: float = TIME_LIMIT_S,
     calibration: Path | None = None,
-) -> DisaggregatedPlan:
+) -> "DisaggregatedPlan":
     """Return the plan with separate pools for prefill and decode; as `plan_for`.
 
     Raises:
