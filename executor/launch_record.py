@@ -49,7 +49,8 @@ class KubernetesPlace(Value):
     context: str | None = None
     manifest: Path
     port: int
-    num_pods: int = Field(description="machines of the plan")
+    num_pods: int = Field(description="machines of the plan, and on Ray its head")
+    on_ray: bool = Field(default=False, description="whether it is a RayService")
     made_key: bool = Field(description="whether the secret is ours to delete")
 
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rankwright.executor.backends.pods import explain_pods
+from rankwright.executor.backends.pods import explain_pods, explain_ray_service
 from rankwright.executor.backends.tools import ToolError, check_tool, require, run_tool
 from rankwright.executor.launch_record import KubernetesPlace, LaunchRecord, make_record
 from rankwright.executor.launch_state import LaunchState, ServerState, phase_of, read_server
 from rankwright.executor.log_tail import LogTail
 from rankwright.planner.plan import Plan
+from rankwright.templates.kubernetes_flavors import FLAVORS
 from rankwright.templates.kubernetes_objects import KUBERNETES_FILE
 from rankwright.templates.kubernetes_options import KubernetesOptions
 from rankwright.templates.options import default_name, parse_options
@@ -53,13 +54,15 @@ def submit(plan: Plan, folder: Path, settings: Mapping[str, object]) -> "Kuberne
     asked = run_tool(["kubectl", "config", "current-context"])
     context = asked.stdout.strip() if asked.returncode == 0 else None  # none inside a pod
     name = options.name or default_name(plan)
+    on_ray = options.flavor in FLAVORS and FLAVORS[options.flavor].on_ray
     place = KubernetesPlace(
         name=name,
         namespace=options.namespace or _namespace(context),
         context=context,
         manifest=folder / KUBERNETES_FILE,
         port=options.port,
-        num_pods=len(plan.nodes_used()),
+        num_pods=len(plan.nodes_used()) + on_ray,
+        on_ray=on_ray,
         made_key=False,
     )
     kubectl = _kubectl(place)
@@ -70,7 +73,7 @@ def submit(plan: Plan, folder: Path, settings: Mapping[str, object]) -> "Kuberne
             f"there is a service {name!r} in namespace {place.namespace!r} already; choose another "
             "name with --set name=NAME, or delete what runs"
         )
-    if place.num_pods > 1:
+    if place.num_pods > 1 and not on_ray:
         place = place.model_copy(update={"made_key": _make_key(kubectl, name)})
     launch = KubernetesLaunch(make_record(plan, "kubernetes", place))
     try:
@@ -111,7 +114,8 @@ class KubernetesLaunch:
         """
         place = self._place
         selector = f"app.kubernetes.io/name={_OWNER},app.kubernetes.io/instance={place.name}"
-        command = [*_kubectl(place), "get", "pods,services", f"--selector={selector}"]
+        kinds = "pods,services" + (",rayservices.ray.io" if place.on_ray else "")
+        command = [*_kubectl(place), "get", kinds, f"--selector={selector}"]
         found: list[dict[str, Any]] = json.loads(check_tool([*command, "--output=json"]))["items"]
         pods = [item for item in found if item["kind"] == "Pod"]
         services = [item for item in found if item["kind"] == "Service"]
@@ -121,6 +125,9 @@ class KubernetesLaunch:
             return LaunchState("stopping" if pods else "ended", gone)
         url = service_url(service, place)
         phase, detail = explain_pods(pods, place.num_pods)
+        for item in found:
+            if item["kind"] == "RayService":
+                phase, detail = explain_ray_service(item, phase, detail)
         self._runs = phase in ("loading", "ready")
         if phase != "ready":
             return LaunchState(phase, detail, url)

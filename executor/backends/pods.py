@@ -1,5 +1,6 @@
 """What the states of pods mean to someone who waits for a server."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,34 @@ def explain_pods(pods: Sequence[Mapping[str, Any]], num_pods: int) -> tuple[Phas
     if num_running < num_pods:
         return "starting", f"{num_running} of {num_pods} pods run"
     return "loading", f"{num_ready} of {num_pods} pods are ready"
+
+
+def explain_ray_service(service: Mapping[str, Any], phase: Phase, detail: str) -> tuple[Phase, str]:
+    """Return what a RayService says, where its pods alone are in `phase`, for `detail`.
+
+    Its pods do not say whether it serves: of the workers, only the one with the front end is ready.
+    """
+    if phase not in ("loading", "ready"):
+        return phase, detail
+    status = service.get("status", {})
+    parts = [status.get(part, {}) for part in ("activeServiceStatus", "pendingServiceStatus")]
+    for part in parts:
+        for application in part.get("applicationStatuses", {}).values():
+            state, message = application.get("status", ""), application.get("message", "")
+            if state == "DEPLOY_FAILED":
+                return "failed", _short(_raised(message))
+            if state != "RUNNING":
+                return "loading", _short(f"Ray Serve: {state} {_raised(message)}".strip())
+    if _condition(service, "Ready").get("status") == "True":
+        return "ready", ""
+    return "loading", "waiting for Ray and its Serve application"
+
+
+def _raised(message: str) -> str:
+    """Return what was raised at the end of the remote traceback in `message`, if there is one."""
+    lines = [line.strip() for line in message.splitlines()]
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b: .", line)]
+    return raised[-1] if raised else message
 
 
 def _failed(pod: Mapping[str, Any]) -> tuple[Phase, str] | None:

@@ -24,6 +24,7 @@ KINDS = (
     ("apps/v1", "StatefulSet", "statefulsets"),
     ("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     ("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    ("ray.io/v1", "RayService", "rayservices"),
 )
 Key = tuple[str, str]  # plural, name
 

@@ -20,7 +20,7 @@ from tests.executor.command import command
 from tests.templates.plans import plan
 
 from rankwright.cli import main
-from rankwright.executor.backends.pods import explain_pods
+from rankwright.executor.backends.pods import explain_pods, explain_ray_service
 from rankwright.executor.launch_record import read_records
 
 pytestmark = pytest.mark.timeout(120)
@@ -142,6 +142,44 @@ def test_detached_it_is_listed_and_stopped(
     assert main(["stop", "--now"]) == 0
     assert api.objects == {}, "the pods too: they were not left to drain"
     assert any("grace" in line or ("DELETE" in line and "/pods/" in line) for line in api.requests)
+
+
+def test_a_ray_service_is_ready_when_its_application_is(
+    api: ApiServer, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--detach", "--job-dir", str(tmp_path / "job")]
+    assert main([*arguments, "--set", "flavor=rayservice", *folder]) == 0
+    assert api.names("secrets") == [], "Ray hands the key on"
+    for name, status in (("head", READY), ("worker-a", READY), ("worker-b", RUNNING)):
+        api.set_pod(name, LABELS, **status)
+    service = api.objects["rayservices", "llama"]
+
+    def state(message: str = "", ready: str = "False", **application: str) -> tuple[str, str]:
+        found = {"llama": {"message": message, **application}}
+        service["status"] = {
+            "conditions": [{"type": "Ready", "status": ready}],
+            "activeServiceStatus": {"applicationStatuses": found},
+        }
+        (launch,) = statuses(capsys)
+        return launch["state"], launch["detail"]
+
+    assert state(status="DEPLOYING")[0] == "loading"
+    assert state(status="RUNNING")[0] == "loading"
+    assert state(status="RUNNING", ready="True")[0] == "ready"
+    assert state("Traceback:\n  File x\na.LaunchError: rank 1 failed\n", status="UNHEALTHY") == (
+        "loading",
+        "Ray Serve: UNHEALTHY a.LaunchError: rank 1 failed",
+    )
+    assert main(["stop", "--now"]) == 0
+    assert api.objects == {}
+
+
+def test_an_application_that_cannot_be_deployed_has_failed() -> None:
+    application = {"status": "DEPLOY_FAILED", "message": "x\nValueError: no such model\n"}
+    status = {"pendingServiceStatus": {"applicationStatuses": {"llama": application}}}
+    found = explain_ray_service({"status": status}, "loading", "1 of 3 pods are ready")
+    assert found == ("failed", "ValueError: no such model")
+    assert explain_ray_service({"status": status}, "queued", "0/2 nodes") == ("queued", "0/2 nodes")
 
 
 def test_what_kubernetes_refuses_is_taken_back(
