@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 
 from rankwright.executor.expert_memory import ExpertMemory
+from rankwright.executor.groups import Group
 from rankwright.executor.layers.dispatch import Dispatch
-from rankwright.executor.mesh import Group
 from result import write_result
 
 # Hidden size, experts and experts a token: mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B.

@@ -23,23 +23,22 @@ class Forms:
         uneven_heads: Whether TP may leave ranks with unequal numbers of heads.
         attention_dp: Models whose attention it can replicate: any, those with experts, or none.
         hybrid_experts: Whether experts may be cut in both ways at once (`1 < ep < tp`).
-        context_parallel: Models whose contexts it can cut over ranks: those that cache keys and
-            values of heads (all but latent attention), or none.
+        context_parallel: Whether it cuts contexts over ranks.
         source: Where this is said.
     """
 
     uneven_heads: bool
     attention_dp: Literal["any", "experts", "none"]
     hybrid_experts: bool
-    context_parallel: Literal["heads", "none"]
+    context_parallel: bool
     source: str
 
 
 FORMS: dict[str, Forms] = {
-    "rankwright": Forms(True, "any", True, "heads", "executor/models/supported.py"),
-    "vllm": Forms(False, "experts", False, "none", "docs.vllm.ai, data and expert parallel pages"),
-    "sglang": Forms(False, "experts", True, "none", "docs.sglang.ai, server arguments"),
-    "trtllm": Forms(False, "experts", True, "none", "TensorRT-LLM, parallel strategy page"),
+    "rankwright": Forms(True, "any", True, True, "executor/models/supported.py"),
+    "vllm": Forms(False, "experts", False, False, "docs.vllm.ai, data and expert parallel pages"),
+    "sglang": Forms(False, "experts", True, False, "docs.sglang.ai, server arguments"),
+    "trtllm": Forms(False, "experts", True, False, "TensorRT-LLM, parallel strategy page"),
 }
 
 
@@ -109,10 +108,8 @@ def _engine_lacks(
         return f"{engine} does not run attention DP"
     if attention == "dp" and forms.attention_dp == "experts" and not has_experts(model):
         return f"{engine} runs attention DP for models with experts only"
-    if cp > 1 and forms.context_parallel == "none":
+    if cp > 1 and not forms.context_parallel:
         return f"cp={cp}: {engine} does not run context parallelism"
-    if cp > 1 and any(run.layer.attention.kind == "mla" for run in model.layer_runs):
-        return f"cp={cp}: {engine} does not run context parallelism with latent attention"
     if 1 < ep < tp and not forms.hybrid_experts:
         return f"ep={ep} of tp={tp}: {engine} shares experts over all ranks or none"
     if attention == "tp" and not forms.uneven_heads:

@@ -13,7 +13,7 @@ from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.prediction import MemoryPart
 from rankwright.cost_model.shards import column_range, head_ranges, range_size
-from rankwright.cost_model.split import Split
+from rankwright.cost_model.split import CpExchange, Split
 
 AttentionSplit = Literal["tp", "dp"]
 
@@ -200,31 +200,39 @@ def gathered_bytes(
     cp: int,
     max_context_tokens: int,
     max_num_seqs: int,
+    max_batched_tokens: int,
     attention: AttentionSplit = "tp",
+    cp_exchange: CpExchange = "gather",
 ) -> int:
     """Return the bytes that a rank makes of a whole context, in one layer at a time.
 
     With context parallelism, of a prompt the keys and values of its whole context, beside the copy
-    of this rank's own part; for tokens that decode what every rank found, and its own, in float32
-    with a log-sum-exp. With latent attention, the keys and values of one head, expanded.
+    of this rank's own part; in a ring two parts, one that leaves and one that arrives, and what was
+    found in each. For tokens that decode what every rank found, and its own. What is found is in
+    float32 with a log-sum-exp. With latent attention, the keys and values of one head, expanded.
     """
     layers = [run.layer for run in spec.layer_runs]
+    expanded = num_bytes(max_context_tokens * max(map(_expanded_values, layers)), spec.dtype)
     if cp == 1:
-        heads = max(
-            3 * one.attention.head_dim + one.attention.value_head_dim
-            if one.attention.kind == "mla"
-            else 0
-            for one in layers
-        )
-        return num_bytes(max_context_tokens * heads, spec.dtype)
+        return expanded
     per_token = max(kv_bytes_per_token(spec, one, tp=tp, attention=attention) for one in layers)
-    context = -(-max_context_tokens * per_token * (cp + 1) // cp)
     heads_tp = 1 if attention == "dp" else tp
     row = max(
-        range_size(head_ranges(one.attention, heads_tp, 0)[0]) * (one.attention.head_dim + 1)
+        range_size(head_ranges(one.attention, heads_tp, 0)[0])
+        * ((one.attention.kv_lora_rank or one.attention.head_dim) + 1)
         for one in layers
     )
-    return context + 4 * max_num_seqs * row * (cp + 1)
+    decoding = 4 * max_num_seqs * row * (cp + 1)
+    if cp_exchange == "ring":
+        found = 4 * max_batched_tokens * row  # of each rank's part of the tokens, in each part
+        return -(-(expanded + 2 * max_context_tokens * per_token) // cp) + max(found, decoding)
+    return expanded + -(-max_context_tokens * per_token * (cp + 1) // cp) + decoding
+
+
+def _expanded_values(layer: Layer) -> int:
+    """Return the values that latent attention makes of a context's token, of one head."""
+    heads = layer.attention
+    return 3 * heads.head_dim + heads.value_head_dim if heads.kind == "mla" else 0
 
 
 def _attention_values(layer: Layer, *, tp: int) -> int:
@@ -303,8 +311,10 @@ def rank_memory(
                 tp=split.tp,
                 cp=split.cp,
                 attention=split.attention,
+                cp_exchange=split.cp_exchange,
                 max_context_tokens=min(spec.max_context_tokens, kv_tokens * split.cp),
                 max_num_seqs=max_num_seqs,
+                max_batched_tokens=max_batched_tokens,
             ),
         ),
         MemoryPart(name="reserved", bytes=RESERVED_BYTES[device]),

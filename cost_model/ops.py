@@ -222,6 +222,9 @@ class LayerModel:
             spec, "qkv projection", tensors, ("q", "k", "v", "q_a", "q_b", "kv_a"), launches
         )
         self._output = _product(spec, "o projection", tensors, ("o", "kv_b"), launches)
+        self._expansion: _Product | None = None
+        if heads.kind == "mla":
+            self._expansion = _product(spec, "latent projection", tensors, ("kv_b",), 2)
         width = block.intermediate_size if block.kind == "dense" else block.shared_intermediate_size
         # Shared experts of attention DP are whole on each rank, for its own tokens.
         self._mlp_of_own = block.kind == "moe" and attention == "dp"
@@ -325,7 +328,28 @@ class LayerModel:
             flops = prompt * context * expanded_flops
             name = "attention prefill"
             ops.append(Op(name, name, flops, moved + read, 1, spec.dtype))
+            ops += self._expansion_ops(prompt, tokens)
         return ops
+
+    def ring_op(self, tokens: StepTokens) -> Op:
+        """Return what prompts take more where a context's parts are attended to one by one.
+
+        A launch for each part, and what it found, in float32, written and then read by the merge.
+        """
+        values = self._attended(tokens)[1] * self._queries * (self._layer.attention.head_dim + 1)
+        moved = 2 * 4 * self._cp * values
+        return Op("merge", "elementwise", 0, moved, self._cp, self._spec.dtype)
+
+    def _expansion_ops(self, prompt: float, tokens: StepTokens) -> list[Op]:
+        """Return the expansion of latents of earlier chunks and of other ranks of a context group.
+
+        Those of the rank's own tokens are in the output projection.
+        """
+        if self._expansion is None:
+            return []
+        reach = max(1.0, tokens.prompts) * tokens.prefill_context + prompt * self._cp / 2
+        others = reach - prompt
+        return [self._expansion.op(others, self._width)] if others > 0.5 else []
 
     def _router_op(self, tokens: float) -> Op:
         """Return logits, top-k, sorting tokens by expert, and the weighted sum of the results."""

@@ -285,4 +285,4 @@ def _one_worker(models: StageModels, split: Split, engine: str) -> Pipeline:
     check_split(models.spec, split, engine)
     alone = split.model_copy(update={"dp": 1})
     group = choose_replicas(models.cluster, alone)[0]
-    return models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp)
+    return models.pipeline_of(group, split)

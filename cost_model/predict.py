@@ -24,7 +24,7 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import find_rates
 from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Prediction
 from rankwright.cost_model.serving import Serving, serve_closed, serve_open
-from rankwright.cost_model.split import Split
+from rankwright.cost_model.split import CpExchange, Split
 from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel, make_pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.cluster import Cluster
@@ -48,12 +48,19 @@ class StageModels:
         self.cluster = cluster
         self.engine = engine
         self.layers = LayerKinds(spec)
-        self._models: dict[tuple[int, int, str, int], tuple[SlotKind, StageModel]] = {}
+        self._models: dict[tuple[object, ...], tuple[SlotKind, StageModel]] = {}
         self._boundaries: dict[tuple[int, ...], tuple[Group, ...]] = {}
 
-    def stage(self, kind: SlotKind, ep: int, attention: AttentionSplit, cp: int = 1) -> StageModel:
+    def stage(
+        self,
+        kind: SlotKind,
+        ep: int,
+        attention: AttentionSplit,
+        cp: int = 1,
+        cp_exchange: CpExchange = "gather",
+    ) -> StageModel:
         """Return the model of a stage on a slot of `kind`, which has `tp * cp` GPUs."""
-        key = (id(kind), ep, attention, cp)
+        key = (id(kind), ep, attention, cp, cp_exchange)
         if key not in self._models:
             rates = find_rates(kind.gpu, self.engine)
             group, context = stage_groups(self.cluster, kind, cp)
@@ -65,6 +72,7 @@ class StageModels:
                 ep=ep,
                 attention=attention,
                 context=context,
+                cp_exchange=cp_exchange,
             )
             self._models[key] = kind, model  # keeping the kind keeps its id from being used again
         return self._models[key][1]
@@ -76,16 +84,23 @@ class StageModels:
         ep: int,
         attention: AttentionSplit = "tp",
         cp: int = 1,
+        cp_exchange: CpExchange = "gather",
     ) -> Pipeline:
         """Return the pipeline of one of `replicas`."""
         kinds = replicas.stages
-        stages = tuple(self.stage(kind, ep, attention, cp) for kind in kinds)
+        stages = tuple(self.stage(kind, ep, attention, cp, cp_exchange) for kind in kinds)
         key = (replicas.spread, *map(id, kinds))
         groups = self._boundaries.get(key)
         if groups is None:
             groups = boundary_groups(self.cluster, kinds, replicas.spread)
             self._boundaries[key] = groups
         return make_pipeline(self.layers, stages, stage_layers, groups)
+
+    def pipeline_of(self, replicas: Replicas, split: Split) -> Pipeline:
+        """Return the pipeline of one of `replicas`, cut as `split` says."""
+        return self.pipeline(
+            replicas, split.stage_layers, split.ep, split.attention, split.cp, split.cp_exchange
+        )
 
 
 def predict(
@@ -137,7 +152,7 @@ def _predict_engine(
     mine = workload.model_copy(update=update)
     runs = [
         run_on_engine(
-            models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp),
+            models.pipeline_of(group, split),
             models.spec,
             mine,
             split,
@@ -234,7 +249,7 @@ def predict_replicas(
         batch = min(batch, -(-workload.concurrency // split.dp))
     served: list[tuple[Serving, Pipeline, Replicas]] = []
     for group in groups:
-        pipeline = models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp)
+        pipeline = models.pipeline_of(group, split)
         state = serve(pipeline, workload, split.dp, batch, split.chunk_tokens)
         if state is None:
             full = serve_closed(

@@ -60,7 +60,7 @@ def predict_trace(
     pipelines = [
         (
             group.count,
-            models.pipeline(group, split.stage_layers, split.ep, split.attention, split.cp),
+            models.pipeline_of(group, split),
         )
         for group in choose_replicas(cluster, split)
     ]

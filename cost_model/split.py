@@ -6,6 +6,10 @@ from pydantic import Field, model_validator
 
 from rankwright.topology.value import Value
 
+# How the ranks of a context group come by each other's keys and values of prompts: all at once, or
+# from rank to rank, each part attended to while the next one travels.
+CpExchange = Literal["gather", "ring"]
+
 
 class Split(Value):
     """Parallel degrees, layers of each stage, and batch sizes.
@@ -23,6 +27,7 @@ class Split(Value):
     ep: int = Field(default=1, ge=1)
     cp: int = Field(default=1, ge=1)
     attention: Literal["tp", "dp"] = "tp"
+    cp_exchange: CpExchange = "gather"
     stage_layers: tuple[int, ...] = Field(description="layers of each stage, first to last")
     max_batch_size: int = Field(default=1, ge=1, description="sequences a replica decodes at once")
     chunk_tokens: int = Field(default=2048, ge=1, description="tokens of a prefill step at most")
@@ -38,6 +43,8 @@ class Split(Value):
             raise ValueError(f"every stage needs a layer, got stage_layers={self.stage_layers}")
         if self.tp % self.ep:
             raise ValueError(f"moe_tp * ep must equal tp: ep={self.ep} does not divide {self.tp}")
+        if self.cp == 1 and self.cp_exchange == "ring":
+            raise ValueError("cp_exchange='ring' needs ranks to go round: cp=2 or more")
         return self
 
     @property
@@ -73,4 +80,6 @@ class Split(Value):
         text = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
         if self.attention == "dp":
             text += " attnDP"
+        if self.cp_exchange == "ring":
+            text += " ring"
         return text or "TP1"

@@ -31,6 +31,7 @@ from rankwright.cost_model.ops import (
     logits_op,
 )
 from rankwright.cost_model.prediction import Bound, Part
+from rankwright.cost_model.split import CpExchange
 
 
 class LayerKinds:
@@ -59,6 +60,7 @@ class StageModel:
         ep: int = 1,
         attention: AttentionSplit = "tp",
         context: Group | None = None,
+        cp_exchange: CpExchange = "gather",
     ) -> None:
         """Prepare the stage.
 
@@ -70,8 +72,10 @@ class StageModel:
             ep: Groups that share the experts out.
             attention: `dp` when each rank attends for its own share of the sequences.
             context: The ranks that each have a part of every context; None: there is one.
+            cp_exchange: How prompts come by the other ranks' keys and values.
         """
         self._context = context or _ALONE
+        self._is_ring = cp_exchange == "ring"
         self._layer_kinds = layers.kinds
         self._spec = spec
         self._rates = rates
@@ -132,7 +136,8 @@ class StageModel:
         if self._group.size > 1:
             parts.append(self._exchange(mine, kind=kind))
         if self._context.size > 1:
-            parts.append(_link_part("context exchange", *self._context_s(kind, tokens)))
+            name = "context ring" if self._is_ring and tokens.prefill else "context exchange"
+            parts.append(_link_part(name, *self._context_s(kind, tokens)))
         return parts
 
     def first_parts(self, tokens: StepTokens) -> list[Part]:
@@ -193,8 +198,8 @@ class StageModel:
     def _context_s(self, kind: int, tokens: StepTokens) -> tuple[float, float]:
         """Return the seconds and bytes of a layer's exchange within the context group.
 
-        Prompts: keys and values of all that they attend to are gathered. Decoding: each rank's
-        weighted sum and its log-sum-exp, in float32, are gathered and merged.
+        Prompts: keys and values of all that they attend to are gathered, or go round. Decoding:
+        each rank's weighted sum and its log-sum-exp, in float32, are gathered and merged.
         """
         layer, tp = self._layer_kinds[kind], self._group.size
         seconds = size = 0.0
@@ -203,7 +208,11 @@ class StageModel:
             gathered = reach * kv_bytes_per_token(
                 self._spec, layer, tp=tp, attention=self._attention
             )
-            seconds, size = all_gather_s(gathered, self._context), gathered
+            if self._is_ring:
+                seconds = self._ring_s(kind, tokens, gathered)
+            else:
+                seconds = all_gather_s(gathered, self._context)
+            size = gathered
         if tokens.decode:
             heads = layer.attention
             width = heads.kv_lora_rank if heads.kind == "mla" else heads.value_head_dim
@@ -213,6 +222,20 @@ class StageModel:
             merged = sums * self._context.size
             seconds, size = seconds + all_gather_s(merged, self._context), size + merged
         return seconds, size
+
+    def _ring_s(self, kind: int, tokens: StepTokens, context_bytes: float) -> float:
+        """Return the seconds that a ring takes beside the attention itself.
+
+        A part travels while the one before it is attended to: what takes longer is left over, once
+        for each part but a rank's own.
+        """
+        layer, size = self._layers[kind], self._context.size
+        mine = self._mine(tokens)
+        prompts = mine._replace(decode=0.0, decode_context=0.0)
+        attended_s = self._rates.seconds(layer.attention_ops(prompts)) / size
+        sent_s = send_s(context_bytes / size, self._context)
+        waiting_s = (size - 1) * max(0.0, sent_s - attended_s)
+        return waiting_s + self._rates.seconds([layer.ring_op(mine)])
 
     @property
     def handover_s(self) -> float:

@@ -20,6 +20,7 @@ class GatheredPrompts:
     query_starts: list[int]
     context_lens: list[int]
     block_tables_PN: torch.Tensor  # int32, blocks of the gathered pool
+    part_tables_PN: torch.Tensor  # int32, blocks of one rank's part of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,48 +1,21 @@
 """`Mesh`: the process groups of one rank, and the collectives that the layers call.
 
 Every layer is written once, against a mesh: a group of one makes a collective a no-op, so one rank
-runs the same code as many. Activations travel over NCCL on GPUs and gloo on CPUs; step batches
-through shared memory where a replica is on one machine, else, as sampled tokens, over gloo.
+runs the same code as many. Activations travel over NCCL on GPUs and gloo on CPUs; what the leader
+of a replica tells its ranks goes by `control.py`.
 """
 
-from collections import deque
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.control import Control, control_group
 from rankwright.executor.expert_memory import ExpertMemory
+from rankwright.executor.groups import Group, make_group
 from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
-from rankwright.executor.shared_channel import SharedChannel, is_supported
 from rankwright.kernels.rms_norm import rms_norm
 from rankwright.planner.plan import Plan, RankPlan
-
-# gloo raises as soon as a peer's socket closes; the timeout only bounds a peer that hangs. Idle
-# leaders send a heartbeat every few seconds, so silence this long means a dead replica.
-CONTROL_TIMEOUT = timedelta(minutes=10)
-# What one control broadcast carries without a second one: a decode step of some 100 sequences.
-CONTROL_BYTES = 16384
-# Control broadcasts on their way at most: a pipeline has as many steps in flight as stages, each of
-# one or two broadcasts.
-MAX_TELLING = 64
-# How long a rank beside a GPU looks for the next batch without sleeping: longer than a step, so
-# that it never sleeps while its replica is busy.
-SPIN_S = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Some ranks of the world that talk to each other; `process_group` is None for one rank."""
-
-    ranks: tuple[int, ...]
-    process_group: dist.ProcessGroup | None
-
-    @property
-    def size(self) -> int:
-        """Ranks in the group."""
-        return len(self.ranks)
 
 
 class Mesh:
@@ -73,14 +46,12 @@ class Mesh:
         self.num_stages = split.pp
         self.split = split
         self.expert_slots = plan.expert_slots
-        self._telling: deque[tuple[dist.Work, bytearray]] = deque()
         self.vocab_ranges = tuple(
             other.vocab
             for other in plan.ranks
             if (other.replica, other.stage, other.cp_rank)
             == (self.place.replica, self.place.stage, self.place.cp_rank)
         )
-        self._channel: SharedChannel | None = None
         self._peers: PeerMemory | None = None
         self.expert_memory: ExpertMemory | None = None
         self._nodes = [place.node for place in plan.ranks]
@@ -90,13 +61,17 @@ class Mesh:
         per_replica = split.gpus_per_replica
         for first in range(0, len(plan.ranks), per_replica):
             replica = tuple(range(first, first + per_replica))
-            control, results = _gloo_group(replica), _gloo_group(replica)
+            control, results = control_group(replica), control_group(replica)
             if rank in replica:
                 self.control, self.results = control, results
             for stage in range(split.pp):
                 self._make_stage_groups(replica, stage)
-        if self.control.size > 1:
-            self._open_channel(one_machine=self._is_one_machine(self.control))
+        self._control = Control(
+            self.control,
+            rank,
+            one_machine=self._is_one_machine(self.control),
+            spins=device.type == "cuda",
+        )
 
     def _is_one_machine(self, group: Group) -> bool:
         return len({self._nodes[rank] for rank in group.ranks}) == 1
@@ -108,7 +83,7 @@ class Mesh:
         ranks = replica[stage * size : (stage + 1) * size]
         for cp_rank in range(split.cp):
             members = ranks[cp_rank * split.tp : (cp_rank + 1) * split.tp]
-            tp = _device_group(members)
+            tp = make_group(members)
             if rank in members:
                 self.tp = tp
             if split.ep == split.tp:
@@ -116,16 +91,16 @@ class Mesh:
                 continue
             for moe_tp_rank in range(split.moe_tp if split.ep > 1 else 0):
                 sharers = members[moe_tp_rank :: split.moe_tp]
-                ep = _device_group(sharers)
+                ep = make_group(sharers)
                 if rank in sharers:
                     self.ep = ep
         for tp_rank in range(split.tp if split.cp > 1 else 0):
             members = ranks[tp_rank :: split.tp]
-            cp = _device_group(members)
+            cp = make_group(members)
             if rank in members:
                 self.cp = cp
         for receiver in ranks if stage else ():
-            pair = _device_group((receiver - size, receiver))
+            pair = make_group((receiver - size, receiver))
             if rank == receiver:
                 self._previous = pair
             elif rank == receiver - size:
@@ -201,7 +176,7 @@ class Mesh:
         """
         if self.attention_ranks == 1:
             return rows_TD
-        return _gathered(rows_TD, self.tp).flatten(0, 1)
+        return self.tp.gathered(rows_TD).flatten(0, 1)
 
     def sum_tokens(self, parts_TD: torch.Tensor) -> torch.Tensor:
         """Return the sum over the TP group of what its ranks made of `gather_tokens`' rows.
@@ -216,7 +191,29 @@ class Mesh:
 
     def gather_context(self, part: torch.Tensor) -> torch.Tensor:
         """Return the parts of all ranks of the CP group, [cp, ...]."""
-        return part.unsqueeze(0) if self.cp.size == 1 else _gathered(part, self.cp)
+        return part.unsqueeze(0) if self.cp.size == 1 else self.cp.gathered(part)
+
+    def pass_round(self, part: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the equally large parts of the CP group, each with the cp_rank whose it is.
+
+        This rank's own first, then those of the ranks before it. While a part is worked on, it is
+        already on its way to the next rank, and the part after it on its way here.
+        """
+        size, here = self.cp.size, self.place.cp_rank
+        after, before = self.cp.ranks[(here + 1) % size], self.cp.ranks[here - 1]
+        group = self.cp.process_group
+        for step in range(size):
+            is_last = step == size - 1
+            arriving = part if is_last else torch.empty_like(part)
+            ways = [
+                dist.P2POp(dist.isend, part, after, group),
+                dist.P2POp(dist.irecv, arriving, before, group),
+            ]
+            under_way = [] if is_last else dist.batch_isend_irecv(ways)
+            yield (here - step) % size, part
+            for work in under_way:
+                work.wait()
+            part = arriving
 
     def sum_context(self, rows_RD: torch.Tensor) -> torch.Tensor:
         """Return the sum of `rows_RD` over the CP group, in place."""
@@ -278,96 +275,24 @@ class Mesh:
         return hidden_TD
 
     def tell(self, data: bytes) -> None:
-        """Start sending the leader's `data` to every rank of the replica, without waiting.
-
-        A stage that still computes an earlier batch hears this one when it is done; waiting for it
-        here would let the stages of a pipeline work one after another.
-        """
-        if self.control.size == 1:
-            return
-        if self._channel is not None:
-            self._channel.write(data)
-        else:
-            self._tell_over_gloo(data)
+        """Start sending the leader's `data` to every rank of the replica, without waiting."""
+        self._control.tell(data)
 
     def hear(self) -> bytes:
         """Return what the leader of this replica says next."""
-        return self._hear_over_gloo() if self._channel is None else self._channel.read()
+        return self._control.hear()
 
     def has_heard(self) -> bool:
         """Whether the leader has said something; without shared memory nobody can tell: False."""
-        return self._channel is not None and self._channel.has_next()
-
-    def _open_channel(self, *, one_machine: bool) -> None:
-        """Share memory with the ranks of this replica, if all of them can."""
-        able = self.gather_integers(int(one_machine and is_supported()))
-        if not all(able):
-            return
-        num_readers = self.control.size - 1
-        spin_s = SPIN_S if self.device.type == "cuda" else 0.0
-        if self.is_leader:
-            self._channel, path = SharedChannel.create(num_readers, spin_s=spin_s)
-            self._tell_over_gloo(str(path).encode())
-            self.gather_integers(0)  # everybody has mapped it
-            path.unlink()
-        else:
-            reader = self.control.ranks.index(self.place.rank) - 1
-            path = Path(self._hear_over_gloo().decode())
-            self._channel = SharedChannel(path, num_readers, reader, spin_s=spin_s)
-            self.gather_integers(0)
-
-    def _tell_over_gloo(self, data: bytes) -> None:
-        room = CONTROL_BYTES - 8
-        head = bytearray(CONTROL_BYTES)
-        head[:8] = len(data).to_bytes(8, "little")
-        head[8 : 8 + min(len(data), room)] = data[:room]
-        self._start_broadcast(head)
-        if len(data) > room:
-            self._start_broadcast(bytearray(data[room:]))
-
-    def _hear_over_gloo(self) -> bytes:
-        source, group = self.control.ranks[0], self.control.process_group
-        # `frombuffer` shares memory, so a broadcast fills the bytes in place.
-        head = bytearray(CONTROL_BYTES)
-        dist.broadcast(torch.frombuffer(head, dtype=torch.uint8), source, group=group)
-        size = int.from_bytes(head[:8], "little")
-        room = CONTROL_BYTES - 8
-        if size <= room:
-            return bytes(head[8 : 8 + size])
-        rest = bytearray(size - room)
-        dist.broadcast(torch.frombuffer(rest, dtype=torch.uint8), source, group=group)
-        return bytes(head[8:] + rest)
-
-    def _start_broadcast(self, data: bytearray) -> None:
-        while self._telling and (
-            len(self._telling) >= MAX_TELLING or self._telling[0][0].is_completed()
-        ):
-            self._telling.popleft()[0].wait()
-        work = dist.broadcast(
-            torch.frombuffer(data, dtype=torch.uint8),
-            self.control.ranks[0],
-            group=self.control.process_group,
-            async_op=True,
-        )
-        assert work is not None
-        self._telling.append((work, data))
+        return self._control.has_heard()
 
     def finish(self) -> None:
-        """Wait until all ranks of the replica have heard everything and are here too.
-
-        Over gloo: a barrier of the default group would make NCCL take memory that the KV cache has.
-        """
-        while self._telling:
-            self._telling.popleft()[0].wait()
-        self.gather_integers(0)
+        """Wait until all ranks of the replica have heard everything and are here too."""
+        self._control.finish()
 
     def gather_integers(self, value: int) -> list[int]:
         """Return every replica rank's `value`, in rank order."""
-        if self.control.size == 1:
-            return [value]
-        out = [torch.zeros(1, dtype=torch.int64) for _ in self.control.ranks]
-        dist.all_gather(out, torch.tensor([value]), group=self.control.process_group)
-        return [int(one) for one in out]
+        return self._control.gather_integers(value)
 
     @property
     def first_stage_ranks(self) -> tuple[int, ...]:
@@ -378,31 +303,3 @@ class Mesh:
     def sampler_rank(self) -> int:
         """World rank that draws the tokens of this replica."""
         return self.control.ranks[(self.num_stages - 1) * self.split.tp * self.split.cp]
-
-
-def _gathered(part: torch.Tensor, group: Group) -> torch.Tensor:
-    """Return the equally large parts of all ranks of `group`, [ranks, ...]."""
-    out = part.new_empty(group.size, *part.shape)
-    dist.all_gather_into_tensor(
-        out.view(-1, *part.shape[1:]), part.contiguous(), group=group.process_group
-    )
-    return out
-
-
-def _gloo_group(ranks: tuple[int, ...]) -> Group:
-    return _group(ranks, backend="gloo", timeout=CONTROL_TIMEOUT)
-
-
-def _device_group(ranks: tuple[int, ...]) -> Group:
-    """A group over the default backend: NCCL on GPUs, gloo on CPUs."""
-    return _group(ranks)
-
-
-def _group(
-    ranks: tuple[int, ...], *, backend: str | None = None, timeout: timedelta | None = None
-) -> Group:
-    if len(ranks) == 1:
-        return Group(ranks, None)
-    made = dist.new_group(list(ranks), timeout=timeout, backend=backend)
-    # Who is not in it gets a placeholder.
-    return Group(ranks, made if isinstance(made, dist.ProcessGroup) else None)

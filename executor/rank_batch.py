@@ -61,6 +61,7 @@ class GatherGroup:
         query_starts: Where each piece's rows start, from 0; one more than pieces.
         context_lens: Tokens up to the end of each piece.
         block_tables_PN: Blocks of each piece's context in the gathered pool.
+        part_tables_PN: Those of any one rank's part of it, in a pool of that part alone.
     """
 
     blocks_M: Int64
@@ -68,6 +69,7 @@ class GatherGroup:
     query_starts: list[int]
     context_lens: list[int]
     block_tables_PN: Int32
+    part_tables_PN: Int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,4 +316,5 @@ class _Builder:
             query_starts=_starts(pieces),
             context_lens=[piece[1] for piece in pieces],
             block_tables_PN=tables,
+            part_tables_PN=np.ascontiguousarray(tables[:, ::cp]),
         )

@@ -237,6 +237,7 @@ class Runner:
                     query_starts=group.query_starts,
                     context_lens=group.context_lens,
                     block_tables_PN=self._to_device(group.block_tables_PN),
+                    part_tables_PN=self._to_device(group.part_tables_PN),
                 )
                 for group in batch.gathers
             ],

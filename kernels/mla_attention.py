@@ -41,17 +41,22 @@ def mla_decode_reference(
     context_lens_B: torch.Tensor,
     scale: float,
     latent: int,
+    lse_BH: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(q c^T * scale) c[:, :L] of each sequence; zeros where it has no tokens."""
     block_tokens = cache.shape[2]
     out_BHL = torch.zeros(*q_BHC.shape[:2], latent, dtype=q_BHC.dtype, device=q_BHC.device)
+    if lse_BH is not None:
+        lse_BH.fill_(-math.inf)
     for b, context in enumerate(context_lens_B.tolist()):
         if context == 0:
             continue
         blocks = block_tables_BN[b, : ceil_div(context, block_tokens)].long()
         c_KC = cache[blocks, 0].flatten(0, 1)[:context].float()
-        weights_HK = (q_BHC[b].float() @ c_KC.T * scale).softmax(-1)
-        out_BHL[b] = weights_HK @ c_KC[:, :latent]
+        scores_HK = q_BHC[b].float() @ c_KC.T * scale
+        out_BHL[b] = scores_HK.softmax(-1) @ c_KC[:, :latent]
+        if lse_BH is not None:
+            lse_BH[b] = scores_HK.logsumexp(-1)
     return out_BHL
 
 
@@ -62,6 +67,7 @@ def _mla_decode_kernel(
     table_ptr,
     context_ptr,
     out_ptr,
+    merged_lse_ptr,
     partial_ptr,
     lse_ptr,
     scale_log2,
@@ -79,6 +85,8 @@ def _mla_decode_kernel(
     TILE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    RETURN_LSE: tl.constexpr,
+    LN_2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Blocks of heads run fastest, so that they read their sequence's latents from L2.
@@ -138,6 +146,10 @@ def _mla_decode_kernel(
     else:
         out_at = out_ptr + row[:, None] * LATENT + c[None, :]
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
+        if RETURN_LSE:
+            # Of an empty context `highest` is -inf, and so is the sum.
+            lse = (highest + tl.log2(tl.where(total > 0, total, 1.0))) * LN_2
+            tl.store(merged_lse_ptr + row, lse, mask=here)
 
 
 def mla_decode_attention(
@@ -148,6 +160,7 @@ def mla_decode_attention(
     scale: float,
     latent: int,
     *,
+    lse_BH: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
@@ -160,6 +173,8 @@ def mla_decode_attention(
         context_lens_B: int32, tokens in the cache, the new one included; 0 marks a padding row.
         scale: Factor of the scores.
         latent: L.
+        lse_BH: Contiguous float32, filled with the log-sum-exp of the scaled scores; -inf where the
+            context is empty.
         config: Overrides `mla_decode_config` (for tuning).
         backend: What runs it, see `runs_triton`.
 
@@ -172,8 +187,19 @@ def mla_decode_attention(
             f"mla_decode_attention: queries {tuple(q_BHC.shape)}, cache {tuple(cache.shape)}, "
             f"latent {latent}; expected [B, H, L + R] and [blocks, 1, block tokens, L + R]"
         )
+    if lse_BH is not None and (
+        lse_BH.shape != q_BHC.shape[:2]
+        or lse_BH.dtype != torch.float32
+        or not lse_BH.is_contiguous()
+    ):
+        raise ValueError(
+            f"mla_decode_attention: log-sum-exp {tuple(lse_BH.shape)} of {lse_BH.dtype}; expected "
+            f"contiguous float32 {tuple(q_BHC.shape[:2])}"
+        )
     if not runs_triton(q_BHC, backend):
-        return mla_decode_reference(q_BHC, cache, block_tables_BN, context_lens_B, scale, latent)
+        return mla_decode_reference(
+            q_BHC, cache, block_tables_BN, context_lens_B, scale, latent, lse_BH
+        )
     out_BHL = torch.empty((batch, num_heads, latent), dtype=q_BHC.dtype, device=q_BHC.device)
     if batch == 0:
         return out_BHL
@@ -197,6 +223,7 @@ def mla_decode_attention(
         block_tables_BN,
         context_lens_B,
         out_BHL,
+        workspace if lse_BH is None else lse_BH,  # any pointer will do
         workspace,
         lse,
         scale * math.log2(math.e),
@@ -214,10 +241,12 @@ def mla_decode_attention(
         TILE=config.tile,
         IS_SPLIT=config.num_splits > 1,
         MIN_TILES=config.min_tiles,
+        RETURN_LSE=lse_BH is not None,
+        LN_2=math.log(2),
         PRECISION=DOT_PRECISION[q_BHC.dtype],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
     if config.num_splits > 1:
-        merge_splits(workspace, lse, context_lens_B, out_BHL, config)
+        merge_splits(workspace, lse, context_lens_B, out_BHL, config, lse_BH=lse_BH)
     return out_BHL

@@ -32,7 +32,7 @@ PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
 
 
 @jit()
-def _attend_tiles(
+def attend_tiles(
     q,
     acc,
     total,
@@ -163,13 +163,13 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if not HAS_WINDOW:
-        acc, total, highest = _attend_tiles(
+        acc, total, highest = attend_tiles(
             q, acc, total, highest, first, unmasked, k_at, v_at, table_at,
             k_block_stride, k_token_stride, v_block_stride, v_token_stride,
             scale_log2, position, window, context,
             HEAD_DIM, BLOCK_D, BLOCK_TOKENS, TILE, False, PRECISION,
         )  # fmt: skip
-    acc, total, highest = _attend_tiles(
+    acc, total, highest = attend_tiles(
         q, acc, total, highest, unmasked, last, k_at, v_at, table_at,
         k_block_stride, k_token_stride, v_block_stride, v_token_stride,
         scale_log2, position, window, context,
@@ -223,7 +223,7 @@ def prefill_config(
 
 
 @lru_cache(maxsize=8)
-def _work(
+def prefill_work(
     query_starts: tuple[int, ...], context_lens: tuple[int, ...], block_m: int, device: torch.device
 ) -> torch.Tensor:
     """Return int32 [programs, 4]: sequence, first row, rows, position of the first row.
@@ -337,7 +337,7 @@ def prefill_attention(
     if config is None:
         longest = max(query_starts[b + 1] - query_starts[b] for b in range(len(context_lens)))
         config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype)
-    work = _work(tuple(query_starts), tuple(context_lens), config.block_m, q_THD.device)
+    work = prefill_work(tuple(query_starts), tuple(context_lens), config.block_m, q_THD.device)
     _prefill_kernel[(num_heads, len(work))](
         q_THD,
         k_cache,

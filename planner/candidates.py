@@ -265,7 +265,9 @@ class Evaluator:
 
     def pipeline(self, replicas: Replicas, stage_layers: tuple[int, ...], shape: Shape) -> Pipeline:
         """Return the pipeline of one of `replicas`, cut as `shape` says."""
-        return self.models.pipeline(replicas, stage_layers, shape.ep, shape.attention, shape.cp)
+        return self.models.pipeline(
+            replicas, stage_layers, shape.ep, shape.attention, shape.cp, shape.cp_exchange
+        )
 
     def _replica_levels(self, pool: Pool) -> Sequence[int | None]:
         if self.workload.request_rate is None:
@@ -365,7 +367,10 @@ class Evaluator:
 
     def _hardest(self, shape: Shape, kinds: tuple[SlotKind, ...], tokens: StepTokens) -> "_Hardest":
         distinct = {id(kind): kind for kind in kinds}.values()
-        models = [self.models.stage(kind, shape.ep, shape.attention, shape.cp) for kind in distinct]
+        models = [
+            self.models.stage(kind, shape.ep, shape.attention, shape.cp, shape.cp_exchange)
+            for kind in distinct
+        ]
         gpu = min((kind.gpu for kind in distinct), key=self.memory.budget_bytes)
         return _Hardest(models, gpu, self.memory.budget_bytes(gpu), self._layer_s(models, tokens))
 

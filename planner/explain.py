@@ -3,7 +3,13 @@
 from collections.abc import Sequence
 
 from rankwright.cost_model.prediction import MemoryPart, Part
+from rankwright.cost_model.split import CpExchange
 from rankwright.planner.plan import Certificate, Plan
+
+_EXCHANGES: dict[CpExchange, str] = {
+    "gather": "are gathered from the context ranks before attention",
+    "ring": "go round the context ranks, each part attended to while the next one travels",
+}
 
 
 def explain(plan: Plan) -> str:
@@ -41,6 +47,8 @@ def _headline(plan: Plan) -> str:
         f"{limits.max_model_len} tokens; "
         f"{kv_tokens * split.cache_parts:,} tokens of KV cache a replica",
     ]
+    if split.cp > 1:
+        lines.append(f"  keys and values of prompts {_EXCHANGES[split.cp_exchange]}")
     return "\n".join(lines)
 
 

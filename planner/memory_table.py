@@ -71,7 +71,8 @@ class MemoryTable:
         is_cpu = gpu.device == "cpu"
         most = max(chunk_tokens, batch_size)
         ends = (stage == 0, last)
-        key = (shape.tp, shape.ep, shape.cp, shape.attention, most, batch_size, *ends, is_cpu)
+        cut = (shape.tp, shape.ep, shape.cp, shape.attention, shape.cp_exchange)
+        key = (*cut, most, batch_size, *ends, is_cpu)
         if key not in self._extras:
             extra = self._find_extra_bytes(shape, stage, most, num_seqs, gpu)
             self._extras[key] = extra + gathered_bytes(
@@ -79,8 +80,10 @@ class MemoryTable:
                 tp=shape.tp,
                 cp=shape.cp,
                 attention=shape.attention,
+                cp_exchange=shape.cp_exchange,
                 max_context_tokens=self._model.max_context_tokens,
                 max_num_seqs=batch_size,
+                max_batched_tokens=most,
             )
         return self._extras[key]
 

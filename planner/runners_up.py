@@ -37,6 +37,7 @@ def split_of(choice: Choice) -> Split:
         ep=candidate.shape.ep,
         cp=candidate.shape.cp,
         attention=candidate.shape.attention,
+        cp_exchange=candidate.shape.cp_exchange,
         stage_layers=candidate.stage_layers,
         max_batch_size=candidate.batch_size,
         chunk_tokens=candidate.chunk_tokens,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rankwright.cost_model.layout import SlotKind, find_slots
 from rankwright.cost_model.legality import FORMS, AttentionSplit, cut_is_legal, has_experts
 from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.split import CpExchange
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.graph import islands_of_node
 
@@ -32,6 +33,7 @@ class Pins:
     dp: int | None = None
     cp: int | None = None
     attention: AttentionSplit | None = None
+    cp_exchange: CpExchange | None = None
 
     def __post_init__(self) -> None:
         """Refuse degrees that no plan can have."""
@@ -39,10 +41,12 @@ class Pins:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is pinned: expected 1 or more")
+        if self.cp == 1 and self.cp_exchange == "ring":
+            raise ValueError("cp_exchange=ring and cp=1 are pinned: a ring takes cp=2 or more")
 
     def describe(self) -> str:
         """Return what is pinned, such as `tp=8 pp=2`; empty when nothing is."""
-        pairs = {name: getattr(self, name) for name in (*_DEGREES, "attention")}
+        pairs = {name: getattr(self, name) for name in (*_DEGREES, "attention", "cp_exchange")}
         return " ".join(f"{name}={value}" for name, value in pairs.items() if value is not None)
 
 
@@ -56,11 +60,12 @@ class Shape:
     kinds: tuple[SlotKind, ...]
     cp: int = 1
     attention: AttentionSplit = "tp"
+    cp_exchange: CpExchange = "gather"
 
     @property
     def degrees(self) -> tuple[int | str, ...]:
         """All but the slots: what tells shapes apart."""
-        return self.tp, self.pp, self.ep, self.cp, self.attention
+        return self.tp, self.pp, self.ep, self.cp, self.attention, self.cp_exchange
 
     @property
     def gpus_per_stage(self) -> int:
@@ -74,7 +79,8 @@ class Shape:
 
     def label(self) -> str:
         """Return the shape as in tables, such as `TP8 PP2`."""
-        return _label(self.tp, self.pp, self.ep, self.cp, self.attention) or "TP1"
+        text = _label(self.tp, self.pp, self.ep, self.cp, self.attention) or "TP1"
+        return f"{text} ring" if self.cp_exchange == "ring" else text
 
 
 def _label(tp: int, pp: int = 1, ep: int = 1, cp: int = 1, attention: AttentionSplit = "tp") -> str:
@@ -125,9 +131,12 @@ def find_shapes(
     illegal: list[Illegal] = []
     slots: dict[int, tuple[SlotKind, ...]] = {}
     widths = find_widths(cluster)
-    short = request_tokens is not None and request_tokens < LONG_REQUEST_TOKENS
+    is_short = request_tokens is not None and request_tokens < LONG_REQUEST_TOKENS
+    on_cpus = all(gpu.device == "cpu" for node in cluster.nodes for gpu in node.gpus)
+    is_cut = pins.cp_exchange == "ring" or (not is_short and _cuts_contexts(model, on_cpus, engine))
+    exchanges = _exchanges(pins, on_cpus)
     for tp in [pins.tp] if pins.tp else widths:
-        for cp in _context_groups(tp, widths, pins, engine, short=short):
+        for cp in _context_groups(tp, widths, pins, is_cut=is_cut):
             gpus = tp * cp
             cuts: list[tuple[AttentionSplit, int]] = []
             for attention, ep in _cuts(model, tp, pins):
@@ -151,7 +160,11 @@ def find_shapes(
                 if pp_reason is not None:
                     illegal.append(Illegal(_label(tp, pp, cp=cp), pp_reason))
                     continue
-                legal += [Shape(tp, pp, ep, kinds, cp, attention) for attention, ep in cuts]
+                legal += [
+                    Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)
+                    for cp_exchange in exchanges[cp > 1]
+                    for attention, ep in cuts
+                ]
     return Shapes(tuple(legal), tuple(illegal))
 
 
@@ -176,13 +189,30 @@ def find_widths(cluster: Cluster) -> list[int]:
     return sorted(width for width in widths if width <= widest)
 
 
-def _context_groups(
-    tp: int, widths: list[int], pins: Pins, engine: str, *, short: bool
-) -> list[int]:
+def _cuts_contexts(model: ModelSpec, on_cpus: bool, engine: str) -> bool:
+    """Return whether to look at cut contexts without being asked.
+
+    Those of latent attention have been run on CPUs alone, so that on GPUs a pin must ask for them.
+    """
+    has_latents = any(run.layer.attention.kind == "mla" for run in model.layer_runs)
+    return FORMS[engine].context_parallel and (on_cpus or not has_latents)
+
+
+def _exchanges(pins: Pins, on_cpus: bool) -> tuple[tuple[CpExchange, ...], tuple[CpExchange, ...]]:
+    """Return the ways of exchange to look at for a rank alone, and for those of a context group.
+
+    The ring has been run on CPUs alone, so that on GPUs a pin must ask for it.
+    """
+    if pins.cp_exchange is not None:
+        return (() if pins.cp_exchange == "ring" else ("gather",)), (pins.cp_exchange,)
+    return ("gather",), ("gather", "ring") if on_cpus else ("gather",)
+
+
+def _context_groups(tp: int, widths: list[int], pins: Pins, *, is_cut: bool) -> list[int]:
     """Return the context degrees to look at: powers of two, which is how contexts are cut."""
     if pins.cp is not None:
         return [pins.cp]
-    if short or FORMS[engine].context_parallel == "none":
+    if not is_cut:
         return [1]
     degrees = [2**power for power in range(MAX_TP.bit_length())]
     return [cp for cp in degrees if cp == 1 or tp * cp in widths]

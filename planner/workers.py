@@ -84,6 +84,7 @@ def split_of(
         ep=shape.ep,
         cp=shape.cp,
         attention=shape.attention,
+        cp_exchange=shape.cp_exchange,
         stage_layers=stage_layers,
         max_batch_size=batch_size,
         chunk_tokens=chunk_tokens,

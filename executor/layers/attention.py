@@ -13,6 +13,7 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.decode_attention import decode_attention
 from rankwright.kernels.merge_attention import merge_attention
+from rankwright.kernels.part_attention import part_attention
 from rankwright.kernels.prefill_attention import prefill_attention
 from rankwright.kernels.rotary import rotary_and_cache
 
@@ -118,8 +119,10 @@ class PagedAttention:
                     context.prefill_context_lens,
                 )
             )
+        is_ring = self._mesh.split.cp_exchange == "ring"
+        attend = self._attend_round if is_ring else self._attend_gathered
         for prompts in context.gathers:
-            outputs.append(self._attend_gathered(q_THD[prompts.rows], prompts))
+            outputs.append(attend(q_THD[prompts.rows], prompts))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(self, q_BHD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
@@ -147,9 +150,9 @@ class PagedAttention:
             return out_BHD
         part_BHE = torch.cat([out_BHD.float(), lse_BH.unsqueeze(-1)], dim=-1)
         parts_CBHE = self._mesh.gather_context(part_BHE)
-        if self._sinks_H is not None:  # a part without values, whose only score is the sink
-            sink_BHE = torch.zeros_like(part_BHE)
-            sink_BHE[..., -1] = self._sinks_H
+        if self._sinks_H is not None:
+            sink_BHE = torch.empty_like(part_BHE)
+            self._fill_with_sinks(sink_BHE)
             parts_CBHE = torch.cat([parts_CBHE, sink_BHE.unsqueeze(0)])
         return merge_attention(parts_CBHE, q_BHD.dtype)
 
@@ -188,3 +191,38 @@ class PagedAttention:
             prompts.query_starts,
             prompts.context_lens,
         )
+
+    def _attend_round(self, q_THD: torch.Tensor, prompts: GatheredPrompts) -> torch.Tensor:
+        """Return the same, of one rank's part of the contexts after the other."""
+        own = torch.stack(
+            [pool[prompts.blocks_M] for pool in (self._cache.keys, self._cache.values)]
+        )
+        size = self._mesh.cp.size
+        has_sinks = self._sinks_H is not None
+        shape = (size + has_sinks, *q_THD.shape[:2], self._head_dim + 1)
+        parts_CTHE = torch.empty(shape, dtype=torch.float32, device=q_THD.device)
+        for part, (keys, values) in self._mesh.pass_round(own):
+            part_attention(
+                q_THD,
+                keys,
+                values,
+                prompts.part_tables_PN,
+                prompts.query_starts,
+                prompts.context_lens,
+                self._scale,
+                parts_CTHE[part],
+                part=part,
+                parts=size,
+                window=self._window,
+                group=self._group,
+                head_offset=self._head_offset,
+            )
+        if self._sinks_H is not None:
+            self._fill_with_sinks(parts_CTHE[size])
+        return merge_attention(parts_CTHE, q_THD.dtype)
+
+    def _fill_with_sinks(self, part_THE: torch.Tensor) -> None:
+        """Make a part without values, whose only score is the sink."""
+        assert self._sinks_H is not None
+        part_THE.zero_()
+        part_THE[..., -1] = self._sinks_H

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rankwright.executor.mesh import Group
+from rankwright.executor.groups import Group
 
 # Every row begins where 16-byte loads can.
 _ALIGN_BYTES = 16

@@ -4,24 +4,28 @@ Shape letters: T tokens, D hidden, H heads of this rank, E columns of a head bef
 R rotary columns, V value columns, L width of the latent, K context tokens.
 Decode takes queries and outputs through the halves of `kv_b_proj`, so that the latents are attended
 to as they are; prefill expands them into keys and values, which takes fewer operations when many
-queries meet them (arXiv 2405.04434, section 2.1).
+queries meet them (arXiv 2405.04434, section 2.1). Under context parallelism ranks exchange latents,
+and each expands what it got for its own heads.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.nn.functional import pad
 
 from rankwright.cost_model.model_spec import Attention, Rope
-from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.forward_context import ForwardContext, GatheredPrompts
 from rankwright.executor.kv_cache import LayerCache
 from rankwright.executor.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.attention_plain import attend_sdpa
+from rankwright.kernels.merge_attention import merge_attention
 from rankwright.kernels.mla_attention import mla_decode_attention
 from rankwright.kernels.mla_rotary import mla_rotary_and_cache
+from rankwright.kernels.part_attention import part_attention
+from rankwright.kernels.prefill_attention import prefill_attention
 from rankwright.kernels.rms_norm import rms_norm
 
 # Of the norms inside the attention: DeepSeek's code leaves it at its class's default.
@@ -46,6 +50,7 @@ class LatentAttention:
         assert attention.kv_lora_rank is not None
         assert attention.rope_head_dim is not None
         first, last = mesh.place.query_heads
+        self._mesh = mesh
         self._cache = cache.keys
         self._num_heads = last - first
         self._latent, self._rotary = attention.kv_lora_rank, attention.rope_head_dim
@@ -127,11 +132,17 @@ class LatentAttention:
             self._cache,
             EPS,
         )
-        decodes, outputs = context.num_decodes, []
+        decodes, outputs = context.num_decodes, list[torch.Tensor]()
         if decodes:
             outputs.append(self._decode(q_THE[:decodes], context))
+        if context.num_padding:
+            outputs.append(q_THE.new_zeros(context.num_padding, self._num_heads, self._value_dim))
         if len(context.prefill_context_lens):
             outputs.append(self._prefill(q_THE[decodes:], context))
+        is_ring = self._mesh.split.cp_exchange == "ring"
+        attend = self._attend_round if is_ring else self._attend_gathered
+        for prompts in context.gathers:
+            outputs.append(attend(q_THE[prompts.rows], prompts))
         out_THV = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self._output(out_THV.flatten(1))
 
@@ -142,14 +153,22 @@ class LatentAttention:
             q_THE[..., :before].transpose(0, 1), self._keys_HEL
         ).transpose(0, 1)
         absorbed_THC[..., self._latent :] = q_THE[..., before:]
+        lens_T, _ = context.seen_here(None)
+        lse_TH = None
+        if context.parts.cp > 1:
+            lse_TH = torch.empty(q_THE.shape[:2], dtype=torch.float32, device=q_THE.device)
         found_THL = mla_decode_attention(
             absorbed_THC,
             self._cache,
             context.block_tables_SN[: len(q_THE)],
-            context.context_lens_S[: len(q_THE)],
+            lens_T,
             self._scale,
             self._latent,
+            lse_BH=lse_TH,
         )
+        if lse_TH is not None:
+            part_THE = torch.cat([found_THL.float(), lse_TH.unsqueeze(-1)], dim=-1)
+            found_THL = merge_attention(self._mesh.gather_context(part_THE), q_THE.dtype)
         return torch.bmm(found_THL.transpose(0, 1), self._values_HVL.transpose(1, 2)).transpose(
             0, 1
         )
@@ -172,6 +191,75 @@ class LatentAttention:
                 some = slice(head, head + step)
                 out_THV[start:stop, some] = self._expanded(q_THE[start:stop, some], c_KC, some)
         return out_THV
+
+    def _attend_gathered(self, q_THE: torch.Tensor, prompts: GatheredPrompts) -> torch.Tensor:
+        """Return the attention of this rank's tokens of some prompts over their whole contexts."""
+        gathered_NBC = self._mesh.gather_context(self._cache[prompts.blocks_M, 0]).flatten(0, 1)
+        out_THV = q_THE.new_empty(*q_THE.shape[:2], self._value_dim)
+        for some, keys, values in self._pools(gathered_NBC, len(q_THE)):
+            out_THV[:, some] = prefill_attention(
+                q_THE[:, some],
+                keys,
+                values,
+                prompts.block_tables_PN,
+                prompts.query_starts,
+                prompts.context_lens,
+                self._scale,
+            )[..., : self._value_dim]
+        return out_THV
+
+    def _attend_round(self, q_THE: torch.Tensor, prompts: GatheredPrompts) -> torch.Tensor:
+        """Return the same, of one rank's part of the contexts after the other."""
+        size, width = self._mesh.cp.size, self._value_dim
+        parts_CTHV = torch.empty(
+            (size, *q_THE.shape[:2], width + 1), dtype=torch.float32, device=q_THE.device
+        )
+        for part, latents_NBC in self._mesh.pass_round(self._cache[prompts.blocks_M, 0]):
+            for some, keys, values in self._pools(latents_NBC, len(q_THE)):
+                q_THF = q_THE[:, some]
+                found_THF = parts_CTHV.new_empty(*q_THF.shape[:2], self._head_dim + 1)
+                part_attention(
+                    q_THF,
+                    keys,
+                    values,
+                    prompts.part_tables_PN,
+                    prompts.query_starts,
+                    prompts.context_lens,
+                    self._scale,
+                    found_THF,
+                    part=part,
+                    parts=size,
+                )
+                parts_CTHV[part, :, some, :width] = found_THF[..., :width]
+                parts_CTHV[part, :, some, width] = found_THF[..., -1]
+        return merge_attention(parts_CTHV, q_THE.dtype)
+
+    def _pools(
+        self, c_NBC: torch.Tensor, num_queries: int
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Yield some heads with their keys and values of blocks of latents, [N, H, B, E] each.
+
+        So many heads at a time as `_prefill` takes; none for no queries.
+        """
+        num_blocks, block_tokens = c_NBC.shape[:2]
+        c_NBL, rotary_NBR = c_NBC[..., : self._latent], c_NBC[..., self._latent :]
+        before = self._head_dim - self._rotary
+        step = max(1, self._num_heads * num_queries // (2 * num_blocks * block_tokens))
+        for head in range(0, self._num_heads if num_queries else 0, step):
+            some = slice(head, head + step)
+            count = len(self._keys_HEL[some])
+            shape = (num_blocks, block_tokens, count, self._head_dim)
+            keys_NBHE, values_NBHE = c_NBC.new_empty(shape), c_NBC.new_zeros(shape)
+            keys_NBHE[..., :before] = self._up(c_NBL, self._keys_HEL[some])
+            keys_NBHE[..., before:] = rotary_NBR.unsqueeze(2)
+            # Kernels want values as wide as keys.
+            values_NBHE[..., : self._value_dim] = self._up(c_NBL, self._values_HVL[some])
+            yield some, keys_NBHE.transpose(1, 2), values_NBHE.transpose(1, 2)
+
+    @staticmethod
+    def _up(c_NBL: torch.Tensor, weight_HEL: torch.Tensor) -> torch.Tensor:
+        """Return the latents times each head's matrix, [N, B, H, E], by one product."""
+        return (c_NBL @ weight_HEL.flatten(0, 1).T).unflatten(2, weight_HEL.shape[:2])
 
     def _expanded(self, q_QHE: torch.Tensor, c_KC: torch.Tensor, heads: slice) -> torch.Tensor:
         """Return the attention [Q, H, V] of some heads over one sequence's expanded latents."""

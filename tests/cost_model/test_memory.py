@@ -326,10 +326,29 @@ def test_activations_grow_with_tokens_and_never_with_ranks(
 
 def test_context_parallelism_counts_what_it_gathers() -> None:
     spec = read_model(LLAMA)
-    options: dict[str, Any] = {"tp": 1, "max_context_tokens": 1000, "max_num_seqs": 8}
+    options: dict[str, Any] = {
+        **{"tp": 1, "max_context_tokens": 1000, "max_num_seqs": 8},
+        "max_batched_tokens": 100,
+    }
     assert gathered_bytes(spec, cp=1, **options) == 0
     token = kv_bytes_per_token(spec, spec.layers[0], tp=1)
     heads = spec.layers[0].attention
     # The context of one prompt and this rank's half of it again; rows of decoding, ours and both.
     rows = 8 * heads.num_heads * (heads.head_dim + 1) * 4 * 3
     assert gathered_bytes(spec, cp=2, **options) == 1500 * token + rows
+    # In a ring two halves at a time, and what 50 tokens of this rank found in each.
+    found = 100 * heads.num_heads * (heads.head_dim + 1) * 4
+    assert gathered_bytes(spec, cp=2, cp_exchange="ring", **options) == 1000 * token + found
+
+
+def test_latents_in_parts_are_counted_with_the_keys_of_one_head() -> None:
+    spec = read_model("deepseek-ai/DeepSeek-V3")
+    options: dict[str, Any] = {
+        **{"tp": 8, "max_context_tokens": 1000, "max_num_seqs": 8},
+        "max_batched_tokens": 100,
+    }
+    head = 1000 * (3 * 192 + 128) * 2
+    assert gathered_bytes(spec, cp=1, **options) == head
+    # 16 heads of this rank, each with a row as wide as the latent and its log-sum-exp.
+    rows = 8 * 16 * (512 + 1) * 4 * 3
+    assert gathered_bytes(spec, cp=2, **options) == head + 1500 * (512 + 64) * 2 + rows

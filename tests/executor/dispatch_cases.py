@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from tests.executor import cases
 
+from rankwright.executor.groups import Group
 from rankwright.executor.layers.dispatch import Dispatch
 from rankwright.executor.layers.exchange import VARIABLE
-from rankwright.executor.mesh import Group
 
 
 def logits(

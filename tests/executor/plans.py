@@ -24,6 +24,7 @@ def cpu_plan(
     cp: int = 1,
     ep: int = 1,
     attention: Literal["tp", "dp"] = "tp",
+    cp_exchange: Literal["gather", "ring"] = "gather",
     stage_layers: tuple[int, ...] | None = None,
     num_blocks: int = 64,
     block_tokens: int = 16,
@@ -44,6 +45,7 @@ def cpu_plan(
         cp=cp,
         ep=ep,
         attention=attention,
+        cp_exchange=cp_exchange,
         stage_layers=stage_layers,
         max_batch_size=max_num_seqs,
     )

@@ -4,7 +4,7 @@ from tests.executor.plans import cpu_plan
 from tests.executor.ranks import Ranks
 
 from rankwright.cost_model.read_model import read_model
-from rankwright.executor.mesh import CONTROL_BYTES
+from rankwright.executor.control import CONTROL_BYTES
 
 
 @pytest.mark.parametrize("size", [0, 1, CONTROL_BYTES - 8, CONTROL_BYTES - 7, 100_000])

@@ -26,6 +26,14 @@ ATTENTION_DP: dict[str, dict[str, Any]] = {
     "attention DP2 EP2": {"tp": 2, "ep": 2, "attention": "dp"},
     "attention DP4 EP2": {"tp": 4, "ep": 2, "attention": "dp"},
 }
+# Latents of each context in parts, on ranks that share their heads.
+CONTEXT: dict[str, dict[str, Any]] = {
+    "CP2": {"cp": 2},
+    "CP3 ring": {"cp": 3, "cp_exchange": "ring"},
+    "TP2 CP2": {"tp": 2, "cp": 2},
+    "attention DP2 EP2 CP2": {"tp": 2, "ep": 2, "cp": 2, "attention": "dp"},
+}
+EVERY = SPLITS | ATTENTION_DP | CONTEXT
 
 
 def run_tokens(pool: Ranks, reference: Reference, **split: Any) -> None:
@@ -59,13 +67,18 @@ WHOLE = [(model, split) for model in FAMILIES for split in SPLITS] + [
 
 @pytest.mark.parametrize(
     ("model", "split"),
-    [*WHOLE, ("qwen3_moe, weights as they are", "TP1"), ("qwen3_moe, weights as they are", "EP2")],
+    [
+        *WHOLE,
+        *(("qwen3_moe, weights as they are", split) for split in ("TP1", "EP2")),
+        *(("deepseek_v2", "CP2"), ("deepseek_v3", "TP2 CP2"), ("deepseek_v2", "CP3 ring")),
+        ("gpt_oss", "CP3 ring"),
+    ],
 )
 def test_logits_equal_transformers(
     moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
 ) -> None:
     reference = moe_references[model]
-    plan = cpu_plan(read_model(reference.folder), **(SPLITS | ATTENTION_DP)[split])
+    plan = cpu_plan(read_model(reference.folder), **EVERY[split])
     sequences = prompts(reference.vocab_size, (1, 23, 40))
     results = pool.run(
         plan.num_gpus, CASES, "logits", plan.model_dump_json(), str(reference.folder), sequences
@@ -82,9 +95,11 @@ def test_logits_equal_transformers(
         ("mixtral", "TP4 EP2"),
         ("qwen3_moe", "PP2 EP2"),
         ("deepseek_v3", "attention DP4 EP2"),
+        ("deepseek_v2", "TP2 CP2"),
+        ("deepseek_v3", "attention DP2 EP2 CP2"),
     ],
 )
 def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
     moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
 ) -> None:
-    run_tokens(pool, moe_references[model], **(SPLITS | ATTENTION_DP)[split])
+    run_tokens(pool, moe_references[model], **EVERY[split])

@@ -25,6 +25,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "attention DP2": {"tp": 2, "attention": "dp"},
     "CP2": {"cp": 2},
     "TP2 CP2": {"tp": 2, "cp": 2},
+    "TP2 CP2 ring": {"tp": 2, "cp": 2, "cp_exchange": "ring"},
 }
 
 

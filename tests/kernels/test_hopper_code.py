@@ -102,7 +102,7 @@ shape = decode_config.mla_decode_config(16, 128, 64, torch.bfloat16, 132)
 found["mla"] = resources(
     mla_attention._mla_decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
     NUM_HEADS=16, LATENT=512, ROTARY=64, BLOCK_H=32, BLOCK_L=512, BLOCK_R=64, BLOCK_TOKENS=64,
-    TILE=shape.tile, IS_SPLIT=True, MIN_TILES=1, PRECISION="tf32")
+    TILE=shape.tile, IS_SPLIT=True, MIN_TILES=1, RETURN_LSE=False, LN_2=0.693, PRECISION="tf32")
 found["mla rotary"] = resources(
     mla_rotary._mla_rotary_kernel, 2, 1, ["eps"], [], NUM_HEADS=16, HEAD_DIM=192, LATENT=512,
     HALF=32, BLOCK_TOKENS=64, BLOCK_H=16, BLOCK_L=512, BLOCK_R=32)

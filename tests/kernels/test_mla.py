@@ -72,12 +72,17 @@ def test_decode_kernel_equals_reference(
     q = torch.randn(4, heads, latent + rotary, device=device).to(dtype)
     scale = (latent + rotary) ** -0.5
     config = DecodeConfig(tile=16, num_warps=4, num_stages=2, num_splits=num_splits)
+    lse, known = torch.full((2, 4, heads), torch.nan, device=device)
     out = mla_decode_attention(
-        q, cache, tables, lengths, scale, latent, config=config, backend="triton"
+        q, cache, tables, lengths, scale, latent, lse_BH=lse, config=config, backend="triton"
     )
-    expected = mla_decode_attention(q, cache, tables, lengths, scale, latent, backend="reference")
+    expected = mla_decode_attention(
+        q, cache, tables, lengths, scale, latent, lse_BH=known, backend="reference"
+    )
     assert_close(out, expected)
     assert not out[1].any()
+    assert torch.isneginf(lse[1]).all()
+    torch.testing.assert_close(lse, known, rtol=1e-2, atol=1e-2)
 
 
 def test_the_chosen_configuration_fits_its_blocks(device: str, assert_close: Close) -> None:
@@ -93,6 +98,10 @@ def test_shapes_that_disagree_are_refused() -> None:
     cache, tables, lengths = paged_latents([3], 26, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"queries \(1, 2, 25\)"):
         mla_decode_attention(torch.zeros(1, 2, 25), cache, tables, lengths, 1.0, 20)
+    with pytest.raises(ValueError, match=r"log-sum-exp \(2,\)"):
+        mla_decode_attention(
+            torch.zeros(1, 2, 26), cache, tables, lengths, 1.0, 20, lse_BH=torch.zeros(2)
+        )
     with pytest.raises(ValueError, match=r"latents \(1, 25\)"):
         mla_rotary_and_cache(
             torch.zeros(1, 2, 16), torch.zeros(1, 25), torch.ones(20), rope_table(6, 8, 1e4),

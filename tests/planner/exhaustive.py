@@ -104,6 +104,7 @@ def _all_shapes(case: Case) -> Iterator[Shape]:
     load = case.workload
     is_long = load.input_tokens + load.output_tokens >= LONG_REQUEST_TOKENS
     splits = ("tp", "dp") if has_experts(case.model) else ("tp",)
+    on_cpus = all(gpu.device == "cpu" for node in case.cluster.nodes for gpu in node.gpus)
     for tp, pp, cp in product(range(1, most + 1), repeat=3):
         if cp & (cp - 1) or (cp > 1 and not is_long):
             continue
@@ -114,7 +115,8 @@ def _all_shapes(case: Case) -> Iterator[Shape]:
                 kinds = find_slots(case.cluster, tp * cp)
                 if sum(kind.count for kind in kinds) < pp:
                     continue
-                yield Shape(tp, pp, ep, kinds, cp, attention)  # type: ignore[arg-type]
+                for cp_exchange in ("gather", "ring") if cp > 1 and on_cpus else ("gather",):
+                    yield Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)  # type: ignore[arg-type]
 
 
 def _places(shape: Shape) -> Iterator[Place]:
@@ -185,6 +187,7 @@ def _split(shape: Shape, layers: tuple[int, ...]) -> Split:
         ep=shape.ep,
         cp=shape.cp,
         attention=shape.attention,
+        cp_exchange=shape.cp_exchange,
         stage_layers=layers,
     )
 
@@ -263,7 +266,9 @@ class _Cuts:
     def _stage_s(self, place: Place, stage: int, tokens: StepTokens) -> Numbers:
         """Return the seconds of a stage with each cut, but for what is the same for all cuts."""
         models, shape = self._evaluator.models, self._shape
-        model = models.stage(place.stages[stage], shape.ep, shape.attention, shape.cp)
+        model = models.stage(
+            place.stages[stage], shape.ep, shape.attention, shape.cp, shape.cp_exchange
+        )
         kinds = [model.layer_s(kind, tokens) for kind in range(len(models.layers.kinds))]
         up_to = np.cumsum([0.0, *(kinds[kind] for kind in models.layers.of_layer)])
         seconds: Numbers = up_to[self._ends[:, stage]] - up_to[self._starts[:, stage]]
@@ -288,8 +293,10 @@ class _Cuts:
             tp=shape.tp,
             cp=shape.cp,
             attention=shape.attention,
+            cp_exchange=shape.cp_exchange,
             max_context_tokens=min(spec.max_context_tokens, kv_tokens * shape.cp),
             max_num_seqs=self._batch_size,
+            max_batched_tokens=max(self._chunk, self._batch_size),
         )
         fixed = [
             activation_bytes(

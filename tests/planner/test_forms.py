@@ -6,10 +6,11 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import predict
 from rankwright.cost_model.prediction import Prediction
 from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.split import Split
+from rankwright.cost_model.split import CpExchange, Split
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import NoFeasiblePlanError, Pins, make_plan
 from rankwright.planner.shapes import find_shapes
+from rankwright.topology.cluster import Cluster
 from rankwright.topology.shorthand import parse_cluster
 
 LLAMA_8B = read_model("meta-llama/Llama-3.1-8B")
@@ -56,11 +57,67 @@ def test_the_search_covers_every_product() -> None:
     model = read_model("Qwen/Qwen3-30B-A3B")
     shapes = find_shapes(model, EIGHT).legal
     found = {shape.degrees for shape in shapes}
-    assert (2, 2, 2, 2, "dp") in found
-    assert (4, 1, 2, 2, "tp") in found
-    assert (3, 1, 3, 1, "dp") in found
+    assert (2, 2, 2, 2, "dp", "gather") in found
+    assert (4, 1, 2, 2, "tp", "gather") in found
+    assert (3, 1, 3, 1, "dp", "gather") in found
     assert all(shape.num_gpus <= 8 for shape in shapes)
     assert len(found) == len(shapes)
+
+
+def test_a_ring_hides_the_exchange_of_long_prompts_behind_attention() -> None:
+    long = Workload(input_tokens=100_000, output_tokens=100)
+    gathered, ring = (
+        predicted(LLAMA_8B, long, cp=4, chunk_tokens=16384, cp_exchange=way)
+        for way in ("gather", "ring")
+    )
+    assert ring.ttft_s.value < gathered.ttft_s.value
+    assert part_of(ring, "activations") < part_of(gathered, "activations")
+    names = [{part.name for part in one.prefill_parts} for one in (gathered, ring)]
+    assert "context exchange" in names[0]
+    assert "context ring" in names[1]
+    # Tokens that decode gather what they found either way.
+    assert ring.decode_parts == gathered.decode_parts
+    # Latents are so few bytes that a launch for each part costs more than it hides.
+    chunk = {"tp": 2, "cp": 4, "chunk_tokens": 16384}
+    assert (
+        predicted(DEEPSEEK_V3, long, **chunk, cp_exchange="ring").ttft_s.value
+        > predicted(DEEPSEEK_V3, long, **chunk).ttft_s.value
+    )
+
+
+def test_the_cheaper_exchange_is_chosen_and_said() -> None:
+    long = Workload(input_tokens=60_000, output_tokens=50, objective="latency")
+    (node,) = parse_cluster("4xcpu").nodes
+    room = {"memory_bytes": 10**12, "total_memory_bytes": 10**12}
+    gpus = tuple(gpu.model_copy(update=room) for gpu in node.gpus)
+    cluster = Cluster(nodes=(node.model_copy(update={"gpus": gpus}),))
+    ways: tuple[CpExchange | None, ...] = (None, "gather", "ring")
+    plans = {
+        way: make_plan(LLAMA_8B, cluster, long, pins=Pins(tp=1, pp=1, dp=1, cp=4, cp_exchange=way))
+        for way in ways
+    }
+    free = plans[None]
+    best = min(plans.values(), key=lambda plan: plan.certificate.objective_value)
+    assert free.certificate.objective_value == best.certificate.objective_value
+    assert free.split.cp_exchange == "ring"
+    assert "go round the context ranks" in free.explain()
+    assert "are gathered from the context ranks" in plans["gather"].explain()
+    other = next(one for one in free.certificate.runners_up if one.split.cp_exchange == "gather")
+    assert "on context exchange" in other.reason
+
+
+def test_what_has_run_on_cpus_alone_is_planned_on_gpus_where_pinned() -> None:
+    for model in (LLAMA_8B, DEEPSEEK_V3):
+        found = find_shapes(model, EIGHT).legal
+        assert {shape.cp_exchange for shape in found} == {"gather"}
+        assert any(shape.cp > 1 for shape in found) == (model is LLAMA_8B)
+        pins = Pins(cp=2, cp_exchange="ring")
+        pinned = find_shapes(model, EIGHT, pins=pins).legal
+        assert {(shape.cp, shape.cp_exchange) for shape in pinned} == {(2, "ring")}
+    with pytest.raises(ValueError, match="a ring takes cp=2 or more"):
+        Pins(cp=1, cp_exchange="ring")
+    with pytest.raises(ValueError, match="needs ranks to go round"):
+        Split(stage_layers=(2,), cp_exchange="ring")
 
 
 def test_attention_dp_is_planned_where_pinned() -> None:

@@ -11,6 +11,7 @@ from rankwright.cost_model.calibration_file import own_file
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.legality import AttentionSplit
 from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.split import CpExchange
 from rankwright.cost_model.workload import MOST_TOKENS, Objective, Workload
 from rankwright.topology import cluster as topology
 
@@ -76,6 +77,10 @@ Cp = Annotated[int | None, typer.Option(min=1, metavar="N", help="Fix the contex
 AttentionOption = Annotated[
     AttentionSplit | None,
     typer.Option(help="Fix how a stage's ranks share attention: by heads (tp) or requests (dp)."),
+]
+CpExchangeOption = Annotated[
+    CpExchange | None,
+    typer.Option(help="Fix how context-parallel ranks get each other's keys and values."),
 ]
 EngineOption = Annotated[
     Literal["rankwright", "vllm", "sglang", "trtllm"],

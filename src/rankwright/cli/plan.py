@@ -48,6 +48,7 @@ def run(
     dp: options.Dp = None,
     cp: options.Cp = None,
     attention: options.AttentionOption = None,
+    cp_exchange: options.CpExchangeOption = None,
     engine: options.EngineOption = "rankwright",
     disaggregate: Annotated[
         bool,
@@ -96,11 +97,15 @@ def run(
         means = workload_of(rows)
         names = ("input_tokens", "output_tokens", "concurrency", "request_rate", "shared_prefix")
         load = load.model_copy(update={name: getattr(means, name) for name in names})
-    spec, pins = read_model(model), Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention)
+    spec = read_model(model)
+    pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention, cp_exchange=cp_exchange)
     if disaggregate:
         _refuse_beside_pools(
             {"--trace": trace, "--report": report, "--pareto": pareto or None}
-            | {f"--{pair.partition('=')[0]}": pair for pair in pins.describe().split()}
+            | {
+                f"--{pair.partition('=')[0]}".replace("_", "-"): pair
+                for pair in pins.describe().split()
+            }
         )
         pools = pools_for(
             spec,

@@ -29,6 +29,7 @@ def run(
     dp: options.Dp = 1,
     cp: options.Cp = 1,
     attention: options.AttentionOption = "tp",
+    cp_exchange: options.CpExchangeOption = "gather",
     engine: options.EngineOption = "rankwright",
     isl: options.InputTokens = 1024,
     osl: options.OutputTokens = 128,
@@ -56,6 +57,7 @@ def run(
         dp=dp,
         cp=cp,
         attention=attention or "tp",
+        cp_exchange=cp_exchange or "gather",
         stage_layers=tuple(stop - start for start, stop in stages),
         max_batch_size=batch_size,
     )
