@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 
 from rankwright.executor.backends.agent import Agent, Rendezvous
-from rankwright.executor.backends.local import LocalRanks, rank_environment
+from rankwright.executor.backends.local import LocalRanks, keep_logs, rank_environment
 from rankwright.executor.backends.ranks import Failure, Ranks, tail
 from rankwright.executor.front_end import FrontEnd
 from rankwright.executor.log_tail import WARNING, LogTail
@@ -211,6 +211,8 @@ def start_ranks(
     plan_path.write_text(plan.model_dump_json(), encoding="utf-8")
     node = node_order(plan)[options.node_rank]
     ranks = plan.ranks_of_node(node)
+    if folder := os.environ.get("RANKWRIGHT_LOG_DIR"):
+        keep_logs(ranks, agent.run_dir, folder)
     environment = {
         **rank_environment(plan, ranks, os.environ),
         "RANKWRIGHT_FRONT_END": front_end,

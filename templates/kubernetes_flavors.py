@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from rankwright.templates.kubernetes_options import KubernetesOptions
+from rankwright.templates.kubernetes_options import KubernetesOptions, PodOptions
 
 _APP = "app.kubernetes.io"
 
@@ -44,6 +44,7 @@ class Flavor:
     needs: str = ""
     max_kinds: int | None = None  # of machines that it can ask for
     scale_target: str | None = None  # as JSON; {name} is the deployment's
+    is_whole: bool = True  # one object that Kueue knows has all pods, so that it admits all or none
     num_nodes: range = range(1, 2**31)
     # Whether Ray runs in the pods and starts the ranks; it needs no order of pods, and no names.
     on_ray: bool = False
@@ -58,7 +59,9 @@ FLAVORS: dict[str, Flavor] = {
         num_nodes=range(1, 2),
     ),
     "statefulset": Flavor(
-        head="{name}-head-0.{name}-nodes", rank_label="apps.kubernetes.io/pod-index"
+        head="{name}-head-0.{name}-nodes",
+        rank_label="apps.kubernetes.io/pod-index",
+        is_whole=False,
     ),
     "job": Flavor(
         head="{name}-0.{name}-nodes",
@@ -91,6 +94,7 @@ FLAVORS: dict[str, Flavor] = {
         head_labels=(("ray.io/serve", "true"),),
         needs_service=False,
         needs=", with KubeRay 1.3 or later",
+        is_whole=False,
         on_ray=True,
     ),
 }
@@ -101,6 +105,20 @@ def flavor_name(wanted: str, num_nodes: int) -> str:
     if wanted == "auto":
         return "deployment" if num_nodes == 1 else "statefulset"
     return wanted
+
+
+def check_queue(name: str, options: PodOptions) -> None:
+    """Check that a queue would admit all pods of the flavor called `name` at once.
+
+    Raises:
+        ValueError: It would not; with flavors of which it does.
+    """
+    if options.queue is not None and not FLAVORS[name].is_whole:
+        whole = " or ".join(key for key, value in FLAVORS.items() if value.is_whole)
+        raise ValueError(
+            f"flavor={name} is no one object whose pods queue={options.queue} admits together; "
+            f"use {whole}"
+        )
 
 
 def check_flavor(name: str, groups: tuple[Group, ...], options: KubernetesOptions) -> Flavor:
@@ -134,6 +152,7 @@ def check_flavor(name: str, groups: tuple[Group, ...], options: KubernetesOption
             f"rdma_resource={options.rdma_resource} is for GPUs of several machines, and the plan "
             "is for CPUs; leave it out"
         )
+    check_queue(name, options)
     if options.max_replicas > 1 and flavor.scale_target is None:
         scales = " or ".join(key for key, value in FLAVORS.items() if value.scale_target)
         raise ValueError(

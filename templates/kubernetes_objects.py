@@ -189,6 +189,7 @@ def fill_objects(
         rdma_resource=options.rdma_resource,
         rdma_count=options.rdma_count,
         topology_key=options.topology_key,
+        queue=options.queue,
         node_selector=pairs(options.node_selector),
         monitor=options.monitor,
         model_pvc=options.model_pvc,

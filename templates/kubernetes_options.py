@@ -105,6 +105,12 @@ class PodOptions(Value):
         pattern=r"^[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*(,[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*)*$",
         description="node labels, such as pool=serving,zone=a",
     )
+    queue: str | None = Field(
+        default=None,
+        pattern=SUBDOMAIN,
+        max_length=63,
+        description="a LocalQueue of Kueue, which admits all pods of a plan or none",
+    )
     monitor: bool = Field(default=False, description="true: a PodMonitor for Prometheus; or false")
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.templates.random_plans import TYPES
 from tests.templates.slurm_rig.rig import SlurmRig, why_not
 
 from rankwright.demo_model import FetchError, smollm2_folder
@@ -22,7 +23,12 @@ if not HAS_GPU:
 
 
 # Fixtures that start something which all their tests share, so that one worker runs these.
-_SHARED = {"pool": "ranks", "slurm": "slurm", "ray_address": "ray"}
+_SHARED = {
+    "pool": "ranks",
+    "slurm": "slurm",
+    "scripts": "slurm",  # of 300 plans: some go to Slurm, all to shellcheck
+    "ray_address": "ray",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -63,11 +69,12 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmRig]:
-    """A Slurm of two nodes with 8 GPUs and 32 CPUs each."""
+    """A Slurm of two nodes with 8 GPUs and 32 CPUs each, and more that are on paper only."""
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with SlurmRig(tmp_path_factory.mktemp("slurm") / "rig", num_nodes=2, gpus_per_node=8) as rig:
+    folder = tmp_path_factory.mktemp("slurm") / "rig"
+    with SlurmRig(folder, num_nodes=2, gpus_per_node=8, paper_kinds=TYPES) as rig:
         yield rig
 
 

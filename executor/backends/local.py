@@ -181,7 +181,7 @@ class LocalRanks:
             first = errors[0][1]
         log = self._run_dir / f"rank-{first}.log"
         error = last_line(self._error_file(first)) or self._exit(first) or last_line(log)
-        return Failure(self._ranks[first], error, log)
+        return Failure(self._ranks[first], error, log.resolve())
 
     def _exit(self, rank: int) -> str:
         """How a rank without an error file ended, from torchrun's log; empty if it is not there."""
@@ -192,6 +192,24 @@ class LocalRanks:
 
     def _error_file(self, rank: int) -> Path:
         return self._run_dir / f"rank-{rank}.error"
+
+
+def keep_logs(ranks: Sequence[RankPlan], run_dir: Path, folder: str) -> None:
+    """Let the logs of `ranks`, which are in `run_dir`, be files in `folder`, to outlive it.
+
+    Raises:
+        ValueError: There is no such folder, and none can be made.
+    """
+    kept = Path(folder).absolute()
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"RANKWRIGHT_LOG_DIR={folder!r}: {error.strerror}; name a folder you may write to"
+        ) from None
+    for rank in ranks:
+        name = f"rank-{rank.rank}.log"
+        (run_dir / name).symlink_to(kept / name)
 
 
 def rank_environment(

@@ -19,7 +19,7 @@ from rankwright.templates.checks.mismatch import (
     variables,
 )
 from rankwright.templates.checks.objects import LOADER
-from rankwright.templates.checks.sbatch import check_job, slurm_headers
+from rankwright.templates.checks.sbatch import check_job, job_variables, slurm_headers
 
 Flags = dict[str, str | None]  # None: a switch
 _CONFIG = "parallel_config.yaml"
@@ -43,7 +43,8 @@ def check_engine_job(plan: Plan, target: str, script: str) -> None:
     check_job(plan, script)
     if target == "trtllm":
         check_trtllm_config(plan, heredoc(script, "RANKWRIGHT_PARALLEL_CONFIG"))
-        expect("environment", exported(script.partition("<<'RANKWRIGHT")[0]), variables(plan))
+        outer = script.partition("<<'RANKWRIGHT")[0]
+        expect("environment", job_variables(outer), variables(plan))
         _check_steps(plan, script)
         return
     inner = heredoc(script, f"RANKWRIGHT_{target.upper()}")

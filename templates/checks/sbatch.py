@@ -16,7 +16,7 @@ from rankwright.templates.checks.mismatch import (
 )
 
 # What the script itself exports, besides the plan's variables.
-_OWN = frozenset({"RANKWRIGHT_AUTHKEY", "VIRTUAL_ENV", "PATH"})
+_OWN = frozenset({"RANKWRIGHT_AUTHKEY", "RANKWRIGHT_LOG_DIR", "VIRTUAL_ENV", "PATH"})
 
 
 def slurm_headers(script: str) -> list[dict[str, str]]:
@@ -93,6 +93,11 @@ def _check_types(plan: Plan, types: list[str]) -> None:
     expect("names of GPU types", len(set(named.values())), len(named))
 
 
+def job_variables(script: str) -> dict[str, str]:
+    """Return what a job exports, but for what is its own: where Python is, and where logs go."""
+    return {name: value for name, value in exported(script).items() if name not in _OWN}
+
+
 def check_slurm(plan: Plan, script: str) -> None:
     """Compare a job of ours with its plan.
 
@@ -105,5 +110,4 @@ def check_slurm(plan: Plan, script: str) -> None:
     if len(slurm_headers(script)) == 1:
         sizes = re.findall(r"^ +--nodes=(\d+)", script, re.MULTILINE)
         expect("srun --nodes", sizes, [num_nodes])
-    found = {name: value for name, value in exported(script).items() if name not in _OWN}
-    expect("environment", found, variables(plan))
+    expect("environment", job_variables(script), variables(plan))

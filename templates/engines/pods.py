@@ -23,6 +23,7 @@ from rankwright.templates.kubernetes_flavors import (
     FLAVORS,
     Group,
     PodShare,
+    check_queue,
     flavor_name,
     for_name,
 )
@@ -155,6 +156,7 @@ def _check(
             f"flavor={kind} is for one machine, each replica has {nodes_each}; use statefulset, "
             "or auto"
         )
+    check_queue(kind, options)
     if kind == "leaderworkerset" and len(set(types)) > 1:
         raise ValueError(
             "flavor=leaderworkerset makes all replicas alike, and the plan's are on several kinds "

@@ -136,6 +136,8 @@ def test_a_model_is_served_over_two_nodes_until_it_is_stopped(
     assert "0: rankwright: starting 4 ranks" in it.text, "logs are streamed"
     assert slurm.wait(found["place"]["job"]).state == "COMPLETED"
     assert read_records() == []
+    logs = sorted(path.name for path in Path(found["place"]["run_dir"]).glob("rank-*.log"))
+    assert logs == [f"rank-{rank}.log" for rank in range(4)]
 
 
 def test_a_second_launch_waits_its_turn_and_both_are_stopped(

@@ -54,7 +54,7 @@ def custom_schemas() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 @functools.cache
-def _checker() -> Any:
+def keep_schemas() -> Any:
     """`kubernetes_validate`, which reads 5 MB of JSON for every object unless told to keep it."""
     utils: Any = importlib.import_module("kubernetes_validate.utils")
     utils.schema_contents = functools.cache(utils.schema_contents)
@@ -63,7 +63,7 @@ def _checker() -> Any:
 
 def problems(item: dict[str, Any]) -> list[str]:
     """What a server would refuse `item` for."""
-    checker = _checker()
+    checker = keep_schemas()
     schema = custom_schemas().get((item["apiVersion"], item["kind"]))
     if schema is None:
         for version in VERSIONS if item["apiVersion"] != "resource.k8s.io/v1" else ["1.37"]:

@@ -9,6 +9,7 @@ from rankwright.planner.plan import KvCachePlan, Limits, Plan
 from rankwright.topology.cluster import Cluster
 
 DEVICES = ("h100-sxm", "a100-sxm-80gb", "l4")
+TYPES = tuple(device.replace("-", "_") for device in DEVICES)  # what a Slurm may call them
 
 
 def random_plan(seed: int) -> Plan:
@@ -74,4 +75,4 @@ def gpu_types(made: Plan) -> str:
         for gpu in made.cluster.node(rank.node).gpus
         if gpu.index == rank.gpu
     }
-    return ",".join(f"{kind}={kind.replace('-', '_')}" for kind in sorted(kinds))
+    return ",".join(f"{kind}={TYPES[DEVICES.index(kind)]}" for kind in sorted(kinds))

@@ -305,11 +305,29 @@ def test_machines_are_emptied_one_at_a_time() -> None:
         ({"flavor": "rayservice", "port": 8265}, "port=8265 is one that Ray uses itself"),
         ({"flavor": "rayservice", "port": 10500}, "10002 to 19999.; expected another"),
         ({"flavor": "rayservice", "max_replicas": 2}, "flavor=rayservice has no copies"),
+        ({"queue": "serving"}, "no one object whose pods queue=serving admits together; use d"),
     ],
 )
 def test_options_that_do_not_fit_say_so(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         objects(plan(), **options)
+
+
+@pytest.mark.parametrize("flavor", [name for name, row in FLAVORS.items() if row.is_whole])
+def test_a_queue_admits_all_pods_or_none_and_places_them(flavor: str) -> None:
+    made = plan() if 2 in FLAVORS[flavor].num_nodes else plan((8,), tp=8, pp=1)
+    found = objects(made, flavor=flavor, queue="serving", topology_key="x.io/rack")
+    check(found)
+    label = "kueue.x-k8s.io/queue-name"
+    queued = [item["kind"] for item in found if label in item["metadata"]["labels"]]
+    assert len(queued) == 1, "the one object that has the pods"
+    if made.split.pp == 1:
+        return
+    places = [pod["metadata"]["annotations"] for _, _, pod in pods(found)]
+    assert {place["kueue.x-k8s.io/podset-required-topology"] for place in places} == {"x.io/rack"}
+    groups = [place.get("kueue.x-k8s.io/podset-group-name") for place in places]
+    assert groups == (["group"] * 2 if flavor == "leaderworkerset" else [None])
+    assert all("podAffinity" not in pod["spec"]["affinity"] for _, _, pod in pods(found))
 
 
 def nulls(item: Any, path: str = "$") -> Iterator[str]:

@@ -1,4 +1,7 @@
+import contextlib
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +153,25 @@ def test_shellcheck_finds_nothing(options: dict[str, str], device: str, tmp_path
     )
     assert done.stdout == ""
     assert done.returncode == 0
+
+
+def test_ranks_meet_where_nobody_listens() -> None:
+    text = script(plan(), health_check=False)
+    (choose,) = re.findall(r"^  master_port=.*?^  done$", text, re.MULTILINE | re.DOTALL)
+    with socket.socket() as taken:
+        for job in range(4000, 4999):
+            with contextlib.suppress(OSError):
+                taken.bind(("0.0.0.0", 20000 + 2 * job))
+                break
+        taken.listen()
+        chosen = subprocess.run(
+            ["bash", "-c", f"set -eu; {choose}; echo $master_port"],
+            env={"SLURM_JOB_ID": str(job)},
+            capture_output=True,
+            check=True,
+        )
+    assert int(chosen.stdout) > 20000 + 2 * job
+    assert int(chosen.stdout) % 2 == 0
 
 
 def test_local_weights_are_mounted_into_the_container() -> None:

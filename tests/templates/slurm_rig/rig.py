@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
+PAPER_NODES = 16  # of each kind
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 _CONF = """\
@@ -80,6 +81,7 @@ class SlurmRig:
     num_nodes: int = 2
     gpus_per_node: int = 8
     cpus_per_node: int = 32
+    paper_kinds: tuple[str, ...] = ()  # of GPUs, with 8 of which the partition `paper` has nodes
     _daemons: ExitStack = field(default_factory=ExitStack)
 
     @property
@@ -189,6 +191,7 @@ class SlurmRig:
             )
             gres += f"NodeName={node} Name=gpu {gpu_files} Flags=nvidia_gpu_env\n"
         conf += f"PartitionName=gpu Nodes={','.join(self._nodes())} Default=YES MaxTime=60\n"
+        conf += self._paper_nodes()
         (self.root / "slurm.conf").write_text(conf)
         (self.root / "gres.conf").write_text(gres)
         # slurmd loads a cgroup plugin that nothing uses, and picking one fails where no cgroup tree
@@ -197,6 +200,16 @@ class SlurmRig:
         plugin = "disabled" if version >= (23, 11) else "cgroup/v1"
         (self.root / "cgroup.conf").write_text(f"CgroupPlugin={plugin}\n")
         (self.root / "state").mkdir()
+
+    def _paper_nodes(self) -> str:
+        """Nodes that no daemon stands behind: Slurm counts them, and would start them for a job."""
+        conf = "".join(
+            f"NodeName={kind}-[1-{PAPER_NODES}] CPUs=128 RealMemory=2048000 Gres=gpu:{kind}:8 "
+            "Feature=paper State=CLOUD\n"
+            for kind in self.paper_kinds
+        )
+        nodes = ",".join(f"{kind}-[1-{PAPER_NODES}]" for kind in self.paper_kinds)
+        return conf + f"PartitionName=paper Nodes={nodes} MaxTime=60\n" * bool(nodes)
 
     def _make_gpus(self) -> str:
         null = os.stat("/dev/null")
@@ -214,7 +227,8 @@ class SlurmRig:
 
     def _wait_until_idle(self) -> None:
         def idle() -> bool:
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()
+            command = ("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%T")
+            states = self.run(*command).stdout.split()
             return states == ["idle"] * self.num_nodes
 
         self._poll("not all nodes are idle", idle)
