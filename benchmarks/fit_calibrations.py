@@ -16,8 +16,9 @@ from typing import Any
 
 from rankwright.cost_model.apply_calibration import apply_calibration
 from rankwright.cost_model.calibration import Calibration, OpTime, read_calibration
-from rankwright.cost_model.fit import TILE_ROWS, fit_shares
+from rankwright.cost_model.fit import fit_shares, timed_prefill_flops
 from rankwright.cost_model.ops import Op, Rates, find_rates
+from rankwright.cost_model.tiles import PRODUCT_ROWS
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 from rankwright.topology.shorthand import parse_cluster
 
@@ -27,7 +28,9 @@ TABLES = Path(__file__).parents[1] / "cost_model" / "data" / "calibrated.json"
 def made(rates: Rates, op: OpTime) -> float:
     """Return the seconds that the cost model gives for a timed kernel."""
     launches = 2 if op.kind == "attention decode" else 1
-    padding = TILE_ROWS / op.shape[0] * op.flops if op.kind == "gemm" else 0.0
+    padding = PRODUCT_ROWS / op.shape[0] * op.flops if op.kind == "gemm" else 0.0
+    if op.kind == "attention prefill":
+        padding = timed_prefill_flops(op) - op.flops
     kind = "elementwise" if op.kind == "launch" else op.kind
     return rates.cost(Op(op.name, kind, op.flops, op.bytes, launches, op.dtype, padding)).seconds
 

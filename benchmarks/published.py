@@ -43,6 +43,8 @@ GPUS = {
     "H200-SXM-141GB": "h200-sxm",
     "A100-SXM4-80GB": "a100-sxm",
 }
+# AIConfigurator launches this version and later ones with --enable-mixed-chunk; see `engines.py`.
+_MIXED_SINCE = "0.5.6"
 # trtllm-bench runs at most this many requests at once (its `max_batch_size`).
 _MOST_IN_FLIGHT = 2048
 
@@ -171,9 +173,12 @@ def _unusable(row: dict[str, str]) -> str | None:
 def _measured(
     kind: Kind, row: dict[str, str], concurrency: int | None, **values: float
 ) -> Measured:
+    engine = ENGINES[row["engine"]]
+    if engine == "sglang" and row["engine_version"] >= _MIXED_SINCE:
+        engine = "sglang-mixed"
     return Measured(
         kind,
-        ENGINES[row["engine"]],
+        engine,
         row["engine_version"],
         row["model"],
         row["precision"],

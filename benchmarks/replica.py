@@ -50,13 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=int, default=256, help="sequences of one replica")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try it")
 
 
 def pinned_plan(arguments: argparse.Namespace, workload: Workload) -> Plan:
     """Return the plan with the degrees that were asked for."""
     names = ("tp", "pp", "dp", "ep", "cp", "attention")
     pins = Pins(**{name: getattr(arguments, name) for name in names})
-    return make_plan(read_model(arguments.model), probe(require_gpu=True), workload, pins=pins)
+    cluster = probe(require_gpu=arguments.device == "cuda")
+    return make_plan(read_model(arguments.model), cluster, workload, pins=pins)
 
 
 def start(arguments: argparse.Namespace, plan: Plan | None = None) -> Replica:
@@ -68,21 +70,30 @@ def start(arguments: argparse.Namespace, plan: Plan | None = None) -> Replica:
         plan = pinned_plan(arguments, workload)
     rank = int(os.environ["RANK"])
     device = rank_device(plan, rank)
-    torch.cuda.set_device(device)
-    bytes_per_s = copy_bytes_per_s(device)
-    torch.cuda.empty_cache()
-    dist.init_process_group("nccl", device_id=device)
+    on_gpu = device.type == "cuda"
+    bytes_per_s = 0.0
+    if on_gpu:
+        torch.cuda.set_device(device)
+        bytes_per_s = copy_bytes_per_s(device)
+        torch.cuda.empty_cache()
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     mesh = Mesh(plan, rank, device)
     before_load = time.perf_counter()
-    dtype = torch.bfloat16
-    runner = Runner(
-        plan, mesh, DummySource(dtype, device), dtype=dtype, use_graphs=not arguments.no_graphs
-    )
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    graphs = on_gpu and not arguments.no_graphs
+    runner = Runner(plan, mesh, DummySource(dtype, device), dtype=dtype, use_graphs=graphs)
     runner.warm_up(plan.limits)
-    torch.cuda.synchronize()
+    if on_gpu:
+        torch.cuda.synchronize()
     load_s = time.perf_counter() - before_load
-    peaks = mesh.gather_integers(torch.cuda.max_memory_allocated())
-    return Replica(plan, mesh, runner, bytes_per_s, load_s, peaks)
+    return Replica(plan, mesh, runner, bytes_per_s, load_s, mesh.gather_integers(peak_bytes()))
+
+
+def peak_bytes() -> int:
+    """Return the most that PyTorch allocated on this rank's GPU; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def run(

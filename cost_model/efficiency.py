@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from rankwright.cost_model.tiles import TILE_KEYS
 from rankwright.topology.cluster import Gpu
 from rankwright.topology.devices import device_of
 
@@ -23,7 +24,7 @@ Exchange = Literal["gather", "dispatch"]  # of tokens and experts, see `expert_e
 # device, or data sheets and published figures.
 Provenance = Literal["measured here", "measured table", "analytic"]
 
-ENGINES: tuple[str, ...] = ("rankwright", "vllm", "sglang", "trtllm")
+ENGINES: tuple[str, ...] = ("rankwright", "vllm", "sglang", "sglang-mixed", "trtllm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,24 +65,31 @@ class Efficiency:
     # The host's work for each sequence of a step. The GPU computes meanwhile: a step takes the
     # longer of the two.
     host_sequence_s: float = 0.0
+    # The host's work for each kernel of a step with prompts, where these run without graphs:
+    # likewise, the longer of the two.
+    eager_launch_s: float = 0.0
+    # In place of `product_s` where a product has one row; None: the same.
+    vector_s: float | None = None
+    tile_keys: float = 0.0  # of attention of prompts; see `tiles.prefill_flops`
 
 
 # H200, bf16, torch 2.11: matrix products reach 690-785 of 989 TFLOP/s and 1,240-1,360 of 1,979 in
 # FP8 (0.70-0.79; 0.63-0.69); weight-bound ones 3.3-4.2 of 4.8 TB/s, where 4.13 TB/s and 2.5 us a
 # launch reproduce both ends; a copy reaches 4.24 of 4.8 TB/s, on H100 3.0 of 3.35 (0.88, 0.90).
 # Attention: FlashAttention 3 forward, causal, 450-550 of 989 TFLOP/s at head size 128 (its paper,
-# figure 5). Grouped products: 523 of 989 TFLOP/s for a Qwen3-30B-A3B shape on H100
-# (linkedin/Liger-Kernel pull request 1294). Launch and step: vLLM 0.26 on one H200 decodes the
-# Qwen3-8B shape at batch 1 in 5.24 ms, 1.4 ms above its weights at 4.13 TB/s, over 36 layers of 11
-# kernels: 2.5 us each, and 0.4 ms of sampling and host work.
+# figure 5). Experts: their arithmetic at 0.65 and their bytes at 0.90 of peak, one after the other,
+# are within 5 % on average of our own kernel on an H200, 54 shapes of Mixtral-8x7B and
+# Qwen3-30B-A3B of 1 to 8,192 tokens (benchmarks/results/moe-*.json). Launch and step: vLLM 0.26 on
+# one H200 decodes the Qwen3-8B shape at batch 1 in 5.24 ms, 1.4 ms above its weights at 4.13 TB/s,
+# over 36 layers of 11 kernels: 2.5 us each, and 0.4 ms of sampling and host work.
 _VLLM = Efficiency(
     gemm_compute=0.72,
     gemm_compute_float8=0.64,
     gemm_memory=0.86,
     attention_compute=0.50,
     attention_memory=0.75,
-    moe_compute=0.45,
-    moe_memory=0.70,
+    moe_compute=0.65,
+    moe_memory=0.90,
     elementwise_memory=0.75,
     launch_s=2.5e-6,
     step_s=4.0e-4,
@@ -134,7 +142,7 @@ _SGLANG = replace(
     launch_s=2.3e-6,
     step_s=7.5e-4,
     skew_s=1.9e-6,
-    host_sequence_s=5.1e-5,
+    host_sequence_s=2.0e-5,
     source="fitted to runs of SGLang 0.5, H100 and H200",
 )
 
@@ -153,6 +161,13 @@ _RANKWRIGHT = replace(
     attention_s=3.1e-6,
     all_reduce=("library", "one_shot"),
     peer_sums=True,
+    # Prompts of 512 tokens on H200: 14.3 ms on one GPU and 18.0 on two, which are 9 and 11 kernels
+    # a layer of Llama-3.1-8B. The host of our H100 took 69 us.
+    eager_launch_s=5.0e-5,
+    # One row goes through a kernel of its own: 129 products of Llama-3.1-8B at batch 1 leave 0.7 us
+    # each on H200 and 1.1 us on H100.
+    vector_s=8.0e-7,
+    tile_keys=TILE_KEYS,
     # The next step is decided while one runs: six batches of 1 to 256 of Llama-3.1-8B on an H100
     # leave 0.1 ms beside their kernels.
     step_s=1.0e-4,
@@ -172,6 +187,8 @@ def _on_rocm(row: Efficiency) -> Efficiency:
         gemm_memory=0.70,
         attention_compute=0.30,
         attention_memory=0.60,
+        moe_compute=0.47,
+        moe_memory=0.71,
         elementwise_memory=min(row.elementwise_memory, 0.75),
         launch_s=4.0e-6,
         peer_sums=False,
@@ -217,7 +234,13 @@ CALIBRATED = (
 # Made by `benchmarks/fit_calibrations.py` from `rankwright calibrate` on each device.
 _TABLES = Path(__file__).parent / "data" / "calibrated.json"
 
-CUDA_ROWS = {"rankwright": _RANKWRIGHT, "vllm": _SERVED_VLLM, "sglang": _SGLANG, "trtllm": _TRTLLM}
+CUDA_ROWS = {
+    "rankwright": _RANKWRIGHT,
+    "vllm": _SERVED_VLLM,
+    "sglang": _SGLANG,
+    "sglang-mixed": _SGLANG,
+    "trtllm": _TRTLLM,
+}
 
 
 _RUNTIMES: dict[str, DeviceClass] = {"nvidia": "cuda", "amd": "rocm", "cpu": "cpu"}

@@ -66,6 +66,8 @@ def run_on_engine(
         engine: Row of `ENGINE_ROWS`.
     """
     row = ENGINE_ROWS[engine]
+    # Without a concurrency or a rate there are no clients: all requests are given at once.
+    served = workload.concurrency is not None or workload.request_rate is not None
     schedule = Schedule(
         row.policy,
         split.max_batch_size,
@@ -73,6 +75,8 @@ def run_on_engine(
         kv_capacity_tokens(spec, split, gpu, engine),
         row.split_prompts,
         row.reserved_share,
+        row.host_token_s if served else 0.0,
+        row.host_request_s if served else 0.0,
     )
     in_flight = split.max_batch_size if workload.concurrency is None else workload.concurrency
     return simulate_pipeline(

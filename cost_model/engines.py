@@ -4,7 +4,7 @@ One row an engine. `efficiency.py` says how fast its kernels are; this says whic
 step, how much of the memory holds KV cache, and how its published benchmarks were run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,8 +25,11 @@ class Engine:
         length_spread: Lengths in its published runs lie evenly within this share of the mean, to
             both sides. Where a workload does not say, so are ours: equal requests that start
             together stay together, and real ones do not.
-        request_s: Of each request outside the engine's steps: HTTP, tokenizer, queues.
+        request_s: Of each request outside the engine's steps, beside others: HTTP and queues.
         source: Of these.
+        host_token_s: Of each token in the one process that hands them to clients, one after
+            another; `simulate.py` says what follows. 0 where published runs show no such limit.
+        host_request_s: Of each request in that process.
     """
 
     policy: "Policy"
@@ -38,12 +41,31 @@ class Engine:
     length_spread: float
     request_s: float
     source: str
+    host_token_s: float = 0.0
+    host_request_s: float = 0.0
 
 
 # Requests of a closed run, for each that is in flight at a time (InferenceX benchmarks send
 # 10 * concurrency prompts); no more than `MOST_REQUESTS` where that would take long.
 ROUNDS = 10
 MOST_REQUESTS = 2560
+
+# chunked_prefill_size 8,192 on GPUs of 80 GB and more; prompts before decoding; enters with
+# new_token_ratio (0.7 at first) of the output. Its host: 512 requests in flight of Llama-3.1-8B end
+# at 20,000 tokens/s on two, four and eight H200, and the more TTFT grows the faster these are.
+_SGLANG = Engine(
+    policy="prefill_first",
+    chunk_tokens=8192,
+    split_prompts=True,
+    reserved_share=0.7,
+    memory_share=0.88,
+    free_share=1.0,
+    length_spread=0.0,
+    request_s=0.0097,
+    host_token_s=4.8e-5,
+    host_request_s=1.0e-3,
+    source="SGLang 0.5 ServerArgs defaults",
+)
 
 ENGINE_ROWS: dict[str, Engine] = {
     # V1 scheduler: prompts are chunked into what decoding leaves of max_num_batched_tokens, 8,192
@@ -59,19 +81,11 @@ ENGINE_ROWS: dict[str, Engine] = {
         request_s=0.011,
         source="vLLM 0.12 EngineArgs defaults",
     ),
-    # chunked_prefill_size 8,192 on GPUs of 80 GB and more; prompts before decoding unless
-    # --enable-mixed-chunk; enters with new_token_ratio (0.7 at first) of the output.
-    "sglang": Engine(
-        policy="prefill_first",
-        chunk_tokens=8192,
-        split_prompts=True,
-        reserved_share=0.7,
-        memory_share=0.88,
-        free_share=1.0,
-        length_spread=0.0,
-        request_s=0.0097,
-        source="SGLang 0.5 ServerArgs defaults",
-    ),
+    "sglang": _SGLANG,
+    # The same with --enable-mixed-chunk. NVIDIA's AIConfigurator writes that option into the launch
+    # files of aggregated serving of SGLang 0.5.6 (generator/rule_plugin/sglang.rule), so that its
+    # published runs of that version are of this row, and those of 0.5.1 of the row above.
+    "sglang-mixed": replace(_SGLANG, policy="mixed"),
     # max_num_tokens 8,192; GUARANTEED_NO_EVICT; kv_cache_free_gpu_mem_fraction 0.9 of what weights
     # leave.
     "trtllm": Engine(

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rankwright.cost_model.calibration import Calibration, OpTime
+from rankwright.cost_model.tiles import PRODUCT_ROWS, TILE_KEYS, prefill_flops
 
 # What a launch cannot be: the regression may place it below zero where caches flatter small shapes.
 _LEAST_S = 1e-7
 # Rows of a product below which its weights are what takes time, and above which its operations are.
 _FEW_ROWS, _MANY_ROWS = 64, 1024
-TILE_ROWS = 64  # a product costs as if it had so many rows more; see `ops.py`
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def fit_shares(
         shares["product_s"] = max(0.0, line.start_s - shares.get("launch_s", 0.0))
     for dtype, name in (("bfloat16", "gemm_compute"), ("float8", "gemm_compute_float8")):
         rates = [
-            op.flops * (1 + TILE_ROWS / op.shape[0]) / op.seconds
+            op.flops * (1 + PRODUCT_ROWS / op.shape[0]) / op.seconds
             for op in products
             if op.dtype == dtype and op.shape[0] >= _MANY_ROWS and min(op.shape[1:]) >= _MANY_ROWS
         ]
@@ -63,10 +63,19 @@ def fit_shares(
         shares["attention_memory"] = line.per_s / peak_bytes_per_s
         # Two launches: the parts of a context, and their merge.
         shares["attention_s"] = max(0.0, line.start_s - 2 * shares.get("launch_s", 0.0))
-    prefills = [op for op in ops if op.kind == "attention prefill" and op.shape[1] >= _MANY_ROWS]
-    if line := _fit_line((op.flops, op.seconds) for op in prefills):
-        shares["attention_compute"] = line.per_s / peak_flops_per_s["bfloat16"]
+    prefills = [op for op in ops if op.kind == "attention prefill"]
+    if prefills:
+        launch_s = shares.get("launch_s", 0.0)
+        rates = [timed_prefill_flops(op) / max(_LEAST_S, op.seconds - launch_s) for op in prefills]
+        shares["attention_compute"] = statistics.median(rates) / peak_flops_per_s["bfloat16"]
     return shares
+
+
+def timed_prefill_flops(op: OpTime) -> float:
+    """Return the FLOPs that a timed attention of prompts takes the time of."""
+    prompts, new, reach, heads, _, head_size = op.shape
+    context = op.flops / (4 * prompts * new * heads * head_size)
+    return prefill_flops(prompts * new, context, reach, heads, 4 * head_size, TILE_KEYS)
 
 
 def relative_errors(ops: Iterable[OpTime], seconds: Sequence[float]) -> list[float]:

@@ -44,6 +44,7 @@ OURS: dict[Provenance, Intervals] = {
 ENGINES: dict[str, Intervals] = {
     "vllm": Intervals((0.95, 1.06), (0.88, 1.14), (0.82, 1.12), (0.82, 1.12)),
     "sglang": Intervals((0.92, 1.12), (0.88, 1.14), (0.34, 1.34), (0.34, 1.34)),
+    "sglang-mixed": Intervals((0.85, 1.18), (0.84, 1.18), (0.6, 1.9), (0.6, 1.9)),
     "trtllm": Intervals((0.89, 1.12), (0.88, 1.14), (0.70, 1.70), (0.70, 1.70)),
 }
 # Weights and KV cache are exact, the rest is a bound.

@@ -34,10 +34,12 @@ class Forms:
     source: str
 
 
+_SGLANG = Forms(False, "experts", True, False, "docs.sglang.ai, server arguments")
 FORMS: dict[str, Forms] = {
     "rankwright": Forms(True, "any", True, True, "executor/models/supported.py"),
     "vllm": Forms(False, "experts", False, False, "docs.vllm.ai, data and expert parallel pages"),
-    "sglang": Forms(False, "experts", True, False, "docs.sglang.ai, server arguments"),
+    "sglang": _SGLANG,
+    "sglang-mixed": _SGLANG,
     "trtllm": Forms(False, "experts", True, False, "TensorRT-LLM, parallel strategy page"),
 }
 

@@ -1,32 +1,24 @@
-"""FLOPs, bytes and seconds of what one rank computes in one step.
+"""Seconds of what one rank computes in one step.
 
-A step is a roofline: each op takes the longer of its arithmetic and its memory traffic, at the
-share of peak that the engine reaches (`efficiency.py`), and a launch for each kernel. Weights come
-from `parameters.layer_tensors`, so that what is timed is what is counted in memory.
+A step is a roofline: each op takes the longer of its arithmetic and its memory traffic (products of
+experts take both), at the share of peak that the engine reaches (`efficiency.py`), and a launch for
+each kernel. Which ops a layer has is in `layer_ops.py`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from math import log, sqrt
 from typing import Literal, NamedTuple, get_args
 
-from rankwright.cost_model.dtypes import BITS, Dtype
+from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.efficiency import Efficiency, find_efficiency
-from rankwright.cost_model.model_spec import Layer, ModelSpec
-from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.prediction import Bound
-from rankwright.cost_model.shards import column_range, even_range, head_ranges, range_size
 from rankwright.topology.cluster import Gpu
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 
 AttentionSplit = Literal["tp", "dp"]
 
-# Products of few rows reach a smaller share of peak, as if they had 64 rows more: tiles are 64 or
-# 128 rows high and the last wave is never full. Decoding the Qwen3-8B shape on one H200 under vLLM
-# 0.26 takes 9.5 ms at 128 sequences and 15.1 ms at 256, which this reproduces within 12 %.
-_TILE_ROWS = 64
-OpKind = Literal["gemm", "moe", "attention prefill", "attention decode", "elementwise"]
+OpKind = Literal["gemm", "vector", "moe", "attention prefill", "attention decode", "elementwise"]
 
 
 class StepTokens(NamedTuple):
@@ -86,6 +78,8 @@ class Rates:
     def cost(self, op: Op) -> Cost:
         """Return the seconds of `op`: the longer of compute and memory, and its launches.
 
+        Of experts' products it is both, since tiles of few rows overlap little of the two.
+
         >>> from rankwright.cost_model.efficiency import find_efficiency
         >>> from rankwright.topology.shorthand import parse_cluster
         >>> rates = find_rates(parse_cluster("1xh200-sxm").nodes[0].gpus[0], "vllm")
@@ -98,14 +92,17 @@ class Rates:
             "memory": memory_s,
             "launch": launch_s,
         }
-        return Cost(max(compute_s, memory_s) + launch_s, max(times, key=times.__getitem__))
+        return Cost(self.seconds((op,)), max(times, key=times.__getitem__))
 
     def seconds(self, ops: Iterable[Op]) -> float:
         """Return the seconds of `ops`, one after another."""
         total = 0.0
         for op in ops:
             compute_s, memory_s, launch_s = self._terms(op)
-            total += (compute_s if compute_s > memory_s else memory_s) + launch_s
+            if op.kind == "moe":
+                total += compute_s + memory_s + launch_s
+            else:
+                total += (compute_s if compute_s > memory_s else memory_s) + launch_s
         return total
 
     def _terms(self, op: Op) -> tuple[float, float, float]:
@@ -123,6 +120,7 @@ class Rates:
         share = self.efficiency
         shares: dict[OpKind, tuple[float, float]] = {
             "gemm": (share.gemm_compute, share.gemm_memory),
+            "vector": (share.gemm_compute, share.gemm_memory),
             "moe": (share.moe_compute, share.moe_memory),
             "attention prefill": (share.attention_compute, share.attention_memory),
             "attention decode": (share.attention_compute, share.attention_memory),
@@ -130,305 +128,22 @@ class Rates:
         }
         starts: dict[OpKind, float] = {
             "gemm": share.product_s,
+            "vector": share.product_s if share.vector_s is None else share.vector_s,
             "moe": share.product_s,
             "attention decode": share.attention_s / 2,  # it has two launches
         }
         peaks: dict[tuple[OpKind, Dtype], tuple[float, float, float]] = {}
         for kind, (compute, memory) in shares.items():
             for dtype, flops in self.flops_per_s.items():
-                of_dtype = share.gemm_compute_float8 if (kind, dtype) == _FP8_GEMM else compute
+                of_dtype = compute
+                if dtype == "float8" and kind in ("gemm", "vector", "moe"):
+                    of_dtype *= share.gemm_compute_float8 / share.gemm_compute
                 launch_s = share.launch_s + starts.get(kind, 0.0)
                 peaks[kind, dtype] = flops * of_dtype, self.memory_bytes_per_s * memory, launch_s
         return peaks
-
-
-_FP8_GEMM = ("gemm", "float8")
 
 
 def find_rates(gpu: Gpu, engine: str) -> Rates:
     """Return what `gpu` does under `engine`."""
     rates: dict[Dtype, float] = {dtype: flops_per_s(gpu, dtype) for dtype in get_args(Dtype)}
     return Rates(rates, memory_bytes_per_s(gpu), find_efficiency(engine, gpu))
-
-
-def expected_experts(num_experts: int, experts_per_token: int, tokens: float) -> float:
-    """Return how many experts get a token, if each token chooses evenly and alone.
-
-    >>> expected_experts(8, 2, 1)
-    2.0
-    >>> round(expected_experts(128, 8, 64), 1)
-    125.9
-    """
-    missed = float((1 - experts_per_token / num_experts) ** tokens)
-    return num_experts * (1 - missed)
-
-
-def expert_imbalance(ep: int) -> float:
-    """Return the load of the fullest rank over the mean, without any balancing.
-
-    DeepSeek-R1 over EP32 was measured at (max - mean) / mean = 1.56. Fewer ranks hold more experts
-    each, so the spread shrinks as the square root of the ranks, and so does the expected maximum of
-    `ep` draws (as sqrt(log ep)).
-
-    >>> expert_imbalance(1)
-    1.0
-    >>> expert_imbalance(32)
-    2.56
-    """
-    return 1.0 if ep == 1 else 1 + 1.56 * sqrt(ep / 32 * log(ep) / log(32))
-
-
-class LayerModel:
-    """What the fullest rank computes in one layer, as a function of the step's tokens.
-
-    What does not depend on tokens is worked out once, because the planner asks for thousands of
-    steps of the same layer.
-    """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        layer: Layer,
-        *,
-        tp: int,
-        ep: int = 1,
-        cp: int = 1,
-        attention: AttentionSplit = "tp",
-        fused_norms: bool = False,
-    ) -> None:
-        """Prepare one layer.
-
-        Args:
-            spec: The model.
-            layer: One of its layers.
-            tp: Ranks of the stage.
-            ep: Groups that share the experts out.
-            cp: Ranks that each have a part of every context.
-            attention: `dp` when each rank attends for its own share of the sequences.
-            fused_norms: Whether norms cost no kernel of their own.
-        """
-        self._cp = cp
-        self._spec = spec
-        self._layer = layer
-        self._ep = ep
-        self._width = BITS[spec.dtype] / 8
-        self._attention_ranks = tp if attention == "dp" else 1
-        query, kv = head_ranges(layer.attention, 1 if attention == "dp" else tp, 0)
-        self._queries, self._kv_heads = range_size(query), range_size(kv)
-        tensors = tuple(layer_tensors(layer, spec.hidden_size, tp=tp, ep=ep, attention=attention))
-        heads, block = layer.attention, layer.feed_forward
-        launches = 3 if heads.kind == "mla" else 1
-        self._qkv = _product(
-            spec, "qkv projection", tensors, ("q", "k", "v", "q_a", "q_b", "kv_a"), launches
-        )
-        self._output = _product(spec, "o projection", tensors, ("o", "kv_b"), launches)
-        self._expansion: _Product | None = None
-        if heads.kind == "mla":
-            self._expansion = _product(spec, "latent projection", tensors, ("kv_b",), 2)
-        width = block.intermediate_size if block.kind == "dense" else block.shared_intermediate_size
-        # Shared experts of attention DP are whole on each rank, for its own tokens.
-        self._mlp_of_own = block.kind == "moe" and attention == "dp"
-        self._columns = range_size(column_range(width, 1 if self._mlp_of_own else tp, 0))
-        self._mlp: _Product | None = None
-        if self._columns:
-            kind = "mlp" if block.kind == "dense" else "shared"
-            name = "mlp" if block.kind == "dense" else "shared experts"
-            names = (f"{kind} gate", f"{kind} up", f"{kind} down")
-            self._mlp = _product(spec, name, tensors, names, 2)
-        self._experts: _Product | None = None
-        if block.kind == "moe":
-            names = ("expert gate", "expert up", "expert down")
-            self._experts = _product(spec, "experts", tensors, names, 2)
-            self._local_experts = range_size(even_range(block.num_experts, ep, 0))
-            self._expert_columns = range_size(column_range(block.intermediate_size, tp // ep, 0))
-        # Rotary and KV write; activation; the two norms; the norm of query and key heads.
-        self._launches = 2 + (0 if fused_norms else 2) + (1 if heads.qk_norm else 0)
-
-    def ops(self, tokens: StepTokens) -> tuple[Op, ...]:
-        """Return the ops of one layer for `tokens`, which are counted before any split by heads.
-
-        Tokens of a prompt are already this rank's part of it under context parallelism.
-        """
-        qkv, *others = self.other_ops(tokens)
-        return (qkv, *self.attention_ops(tokens), *others)
-
-    def rows(self, tokens: StepTokens) -> float:
-        """Return the tokens that the fullest rank projects for attention."""
-        decode, prefill = self._attended(tokens)
-        return decode + prefill
-
-    def other_ops(self, tokens: StepTokens) -> tuple[Op, ...]:
-        """Return the ops but for attention itself: these depend on `tokens.total` and `rows`."""
-        rows = self.rows(tokens)
-        ops = [self._qkv.op(rows, self._width), self._output.op(rows, self._width)]
-        activated = 0.0
-        if self._mlp is not None:
-            taken = rows if self._mlp_of_own else tokens.total
-            ops.append(self._mlp.op(taken, self._width))
-            activated += taken * self._columns
-        if self._experts is not None:
-            ops.append(self._router_op(tokens.total))
-            pairs, expert_op = self._expert_op(self._experts, tokens.total)
-            ops.append(expert_op)
-            activated += pairs * self._expert_columns
-        # Two norms read hidden and residual and write both; rotary and KV write pass over the
-        # heads; the activation reads gate and up and writes their product.
-        heads = self._layer.attention
-        values = (
-            tokens.total * 8 * self._spec.hidden_size
-            + rows * 3 * (self._queries + 2 * self._kv_heads) * heads.head_dim
-            + 3 * activated
-        )
-        name: OpKind = "elementwise"
-        ops.append(Op("norms", name, 0, values * self._width, self._launches, self._spec.dtype))
-        return tuple(ops)
-
-    def _attended(self, tokens: StepTokens) -> tuple[float, float]:
-        """Return the sequences and the prompt tokens that the fullest rank attends for.
-
-        Under attention DP a sequence is on one rank, so that fewer sequences than ranks, or fewer
-        prompts in a step, leave some idle.
-        """
-        ranks = self._attention_ranks
-        if ranks == 1:
-            return tokens.decode, tokens.prefill
-        decode = max(tokens.decode / ranks, min(1.0, tokens.decode))
-        return decode, tokens.prefill / min(ranks, max(1.0, tokens.prompts))
-
-    def attention_ops(self, tokens: StepTokens) -> list[Op]:
-        """Return the ops of attention, which depend on contexts too."""
-        spec, heads = self._spec, self._layer.attention
-        kv_width = BITS[spec.kv_dtype] / 8
-        head_values = heads.head_dim + heads.value_head_dim
-        expanded_flops = 2 * self._queries * head_values
-        if heads.kind == "mla":
-            assert heads.kv_lora_rank is not None
-            assert heads.rope_head_dim is not None
-            # Decode attends in the latent space: keys are latent and rotary, values the latent.
-            # Prefill expands the latent to keys and values of its heads.
-            key_width = heads.kv_lora_rank + heads.rope_head_dim
-            decode_flops = 2 * self._queries * (key_width + heads.kv_lora_rank)
-            token_bytes = key_width * kv_width
-        else:
-            decode_flops = expanded_flops
-            token_bytes = self._kv_heads * head_values * kv_width
-        ops: list[Op] = []
-        decode, prompt = self._attended(tokens)
-        window = heads.sliding_window or float("inf")
-        if decode:
-            # Under context parallelism every rank attends to its part of each context.
-            pairs = decode * min(tokens.decode_context, window) / self._cp
-            name: OpKind = "attention decode"
-            # Split over the context, then merged.
-            ops.append(Op(name, name, pairs * decode_flops, pairs * token_bytes, 2, spec.dtype))
-        if prompt:
-            context = min(tokens.prefill_context, window)
-            moved = prompt * self._queries * head_values * self._width
-            read = (2 * context + prompt) * token_bytes
-            flops = prompt * context * expanded_flops
-            name = "attention prefill"
-            ops.append(Op(name, name, flops, moved + read, 1, spec.dtype))
-            ops += self._expansion_ops(prompt, tokens)
-        return ops
-
-    def ring_op(self, tokens: StepTokens) -> Op:
-        """Return what prompts take more where a context's parts are attended to one by one.
-
-        A launch for each part, and what it found, in float32, written and then read by the merge.
-        """
-        values = self._attended(tokens)[1] * self._queries * (self._layer.attention.head_dim + 1)
-        moved = 2 * 4 * self._cp * values
-        return Op("merge", "elementwise", 0, moved, self._cp, self._spec.dtype)
-
-    def _expansion_ops(self, prompt: float, tokens: StepTokens) -> list[Op]:
-        """Return the expansion of latents of earlier chunks and of other ranks of a context group.
-
-        Those of the rank's own tokens are in the output projection.
-        """
-        if self._expansion is None:
-            return []
-        reach = max(1.0, tokens.prompts) * tokens.prefill_context + prompt * self._cp / 2
-        others = reach - prompt
-        return [self._expansion.op(others, self._width)] if others > 0.5 else []
-
-    def _router_op(self, tokens: float) -> Op:
-        """Return logits, top-k, sorting tokens by expert, and the weighted sum of the results."""
-        spec, block = self._spec, self._layer.feed_forward
-        size = block.num_experts * spec.hidden_size
-        moved = tokens * (block.experts_per_token + 1) * spec.hidden_size * self._width
-        weights = size * BITS[spec.weight_dtypes.other] / 8
-        return Op("router", "elementwise", 2 * tokens * size, weights + moved, 4, spec.dtype)
-
-    def _expert_op(self, experts: "_Product", tokens: float) -> tuple[float, Op]:
-        """Return the (token, expert) pairs of the fullest rank and their grouped product."""
-        block = self._layer.feed_forward
-        share = expert_imbalance(self._ep) / self._ep
-        touched = share * expected_experts(block.num_experts, block.experts_per_token, tokens)
-        touched = min(self._local_experts, touched)
-        pairs = tokens * min(self._local_experts, block.experts_per_token * share)
-        held = self._local_experts
-        op = Op(
-            experts.name,
-            "moe",
-            pairs * experts.flops_per_row / held,
-            touched * experts.weight_bytes / held
-            + pairs * experts.values_per_row / held * self._width,
-            experts.launches,
-            experts.dtype,
-        )
-        return pairs, op
-
-
-def embedding_op(spec: ModelSpec, tokens: StepTokens) -> Op:
-    """Return the look-up of the first stage: a row read and written for each token."""
-    size = 2 * tokens.total * spec.hidden_size * BITS[spec.weight_dtypes.embedding] / 8
-    return Op("embedding", "elementwise", 0, size, 1, spec.dtype)
-
-
-def logits_op(spec: ModelSpec, tokens: StepTokens, *, tp: int) -> Op:
-    """Return the final norm and head of the last stage, for tokens that are sampled from."""
-    rows = range_size(column_range(spec.vocab_size, tp, 0))
-    group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
-    head = Tensor("head", group, rows, spec.hidden_size)
-    weights = tensor_bytes(head, spec.weight_dtypes)
-    sampled = tokens.decode + tokens.prompts
-    # Logits are written once in the model's format and read twice in float32 by the sampler.
-    traffic = weights + sampled * rows * (BITS[spec.dtype] / 8 + 12)
-    return Op("logits", "gemm", 2 * sampled * head.size, traffic, 3, spec.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """Matrix products with fixed weights: what a row of input adds to FLOPs and bytes."""
-
-    name: str
-    flops_per_row: float
-    weight_bytes: float
-    values_per_row: float
-    launches: int
-    dtype: Dtype
-
-    def op(self, rows: float, width: float) -> Op:
-        moved = self.weight_bytes + rows * self.values_per_row * width
-        padding = _TILE_ROWS * self.flops_per_row
-        flops = rows * self.flops_per_row
-        return Op(self.name, "gemm", flops, moved, self.launches, self.dtype, padding)
-
-
-def _product(
-    spec: ModelSpec, name: str, tensors: Iterable[Tensor], names: tuple[str, ...], launches: int
-) -> _Product:
-    """Return the matrix products with the tensors in `names`, inputs and outputs included."""
-    chosen = [tensor for tensor in tensors if tensor.name in names]
-    stored = (
-        spec.weight_dtypes.attention if "projection" in name else spec.weight_dtypes.feed_forward
-    )
-    return _Product(
-        name,
-        2 * sum(tensor.size for tensor in chosen),
-        sum(tensor_bytes(tensor, spec.weight_dtypes) for tensor in chosen),
-        sum(tensor.copies * (tensor.rows + tensor.columns) for tensor in chosen),
-        launches,
-        # FP8 weights multiply in FP8; other small formats are widened on the way in.
-        "float8" if stored == "float8" else spec.dtype,
-    )

@@ -25,7 +25,8 @@ from rankwright.cost_model.ops import find_rates
 from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Prediction
 from rankwright.cost_model.serving import Serving, serve_closed, serve_open
 from rankwright.cost_model.split import CpExchange, Split
-from rankwright.cost_model.step import LayerKinds, Pipeline, StageModel, make_pipeline
+from rankwright.cost_model.stage import LayerKinds, StageModel
+from rankwright.cost_model.step import Pipeline, make_pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.cluster import Cluster
 

@@ -6,6 +6,10 @@ arrive, wait for a slot and for room in the KV cache, are prefilled in chunks be
 decoding of others, and finish, and every step takes what the cost model says of its tokens. Steps
 in which only decoding happens are taken together up to the next event, so that the cost grows with
 the number of requests and not of tokens.
+
+Between the engine and its clients stands one process of the host, which tokenizes requests and
+hands every token on, in order. Where the engine makes tokens faster than that they pile up there:
+requests then wait for the tokens of others, before their prompt is computed and after.
 """
 
 import heapq
@@ -44,6 +48,8 @@ class Schedule:
             step (one longer than `chunk_tokens` enters alone).
         reserved_share: Share of a request's output that must have room before it enters. An engine
             that evicts requests when memory ends enters them with less than all of it.
+        host_token_s: Seconds of the host for a token on its way to the client.
+        host_request_s: Seconds of the host for a request on its way to the engine.
     """
 
     policy: Policy = "mixed"
@@ -52,15 +58,18 @@ class Schedule:
     kv_tokens: float = float("inf")
     split_prompts: bool = True
     reserved_share: float = 1.0
+    host_token_s: float = 0.0
+    host_request_s: float = 0.0
 
 
 @dataclass(slots=True)
 class _Prompt:
-    """A request that has been admitted and still has prompt tokens to compute."""
+    """A request that has reached the engine and still has prompt tokens to compute."""
 
     index: int
     request: Request
     left: int
+    ready_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +128,7 @@ class _Replica:
         self._source = iter(source)
         self._closed = concurrency is not None
         self._now_s = 0.0
+        self._host_s = 0.0  # until when the host has work
         self._queue: deque[_Prompt] = deque()
         self._prompts: list[_Prompt] = []
         # (decode steps at which it ends, index, request)
@@ -156,7 +166,9 @@ class _Replica:
         if request is None:
             return
         self._next = next(self._source, None)
-        self._queue.append(_Prompt(self._count, request, max(1, request.new_tokens)))
+        self._host_s = max(self._host_s, moment_s) + self._schedule.host_request_s
+        new_tokens = max(1, request.new_tokens)
+        self._queue.append(_Prompt(self._count, request, new_tokens, self._host_s))
         self._count += 1
         self._arrivals.append(moment_s)
         self._firsts.append(moment_s)
@@ -164,7 +176,14 @@ class _Replica:
         self._lengths.append(request.output_tokens)
 
     def _upcoming_s(self) -> float | None:
-        """Return when the next request arrives; None where no more do."""
+        """Return when the next request arrives or reaches the engine; None where no more do."""
+        arrival_s = self._next_arrival_s()
+        if self._queue and self._queue[0].ready_s > self._now_s:
+            ready_s = self._queue[0].ready_s
+            return ready_s if arrival_s is None else min(arrival_s, ready_s)
+        return arrival_s
+
+    def _next_arrival_s(self) -> float | None:
         if self._next is None:
             return None
         if not self._closed:
@@ -172,17 +191,27 @@ class _Replica:
         return self._pending[0] if self._pending else None
 
     def _arrivals_until_now(self) -> None:
-        while (upcoming := self._upcoming_s()) is not None and upcoming <= self._now_s:
+        while (upcoming := self._next_arrival_s()) is not None and upcoming <= self._now_s:
             if self._closed:
                 heapq.heappop(self._pending)
             self._arrive(upcoming)
+
+    def _hand_on(self, steps: int, tokens: int, step_s: float) -> float:
+        """Return when the tokens of the last of `steps` equal steps that end now are handed on.
+
+        In the middle of them; those of the steps before, and all that wait, go first.
+        """
+        one_s = tokens * self._schedule.host_token_s
+        first_s = max(self._host_s, self._now_s - (steps - 1) * step_s)
+        self._host_s = max(first_s + steps * one_s, self._now_s + one_s)
+        return self._host_s - one_s / 2
 
     def _room(self, request: Request) -> float:
         return request.input_tokens + self._schedule.reserved_share * request.output_tokens
 
     def _admit(self) -> None:
         schedule = self._schedule
-        while self._queue:
+        while self._queue and self._queue[0].ready_s <= self._now_s:
             running = len(self._ends) + len(self._prompts)
             if running >= schedule.max_batch_size:
                 return
@@ -202,7 +231,7 @@ class _Replica:
             return
         tokens = sum(count for _, count in taken)
         done = [prompt for prompt, _ in taken if prompt.left == 0]
-        self._now_s += self._step_s(
+        step_s = self._step_s(
             StepTokens(
                 decode,
                 self._context / decode if decode else 0.0,
@@ -211,17 +240,19 @@ class _Replica:
                 len(done),
             )
         )
+        self._now_s += step_s
         if decode:
             self._advance(1)
+        seen_s = self._hand_on(1, decode + len(done), step_s)
         for prompt in done:
-            self._firsts[prompt.index] = self._now_s
+            self._firsts[prompt.index] = seen_s
             request = prompt.request
             end = self._steps + request.output_tokens - 1
             heapq.heappush(self._ends, (end, prompt.index, request))
             self._context += request.input_tokens + 1
         if done:
             self._prompts = [prompt for prompt in self._prompts if prompt.left]
-        self._finish()
+        self._finish(seen_s)
 
     def _take(self, budget: int) -> tuple[list[tuple[_Prompt, int]], float]:
         """Return the prompts of this step with their tokens, and the pairs they attend to."""
@@ -246,6 +277,7 @@ class _Replica:
         """Decode until a sequence ends or the next request arrives."""
         running = len(self._ends)
         steps = self._ends[0][0] - self._steps
+        seen_s = self._now_s
         if steps > 0:
             mean = self._context / running + (steps - 1) / 2
             seconds = self._step_s(StepTokens(running, mean))
@@ -259,20 +291,21 @@ class _Replica:
                     )
             self._now_s += steps * seconds
             self._advance(steps)
-        self._finish()
+            seen_s = self._hand_on(steps, running, seconds)
+        self._finish(seen_s)
 
     def _advance(self, steps: int) -> None:
         self._steps += steps
         self._context += steps * len(self._ends)
 
-    def _finish(self) -> None:
+    def _finish(self, seen_s: float) -> None:
         while self._ends and self._ends[0][0] <= self._steps:
             _, index, request = heapq.heappop(self._ends)
-            self._lasts[index] = self._now_s
+            self._lasts[index] = seen_s
             self._context -= request.input_tokens + request.output_tokens
             self._held -= self._room(request)
             if self._closed:
-                heapq.heappush(self._pending, self._now_s)
+                heapq.heappush(self._pending, seen_s)
 
 
 def closed_loop(

@@ -22,7 +22,8 @@ from rankwright.cost_model.serving import (
     serve_closed,
     serve_open,
 )
-from rankwright.cost_model.step import Pipeline, StageModel
+from rankwright.cost_model.stage import StageModel
+from rankwright.cost_model.step import Pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import StageCosts, balance_both, balance_layers
 from rankwright.planner.memory_table import MemoryTable

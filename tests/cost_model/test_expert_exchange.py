@@ -11,7 +11,7 @@ from rankwright.cost_model.expert_exchange import choose_exchange, share_of_rank
 from rankwright.cost_model.model_spec import FeedForward
 from rankwright.cost_model.ops import StepTokens, find_rates
 from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.step import LayerKinds, StageModel
+from rankwright.cost_model.stage import LayerKinds, StageModel
 from rankwright.topology.shorthand import parse_cluster
 
 H100 = Group(8, bytes_per_s=450e9, latency_s=0.8e-6)

@@ -19,6 +19,7 @@ from rankwright.cost_model.fit import fit_shares
 from rankwright.cost_model.predict import predict
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.split import Split
+from rankwright.cost_model.tiles import TILE_KEYS, prefill_flops
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.shorthand import parse_cluster
 
@@ -59,8 +60,9 @@ def machine(product_share: float, memory_share: float) -> Calibration:
         seconds = 2 * LAUNCH_S + 1e-6 + moved / (0.7 * PEAK_BYTES_PER_S)
         ops.append(op("attention decode", (batch, 1, 2048, 32, 8, 128), 1.0, moved, seconds))
     for new in (1024, 4096, 8192):
-        flops = 4.0 * 32 * 128 * new * new / 2
-        seconds = 5e-6 + flops / (0.4 * PEAK_FLOPS_PER_S["bfloat16"])
+        flops = 4.0 * 32 * 128 * new * (new + 1) / 2
+        taken = prefill_flops(new, (new + 1) / 2, new, 32, 4 * 128, TILE_KEYS)
+        seconds = LAUNCH_S + taken / (0.4 * PEAK_FLOPS_PER_S["bfloat16"])
         ops.append(op("attention prefill", (1, new, new, 32, 8, 128), flops, 1.0, seconds))
     return Calibration(device="h200-sxm", name="NVIDIA H200", ops=tuple(ops))
 

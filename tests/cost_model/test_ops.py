@@ -5,17 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwright.cost_model.efficiency import ENGINES, find_efficiency
-from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.ops import (
+from rankwright.cost_model.layer_ops import (
     LayerModel,
-    Op,
-    Rates,
-    StepTokens,
     expected_experts,
     expert_imbalance,
-    find_rates,
     logits_op,
 )
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.ops import Op, Rates, StepTokens, find_rates
 from rankwright.cost_model.parameters import count_parameters
 from rankwright.cost_model.read_model import read_model
 from rankwright.topology.shorthand import parse_cluster

@@ -83,7 +83,7 @@ CpExchangeOption = Annotated[
     typer.Option(help="Fix how context-parallel ranks get each other's keys and values."),
 ]
 EngineOption = Annotated[
-    Literal["rankwright", "vllm", "sglang", "trtllm"],
+    Literal["rankwright", "vllm", "sglang", "sglang-mixed", "trtllm"],
     typer.Option(help="Engine that will run it: its forms are legal, its speed is predicted."),
 ]
 
