@@ -5,10 +5,12 @@ this arithmetic, so that a Slurm job and a pod ask for the same things.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from rankwright.planner.plan import Plan
+from rankwright.topology.cluster import Node
 
 # A GPU rank keeps one thread busy with Python and kernel launches and one with NCCL's proxy or with
 # reading weights; the node's front end and launcher share two more.
@@ -103,17 +105,42 @@ def node_shares(plan: Plan, *, told_apart: bool = False) -> tuple[NodeShare, ...
 
 
 def _share(plan: Plan, node_rank: int, node: int) -> NodeShare:
-    machine = plan.cluster.node(node)
-    kinds = {gpu.index: gpu.device for gpu in machine.gpus}
-    devices = tuple(kinds[rank.gpu] for rank in plan.ranks_of_node(node))
-    num_ranks = len(devices)
     gpus = sorted(rank.gpu for rank in plan.ranks_of_node(node))
-    if set(devices) != {"cpu"} and gpus != list(range(num_ranks)):
+    held_bytes = math.ceil(plan.prediction.memory_bytes_per_gpu.high) * len(gpus)
+    return share_of(plan.cluster.node(node), node_rank, node, gpus, held_bytes)
+
+
+def share_of(
+    machine: Node,
+    node_rank: int,
+    node: int,
+    gpus: Sequence[int],
+    held_bytes: float,
+    *,
+    any_gpus: bool = False,
+) -> NodeShare:
+    """Return what a machine must give for ranks on these GPUs.
+
+    Args:
+        machine: What it has.
+        node_rank: Its number in the launch.
+        node: Its number in the cluster.
+        gpus: Of its ranks, ascending.
+        held_bytes: On all of them together.
+        any_gpus: Whether they may be others than its first ones.
+
+    Raises:
+        ValueError: They are, and may not.
+    """
+    kinds = {gpu.index: gpu.device for gpu in machine.gpus}
+    devices = tuple(kinds[gpu] for gpu in gpus)
+    num_ranks = len(devices)
+    if set(devices) != {"cpu"} and not any_gpus and list(gpus) != list(range(num_ranks)):
         raise ValueError(
             f"the plan uses GPUs {', '.join(map(str, gpus))} of node {node}, and a job's GPUs are "
             f"numbered from 0; plan for machines of {num_ranks} GPUs"
         )
-    held_bytes = math.ceil(plan.prediction.memory_bytes_per_gpu.high) * num_ranks
+    held_bytes = math.ceil(held_bytes)
     if all(device == "cpu" for device in devices):
         # Ranks split the machine's CPUs. There may be fewer CPUs than ranks.
         num_cpus = max(1, machine.num_cpus * num_ranks // len(machine.gpus))

@@ -3,10 +3,11 @@
 import json
 from typing import cast
 
+from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.plan import Plan
 
 
-def plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan | DisaggregatedPlan) -> str:
     r"""Return `plan` as JSON: a line a field, a line a rank, printable ASCII only.
 
     Short enough to be embedded, and a changed rank is one changed line in a diff. JSON leaves the

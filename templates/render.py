@@ -8,10 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.plan import Plan
 from rankwright.templates.check import check
+from rankwright.templates.checks.pools import check_pools
 from rankwright.templates.engines.pods import engine_kubernetes_files
+from rankwright.templates.engines.pool_engine import POOL_ENGINES
 from rankwright.templates.engines.render_engine import engine_files, engine_slurm_files
+from rankwright.templates.engines.render_pools import pools_files, pools_slurm_files
 from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.kubernetes_objects import kubernetes_files
 from rankwright.templates.kubernetes_options import EngineKubernetesOptions, KubernetesOptions
@@ -32,7 +36,7 @@ class Target:
 
     summary: str
     options: type[Any]  # a model of templates/options.py
-    files: Callable[[Plan, Any], dict[str, str]]  # of a plan and an instance of `options`
+    files: Callable[[Any, Any], dict[str, str]]  # of a plan and an instance of `options`
     on: Mapping[str, "Target"] = field(default_factory=dict[str, "Target"])  # schedulers around it
 
 
@@ -64,14 +68,34 @@ TARGETS: dict[str, Target] = {
 }
 
 
+POOL_TARGETS: dict[str, Target] = {
+    target: Target(
+        "workers of both pools, and the router in front of them",
+        EngineOptions,
+        partial(pools_files, target=target),
+        on={
+            "slurm": Target(
+                "within one sbatch script",
+                SlurmOptions,
+                partial(pools_slurm_files, target=target),
+            )
+        },
+    )
+    for target in POOL_ENGINES
+}
+
+
 def render(
-    plan: Plan, target: str, directory: Path | str | None = None, **options: object
+    plan: Plan | DisaggregatedPlan,
+    target: str,
+    directory: Path | str | None = None,
+    **options: object,
 ) -> dict[str, str]:
     """Return the files of `plan` for `target` by name, `plan.json` among them.
 
     Args:
-        plan: What to run, and where.
-        target: A key of `TARGETS`.
+        plan: What to run, and where; with separate pools, or with one.
+        target: A key of `TARGETS`; for separate pools, of `POOL_TARGETS`.
         directory: Where to write the files; made if missing. None: they are only returned.
         options: Fields of the target's model in `templates/options.py`; and `on`, the scheduler
             around another engine: a key of the target's `on`. None: the engine alone.
@@ -84,21 +108,32 @@ def render(
     on = options.pop("on", None)
     if on is not None and not isinstance(on, str):
         raise ValueError(f"on={on!r} is no scheduler's name")
-    row = _find(target, on)
-    files = row.files(plan, parse_options(row.options, target, options))
-    files[PLAN_FILE] = plan_text(plan)
-    check(plan, target, files, on)
+    if isinstance(plan, DisaggregatedPlan):
+        row = _find(target, on, POOL_TARGETS)
+        files = row.files(plan, parse_options(row.options, target, options))
+        files[PLAN_FILE] = plan_text(plan)
+        check_pools(plan, target, files, on)
+    else:
+        row = _find(target, on, TARGETS)
+        files = row.files(plan, parse_options(row.options, target, options))
+        files[PLAN_FILE] = plan_text(plan)
+        check(plan, target, files, on)
     if directory is not None:
         _write(files, Path(directory))
     return files
 
 
-def _find(target: str, on: str | None) -> Target:
-    if target not in TARGETS:
-        near = difflib.get_close_matches(target, TARGETS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TARGETS)}"
+def _find(target: str, on: str | None, targets: Mapping[str, Target]) -> Target:
+    if target in TARGETS and target not in targets:
+        raise ValueError(
+            f"target {target!r} is for our own executor, which does not run separate pools for "
+            f"prefill and decode; render for {', '.join(targets)}, with --on for a scheduler"
+        )
+    if target not in targets:
+        near = difflib.get_close_matches(target, targets, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(targets)}"
         raise ValueError(f"no target {target!r}; {hint}")
-    row = TARGETS[target]
+    row = targets[target]
     if on is None:
         return row
     if on not in row.on:

@@ -68,14 +68,28 @@ def plan_file(plan: Plan) -> JobFile:
 
 
 def fill_job(
-    template: str, plan: Plan, options: SlurmOptions, files: tuple[JobFile, ...], **values: object
+    template: str,
+    plan: Plan,
+    options: SlurmOptions,
+    files: tuple[JobFile, ...],
+    shares: tuple[NodeShare, ...] | None = None,
+    /,
+    **values: object,
 ) -> str:
     """Return the sbatch script that `template`, which extends `job.sbatch.j2`, gives for `plan`.
+
+    Args:
+        template: Name of the file.
+        plan: What runs.
+        options: What was said about the job.
+        files: That the script carries.
+        shares: What its machines must give; None: what `plan` says.
+        values: Of the template, instead of the plan's.
 
     Raises:
         ValueError: The machines cannot be told apart, or the script is too large.
     """
-    shares = node_shares(plan, told_apart=True)
+    shares = shares or node_shares(plan, told_apart=True)
     components = job_components(shares, options.gpu_types)
     variables: dict[str, object] = {
         "version": __version__,

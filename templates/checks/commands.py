@@ -88,13 +88,13 @@ def check_flags(plan: Plan, target: str, flags: Flags, positional: str | None) -
     expect("flags", flags, EXPECTED[target](plan))
 
 
-def command_flags(script: str) -> Flags:
-    r"""Return the flags of the script's `engine` array; what is before the first is left out.
+def command_flags(script: str, array: str = "engine") -> Flags:
+    r"""Return the flags of the script's `array`; what is before the first is left out.
 
     >>> command_flags('engine=(\n  vllm serve "m"\n  --a 1\n  --b\n)\n')
     {'--a': '1', '--b': None}
     """
-    body = re.search(r"^engine=\(\n(.*?)^\)$", script, re.MULTILINE | re.DOTALL)
+    body = re.search(rf"^{array}=\(\n(.*?)^\)$", script, re.MULTILINE | re.DOTALL)
     if body is None:
         raise ManifestMismatchError("no command")
     flags: Flags = {}

@@ -7,7 +7,7 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import print_json, status
-from rankwright.planner.read_plan import read_plan
+from rankwright.planner.read_plan import read_any_plan
 from rankwright.templates.render import PLAN_FILE, TARGETS, render
 
 
@@ -33,7 +33,7 @@ def run(
     as_json: options.Json = False,
 ) -> None:
     """Write PLAN as files for Slurm, Kubernetes or another engine."""
-    files = render(read_plan(plan), target, output, on=on, **parse_settings(settings or []))
+    files = render(read_any_plan(plan), target, output, on=on, **parse_settings(settings or []))
     if as_json:
         print_json(dict(files))
     elif output is None:
