@@ -2,7 +2,7 @@
 
 The search asks this thousands of times, so it is not an integer program but an exact search on the
 one number that matters, the time of the slowest stage: for a given time, filling every stage as far
-as time and memory allow finds out whether contiguous layers can keep it. `ilp.solve_stages` states
+as time and memory allow finds out whether contiguous layers can keep it. `stages_program.py` states
 the same problem as an integer program, to which the tests hold this.
 """
 

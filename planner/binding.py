@@ -1,8 +1,10 @@
 """Names the constraint that keeps a plan from being better, by what would be better without it."""
 
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.candidates import MAX_BATCH, Candidate
-from rankwright.planner.ilp import GOALS, Choice, ratio_of
+from rankwright.planner.candidate import Candidate
+from rankwright.planner.candidates import MAX_BATCH
+from rankwright.planner.goals import GOALS, ratio_of
+from rankwright.planner.ilp import Choice
 from rankwright.planner.search import Search
 
 # What is better by less than this is no reason to relax anything.

@@ -7,7 +7,6 @@ binds: what would be better if only that limit were wider.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
-from typing import Literal
 
 from rankwright.cost_model.efficiency import device_class
 from rankwright.cost_model.layout import SlotKind
@@ -26,12 +25,11 @@ from rankwright.cost_model.stage import StageModel
 from rankwright.cost_model.step import Pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import StageCosts, balance_both, balance_layers
+from rankwright.planner.candidate import Candidate, Constraint
 from rankwright.planner.memory_table import MemoryTable
 from rankwright.planner.pools import Pool, find_pools
 from rankwright.planner.shapes import Pins, Shape
 from rankwright.topology.cluster import Cluster, Gpu
-
-Constraint = Literal["memory", "ttft", "tpot", "rate"]
 
 MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
 MAX_BATCH_CPU = 32  # a few cores are busy long before
@@ -39,65 +37,6 @@ CHUNK_LEVELS: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
 BLOCK_TOKENS = {"cuda": 64, "cpu": 16}
 # Replica counts tried under a request rate, where the wait depends on them.
 _REPLICA_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One shape at one batch level in one pool, with what it does there.
-
-    Args:
-        shape: Its degrees.
-        pool: Where its replicas may go.
-        batch_size: Slots of one replica.
-        chunk_tokens: Tokens of one step.
-        stage_layers: Layers of each stage; the same for all replicas.
-        serving: Steady state on each placement of the pool.
-        memory_bytes: Of the fullest rank, as a share of `budget_bytes` of its GPU.
-        budget_bytes: What may be used of the GPU of that rank.
-        replicas: Fixed number of replicas, where the figures depend on it; else None.
-        broken: Constraints that it breaks.
-        percentile: Of TTFT, at which its limit holds.
-    """
-
-    shape: Shape
-    pool: Pool
-    batch_size: int
-    chunk_tokens: int
-    stage_layers: tuple[int, ...]
-    serving: tuple[Serving, ...]
-    memory_bytes: int
-    budget_bytes: int
-    replicas: int | None = None
-    broken: tuple[Constraint, ...] = ()
-    percentile: float = 50
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token on the slowest placement, at the percentile of the limits."""
-        return max(state.ttft_at_s(self.percentile) for state in self.serving)
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per output token on the slowest placement."""
-        return max(state.tpot_s for state in self.serving)
-
-    def request_s(self, output_tokens: int) -> float:
-        """Seconds of one request on the slowest placement."""
-        return max(state.request_s(output_tokens) for state in self.serving)
-
-    @property
-    def max_replicas(self) -> int:
-        """Replicas that the pool has room for."""
-        return sum(group.count for group in self.pool.replicas)
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """What tells candidates apart, wherever they are placed."""
-        return (*self.shape.degrees, self.batch_size, self.chunk_tokens, self.stage_layers)
-
-    def label(self) -> str:
-        """Return shape, batch and chunk for messages."""
-        return f"{self.shape.label()} at batch {self.batch_size}"
 
 
 class Evaluator:
@@ -333,27 +272,43 @@ class Evaluator:
             chunk: Tokens of one step at most, which size its buffers.
             tokens: Of the step that is timed.
         """
-        layer_bytes = self._layer_bytes(shape, batch_size)
-        alike: dict[tuple[int, ...], _Hardest] = {}
+        hardest: dict[tuple[int, ...], _Hardest] = {}
+        alike: dict[tuple[object, ...], StageCosts] = {}
         costs: list[StageCosts] = []
         for stage in range(shape.pp):
             kinds = tuple(group.stages[stage] for group in pool.replicas)
             key = tuple(map(id, kinds))
-            if key not in alike:
-                alike[key] = self._hardest(shape, kinds, tokens)
-            hardest = alike[key]
-            extra_s = 0.0
-            if stage == 0:
-                extra_s += max(model.first_s(tokens) for model in hardest.models)
-            if stage == shape.pp - 1:
-                extra_s += max(model.last_s(tokens) for model in hardest.models)
-            else:
-                extra_s += max(model.handover_s for model in hardest.models)
-            extra_bytes = self.memory.extra_bytes(shape, stage, batch_size, chunk, hardest.gpu)
-            costs.append(
-                StageCosts(hardest.layer_s, extra_s, layer_bytes, extra_bytes, hardest.budget_bytes)
-            )
+            if key not in hardest:
+                hardest[key] = self._hardest(shape, kinds, tokens)
+            ends = (stage == 0, stage == shape.pp - 1, *key)
+            if ends not in alike:
+                alike[ends] = self._costs_of(shape, stage, hardest[key], batch_size, chunk, tokens)
+            costs.append(alike[ends])
         return costs
+
+    def _costs_of(
+        self,
+        shape: Shape,
+        stage: int,
+        hardest: "_Hardest",
+        batch_size: int,
+        chunk: int,
+        tokens: StepTokens,
+    ) -> StageCosts:
+        extra_s = 0.0
+        if stage == 0:
+            extra_s += max(model.first_s(tokens) for model in hardest.models)
+        if stage == shape.pp - 1:
+            extra_s += max(model.last_s(tokens) for model in hardest.models)
+        else:
+            extra_s += max(model.handover_s for model in hardest.models)
+        return StageCosts(
+            hardest.layer_s,
+            extra_s,
+            self._layer_bytes(shape, batch_size),
+            self.memory.extra_bytes(shape, stage, batch_size, chunk, hardest.gpu),
+            hardest.budget_bytes,
+        )
 
     def _layer_bytes(self, shape: Shape, batch_size: int) -> list[int]:
         """Return the bytes of each layer with its part of the cache; one list for equal asks."""

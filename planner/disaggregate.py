@@ -8,7 +8,7 @@ from rankwright.cost_model.pools import MOST_LOAD
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.bind_pools import pool_plans, predict_match
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan, LosingPair, PoolsPrediction
-from rankwright.planner.ilp import GOALS
+from rankwright.planner.goals import GOALS
 from rankwright.planner.infeasible import NoFeasiblePlanError
 from rankwright.planner.make_plan import check_request
 from rankwright.planner.matching import Match

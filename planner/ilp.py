@@ -10,21 +10,20 @@
     t[c] <= sum_p rate[c, p] * n[c, p]               and what the requests in flight allow
     maximise  sum t   |   minimise  sum request_s * z   |   maximise  sum tokens_per_dollar * z
 
-Equal objectives are settled by a second solve: fewest GPUs, then the shortest request.
+Columns that cannot be the answer are left out before (`prune.py`). Equal objectives are settled by
+a second solve: fewest GPUs, then the shortest request.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import pulp
 
-from rankwright.cost_model.workload import Objective, Workload
-from rankwright.planner.balance import StageCosts
-from rankwright.planner.candidates import Candidate
+from rankwright.cost_model.workload import Workload
+from rankwright.planner.candidate import Candidate
+from rankwright.planner.goals import GOALS, ratio_of
+from rankwright.planner.prune import contenders, limit_shares, prune
 from rankwright.planner.solver import TIME_LIMIT_S, Ending, NoIncumbentError, solve
-from rankwright.topology.cluster import Gpu
-from rankwright.topology.devices import device_of
 
 # The largest objective, in the unit that the solver sees: its tolerances are absolute, about 1e-6,
 # while seconds of a request are small and tokens of 16,384 GPUs many.
@@ -60,23 +59,6 @@ class Choice:
         return self.num_replicas * self.candidate.shape.num_gpus
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """An objective: its name with unit, its direction, and how it reads."""
-
-    name: str
-    unit: str
-    sense: int
-
-
-GOALS: dict[Objective, Goal] = {
-    "throughput": Goal("output tokens per second", "tokens/s", pulp.LpMaximize),
-    "latency": Goal("seconds of one request", "s", pulp.LpMinimize),
-    "cost": Goal("output tokens per dollar", "tokens/$", pulp.LpMaximize),
-    "energy": Goal("output tokens per joule", "tokens/J", pulp.LpMaximize),
-}
-
-
 def choose(
     candidates: Sequence[Candidate],
     workload: Workload,
@@ -97,94 +79,10 @@ def choose(
     Raises:
         NoIncumbentError: The time was over before any plan was found.
     """
-    columns = prune(candidates, workload)
+    columns = contenders(prune(candidates, workload), workload, replicas)
     if not columns:
         return None
     return _Program(columns, workload, replicas, time_limit_s).solve(settle=settle)
-
-
-def prune(candidates: Sequence[Candidate], workload: Workload) -> list[Candidate]:
-    """Return the candidates without those that another of their shape and pool beats in all.
-
-    What another equals in what the objective counts, in how far it breaks each limit and, under a
-    concurrency, in batch, can never be needed: a few of a hundred columns are left.
-    """
-    by_home: dict[tuple[object, ...], list[Candidate]] = {}
-    for candidate in candidates:
-        if "rate" in candidate.broken or (
-            workload.objective in ("cost", "energy") and len(candidate.pool.replicas) > 1
-        ):
-            continue  # a ratio is never better over two kinds of GPU than over the better one
-        shape, placements = candidate.shape, candidate.pool.replicas
-        home = (
-            *(*shape.degrees, candidate.replicas),
-            *((group.count, group.spread, *map(id, group.stages)) for group in placements),
-            candidate.batch_size if workload.concurrency is not None else None,
-        )
-        by_home.setdefault(home, []).append(candidate)
-    kept: list[Candidate] = []
-    for members in by_home.values():
-        # Shortest requests first: of two that are equal in all that counts, the first one stays.
-        members.sort(key=lambda member: member.request_s(workload.output_tokens))
-        front: list[tuple[tuple[float, ...], Candidate]] = []
-        for member in members:
-            merits = _merits(member, workload)
-            if any(_covers(other, merits) for other, _ in front):
-                continue
-            front = [entry for entry in front if not _covers(merits, entry[0])]
-            front.append((merits, member))
-        kept += [member for _, member in front]
-    return kept
-
-
-def _merits(candidate: Candidate, workload: Workload) -> tuple[float, ...]:
-    """Return what counts in the program, each with more being worse."""
-    merits = [-state.requests_per_s for state in candidate.serving]
-    # Inside a limit it does not matter how far.
-    merits += [max(1.0, part) for part in limit_shares(candidate, workload)]
-    if workload.objective == "latency":
-        merits.append(candidate.request_s(workload.output_tokens))
-    return tuple(merits)
-
-
-def limit_shares(candidate: Candidate, workload: Workload) -> list[float]:
-    """Return memory, TTFT and TPOT as shares of what may be; those without a limit are left out."""
-    shares = [candidate.memory_bytes / candidate.budget_bytes]
-    if workload.ttft_limit_s is not None:
-        shares.append(candidate.ttft_s / workload.ttft_limit_s)
-    if workload.tpot_limit_s is not None:
-        shares.append(candidate.tpot_s / workload.tpot_limit_s)
-    return shares
-
-
-def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return all(a <= b for a, b in zip(one, other, strict=True))
-
-
-def ratio_of(candidate: Candidate, placement: int, workload: Workload) -> float:
-    """Return tokens per dollar or per joule of a replica on one placement of its pool."""
-    per_second = sum(
-        candidate.shape.gpus_per_stage * burn_per_s(kind.gpu, workload.objective)
-        for kind in candidate.pool.replicas[placement].stages
-    )
-    requests = candidate.serving[placement].requests_per_s
-    if candidate.replicas is not None and workload.request_rate is not None:
-        requests = min(requests, workload.request_rate / candidate.replicas)
-    return requests * workload.output_tokens / per_second
-
-
-def burn_per_s(gpu: Gpu, objective: Objective) -> float:
-    """Return the dollars or joules that `gpu` takes in a second.
-
-    Energy is the board's rated power: an upper bound that ranks GPUs, not a meter. A device without
-    a listed price or power counts one, so that the fewest GPUs win.
-    """
-    device = device_of(gpu)
-    if objective == "energy":
-        return device.tdp_w if device is not None else 1.0
-    if device is None or device.usd_per_hour is None:
-        return 1.0
-    return sum(device.usd_per_hour) / len(device.usd_per_hour) / 3600
 
 
 class _Program:
@@ -348,46 +246,3 @@ class _Program:
             per_token = 1000 / _LARGEST
             worse = pulp.lpDot(times, self._chosen) - per_token * pulp.lpSum(self._tokens)
         return worse if sense == pulp.LpMinimize else -worse
-
-
-def solve_stages(stages: Sequence[StageCosts]) -> tuple[int, ...] | None:
-    """Return the layers of each stage, from the integer program that `balance_layers` searches.
-
-        e[s, l]  1 if stage s ends before layer l
-        minimise  T + a little of the largest stage's layer count
-        end[s] = sum_l l * e[s, l],   end[s - 1] < end[s],   end[last] = number of layers
-        T >= seconds of layers end[s - 1] to end[s] on stage s, and what the stage costs besides
-        memory likewise below the budget of each stage
-
-    Seconds and bytes up to a layer are looked up by the one-hot `e`, so that uneven layers and
-    stages on different GPUs stay linear.
-    """
-    num_layers = len(stages[0].layer_s)
-    problem = pulp.LpProblem("stages", pulp.LpMinimize)
-    add = problem.add_variable
-    slowest, widest = add("T", 0), add("widest", 0)
-    layers = list(range(num_layers + 1))
-    ends = [
-        [add(f"e{stage}_{layer}", cat=pulp.LpBinary) for layer in layers]
-        for stage in range(len(stages))
-    ]
-    scale = max(sum(stage.layer_s) + stage.extra_s for stage in stages)
-    problem += slowest + 1e-7 * widest
-    for index, (stage, end) in enumerate(zip(stages, ends, strict=True)):
-        problem += pulp.lpSum(end) == 1
-        seconds = [total / scale for total in (0.0, *accumulate(stage.layer_s))]
-        sizes = [total / stage.budget_bytes for total in (0.0, *accumulate(stage.layer_bytes))]
-        before = ends[index - 1] if index else None
-        count, time, size = (
-            pulp.lpDot(values, end) - (pulp.lpDot(values, before) if before else 0)
-            for values in (layers, seconds, sizes)
-        )
-        problem += count >= 1
-        problem += widest >= count
-        problem += slowest >= time + stage.extra_s / scale
-        problem += size <= 1 - stage.extra_bytes / stage.budget_bytes
-    problem += ends[-1][num_layers] == 1
-    if solve(problem) is None:
-        return None
-    stops = [next(layer for layer in layers if end[layer].value() > 0.5) for end in ends]
-    return tuple(stop - start for start, stop in zip([0, *stops[:-1]], stops, strict=True))

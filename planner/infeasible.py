@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import ceil, floor, log10
 from operator import attrgetter
 
-from rankwright.planner.candidates import Candidate
+from rankwright.planner.candidate import Candidate
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
 from rankwright.topology.cluster import Cluster, Fabric

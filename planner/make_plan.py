@@ -10,7 +10,8 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import cache_tokens
 from rankwright.planner.binding import find_binding
 from rankwright.planner.environment import find_environment
-from rankwright.planner.ilp import GOALS, Choice
+from rankwright.planner.goals import GOALS
+from rankwright.planner.ilp import Choice
 from rankwright.planner.infeasible import NoFeasiblePlanError, explain_failure
 from rankwright.planner.pareto import find_front
 from rankwright.planner.placement import place_ranks

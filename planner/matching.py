@@ -17,7 +17,7 @@ from rankwright.cost_model.collectives import Group
 from rankwright.cost_model.pools import MOST_LOAD, RankCache, path_seconds, queue_wait_s, sent_bytes
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.divide import Division
-from rankwright.planner.ilp import burn_per_s
+from rankwright.planner.goals import burn_per_s
 from rankwright.planner.workers import Worker
 
 _STEPS = 60  # of a bisection: all bits of a float

@@ -2,7 +2,7 @@
 
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.disaggregated_plan import OnePool
-from rankwright.planner.ilp import GOALS
+from rankwright.planner.goals import GOALS
 from rankwright.planner.infeasible import NoFeasiblePlanError
 from rankwright.planner.make_plan import make_plan
 from rankwright.planner.matching import Match

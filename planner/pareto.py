@@ -6,7 +6,7 @@ user waits longer for the next one. The front over all splits and batches shows 
 
 from collections.abc import Iterable
 
-from rankwright.planner.candidates import Candidate
+from rankwright.planner.candidate import Candidate
 from rankwright.planner.plan import ParetoPoint
 from rankwright.planner.search import Search
 

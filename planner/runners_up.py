@@ -4,7 +4,8 @@ from rankwright.cost_model.predict import Replicas
 from rankwright.cost_model.prediction import Part
 from rankwright.cost_model.serving import micro_batches_of
 from rankwright.cost_model.split import Split
-from rankwright.planner.ilp import GOALS, Choice
+from rankwright.planner.goals import GOALS
+from rankwright.planner.ilp import Choice
 from rankwright.planner.plan import RunnerUp
 from rankwright.planner.search import Search
 from rankwright.planner.solver import NoIncumbentError

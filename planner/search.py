@@ -9,7 +9,8 @@ from functools import cached_property
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.candidates import Candidate, Evaluator
+from rankwright.planner.candidate import Candidate
+from rankwright.planner.candidates import Evaluator
 from rankwright.planner.ilp import Choice, choose
 from rankwright.planner.shapes import Illegal, Pins, Shape, Shapes, find_shapes
 from rankwright.planner.solver import TIME_LIMIT_S

@@ -34,7 +34,7 @@ from rankwright.cost_model.predict import Replicas, cached_tokens
 from rankwright.cost_model.serving import Serving, find_flow, micro_batches_of, serve_closed
 from rankwright.cost_model.split import Split
 from rankwright.planner.candidates import Evaluator
-from rankwright.planner.ilp import burn_per_s
+from rankwright.planner.goals import burn_per_s
 from rankwright.planner.shapes import LONG_REQUEST_TOKENS, Shape
 
 Numbers = NDArray[np.float64]

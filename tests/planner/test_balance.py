@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwright.planner.balance import StageCosts, balance_layers
-from rankwright.planner.ilp import solve_stages
+from rankwright.planner.stages_program import solve_stages
 
 
 def stage(layer_s: list[float], extra_s: float = 0.0, budget: float = 1e9) -> StageCosts:

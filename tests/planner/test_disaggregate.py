@@ -17,7 +17,7 @@ from rankwright.planner.config import AutoParallelConfig
 from rankwright.planner.disaggregate import plan_disaggregated
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.divide import Home, Machines
-from rankwright.planner.ilp import burn_per_s
+from rankwright.planner.goals import burn_per_s
 from rankwright.planner.infeasible import NoFeasiblePlanError
 from rankwright.planner.pool_search import PoolSearch
 from rankwright.planner.read_plan import read_any_plan, read_plan, write_plan

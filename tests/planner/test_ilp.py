@@ -10,8 +10,9 @@ from rankwright.cost_model.layout import SlotKind
 from rankwright.cost_model.predict import Replicas
 from rankwright.cost_model.serving import Serving, find_flow
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.candidates import Candidate
-from rankwright.planner.ilp import burn_per_s, choose
+from rankwright.planner.candidate import Candidate
+from rankwright.planner.goals import burn_per_s
+from rankwright.planner.ilp import choose
 from rankwright.planner.pools import Pool
 from rankwright.planner.shapes import Shape
 from rankwright.planner.solver import solve

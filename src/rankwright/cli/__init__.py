@@ -9,8 +9,9 @@ import os
 import sys
 import traceback
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
+from typing import NoReturn
 
 import typer
 
@@ -113,4 +114,15 @@ def _top(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def run() -> None:
     """Entry point of the `rankwright` command."""
-    sys.exit(main())
+    code = main()
+    if sys.argv[1:2] == ["plan"]:
+        _exit_at_once(code)
+    sys.exit(code)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """Exit without taking apart what the process made: that is a tenth of the time of a plan."""
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
