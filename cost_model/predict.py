@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rankwright.cost_model.collectives import Group
 from rankwright.cost_model.efficiency import device_class
 from rankwright.cost_model.engines import ENGINE_ROWS
+from rankwright.cost_model.held_weights import held_by
 from rankwright.cost_model.intervals import MEMORY, Intervals, estimate, intervals_of
 from rankwright.cost_model.layout import (
     SlotKind,
@@ -121,6 +122,7 @@ def predict(
             is unknown.
     """
     check_split(model, split, engine)
+    model = held_by(model, engine)
     groups = choose_replicas(cluster, split)
     models = StageModels(model, cluster, engine)
     if engine in ENGINE_ROWS:

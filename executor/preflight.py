@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rankwright.executor.checkpoint import find_checkpoint, find_model_folder
+from rankwright.executor.check_tensors import check_tensors
+from rankwright.executor.checkpoint import check_weights, find_checkpoint, find_model_folder
 from rankwright.executor.models.supported import check_supported
 from rankwright.executor.run_options import (
     WORKER,
@@ -164,13 +165,14 @@ def find_model(plan: Plan, options: RunOptions) -> tuple[RunOptions, Tokenizer]:
     Random weights need no folder; without one a token stands for a byte.
 
     Raises:
-        ValueError: The executor cannot run the model, or weights or tokenizer are missing or
-            malformed.
+        ValueError: The executor cannot run the model, or weights or tokenizer are missing,
+            truncated, of other shapes than the model's, or stored in a way that it cannot read.
     """
     check_supported(plan)
     name, given = plan.model.name, options.model_path
     if options.load_format == "auto":
         folder = find_checkpoint(name, given)
+        check_tensors(plan.model, check_weights(folder))
         return replace(options, model_path=folder), load_tokenizer(folder)
     found = find_model_folder(name, given)
     if found is None or not (found / "tokenizer.json").is_file():

@@ -1,19 +1,23 @@
 """Where weights come from: safetensors read shard by shard, or random ones for benchmarks.
 
 A layer asks its source for the rows and columns its rank holds, so that no rank ever holds a whole
-tensor that it shares, and host memory holds one shard at a time.
+tensor that it shares, and host memory holds one shard at a time. What is stored in 8 or 4 bits is
+widened on its way (`dequantize.py`).
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
+from rankwright.executor.dequantize import View, read_mxfp4, read_scaled, scale_block
 from rankwright.executor.shard_reader import Range as Range
 from rankwright.executor.shard_reader import SafetensorsFile, ShardReader
+from rankwright.executor.tensor_formats import scale_names
 
 
 class WeightSource(Protocol):
@@ -75,6 +79,7 @@ class SafetensorsSource:
         asked = os.environ.get("RANKWRIGHT_PINNED_LOAD") == "1"
         self._mapped: dict[Path, safe_open] = {}
         self._through_library = device.type != "cpu" and not asked
+        self._scale_block: tuple[int | None, int | None] | None = None
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
@@ -94,6 +99,20 @@ class SafetensorsSource:
         Raises:
             ValueError: The checkpoint has no such tensor, or of another shape.
         """
+        dtype = dtype or self._dtype
+        if name not in self._file_of and f"{name}_blocks" in self._file_of:
+            return self._mxfp4(name, shape, (rows, columns, depth), dtype)
+        stored = self._file(name).tensors[name]
+        if stored.shape != shape:
+            raise ValueError(
+                f"{self._file_of[name]}: tensor {name!r} has shape {stored.shape}, config.json "
+                f"asks for {shape}"
+            )
+        if stored.dtype.itemsize == 1:
+            return self._scaled(name, shape, rows, columns, dtype)
+        return self._read(name, (rows, columns, depth)[: len(shape)], dtype)
+
+    def _file(self, name: str) -> SafetensorsFile:
         path = self._file_of.get(name)
         if path is None:
             raise ValueError(
@@ -102,20 +121,57 @@ class SafetensorsSource:
             )
         if path not in self._open:
             self._open[path] = SafetensorsFile(path)
-        file = self._open[path]
-        found = file.tensors[name].shape
-        if found != shape:
-            raise ValueError(
-                f"{path}: tensor {name!r} has shape {found}, config.json asks for {shape}"
-            )
-        parts = (rows, columns, depth)[: len(shape)]
+        return self._open[path]
+
+    def _read(self, name: str, parts: Sequence[Range | None], dtype: torch.dtype) -> torch.Tensor:
+        file = self._file(name)
         if self._through_library:
-            if path not in self._mapped:
-                self._mapped[path] = safe_open(str(path), framework="pt")
+            if file.path not in self._mapped:
+                self._mapped[file.path] = safe_open(str(file.path), framework="pt")
             index = tuple(slice(*part) if part else slice(None) for part in parts)
-            part = self._mapped[path].get_slice(name)[index]
-            return part.to(self._device, dtype or self._dtype, copy=True).contiguous()
-        return self._reader.read(file, name, parts, dtype or self._dtype)
+            part = self._mapped[file.path].get_slice(name)[index]
+            return part.to(self._device, dtype, copy=True).contiguous()
+        return self._reader.read(file, name, parts, dtype)
+
+    def _view(self, name: str) -> View:
+        """Return a tensor as it is stored, of which parts can be read to the device."""
+        stored = self._file(name).tensors[name]
+        return View(stored.shape, lambda *parts: self._read(name, parts, stored.dtype))
+
+    def _scaled(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rows: Range | None,
+        columns: Range | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if self._scale_block is None:
+            self._scale_block = scale_block(self._folder)
+        names = scale_names(name)
+        scale = next((one for one in names if one in self._file_of), names[0])
+        return read_scaled(
+            self._view(name),
+            self._view(scale),
+            rows or (0, shape[0]),
+            columns or (0, shape[1]),
+            block=self._scale_block,
+            dtype=dtype,
+            where=f"{self._file_of[name]}: tensor {name!r}",
+        )
+
+    def _mxfp4(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        parts: tuple[Range | None, ...],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        experts, inputs, outputs = (
+            part or (0, whole) for part, whole in zip(parts, shape, strict=True)
+        )
+        blocks, scales = self._view(f"{name}_blocks"), self._view(f"{name}_scales")
+        return read_mxfp4(blocks, scales, experts, inputs, outputs, dtype=dtype)
 
     @property
     def num_bytes(self) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import ceil, floor, inf
 from typing import TYPE_CHECKING
 
+from rankwright.cost_model.held_weights import held_by
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict_replicas
 from rankwright.cost_model.workload import Workload
@@ -76,8 +77,16 @@ def make_plan(
             or a limit is out of range.
     """
     check_request(model, cluster, workload, memory_budget_bytes, top, time_limit_s)
+    held = held_by(model, engine)
+    if held != model:
+        stored, wide = model.weight_dtypes, held.weight_dtypes.feed_forward
+        assumptions = (
+            *assumptions,
+            f"weights: stored as {stored.feed_forward} ({stored.method}), and widened to {wide} as "
+            "they load; other engines keep them as stored (--engine)",
+        )
     search = Search(
-        model,
+        held,
         cluster,
         workload,
         memory_budget_bytes,

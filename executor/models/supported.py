@@ -1,5 +1,6 @@
 """What the executor cannot run, said before any process starts and without importing torch."""
 
+from rankwright.cost_model.held_weights import is_widened
 from rankwright.cost_model.legality import cut_is_legal
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.executor.models import FAMILIES, tensor_names
@@ -52,6 +53,12 @@ def _check_formats(spec: ModelSpec) -> None:
     groups = spec.weight_dtypes
     for group in ("attention", "feed_forward", "embedding", "head"):
         found = getattr(groups, group)
+        if found not in DTYPES and is_widened(groups):
+            raise ValueError(
+                f"the plan counts the {group.replace('_', '-')} weights of {spec.name!r} as they "
+                f"are stored, in {found}, and the executor widens them to {spec.dtype} as they "
+                "load, which takes more memory; plan again for engine rankwright"
+            )
         if found not in DTYPES:
             raise ValueError(
                 f"the executor cannot run {spec.name!r}: its {group.replace('_', '-')} weights are "

@@ -1,0 +1,191 @@
+"""A checkpoint that cannot be loaded is named from the headers of its files."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.cost_model.configs import FAMILY_CONFIGS
+from tests.executor.plans import cpu_plan
+
+from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.read_model import read_model
+from rankwright.executor.check_tensors import check_tensors, read_header
+from rankwright.executor.kv_cache import allocate, cache_head_dim
+from rankwright.executor.models import FAMILIES, tensor_names
+from rankwright.executor.models.decoder import DecoderStage
+from rankwright.executor.models.expected import expected_tensors
+
+RUN = [
+    name for name, config in FAMILY_CONFIGS.items() if read_model(config).architecture in FAMILIES
+]
+
+
+class Asked:
+    """Notes what layers ask for."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def shard(self, name: str, shape: tuple[int, ...], *parts: Any, **options: Any) -> torch.Tensor:
+        self.shapes[name] = shape
+        given = dict(zip(("rows", "columns", "depth"), parts, strict=False)) | options
+        extent = list(shape)
+        for dim, part in enumerate(given.get(key) for key in ("rows", "columns", "depth")):
+            if part is not None:
+                extent[dim] = part[1] - part[0]
+        return torch.empty(extent, device="meta")
+
+
+@pytest.mark.parametrize("family", RUN)
+def test_what_is_expected_is_what_layers_ask_for(family: str) -> None:
+    spec = read_model(FAMILY_CONFIGS[family])
+    (place,) = (plan := cpu_plan(spec)).ranks
+    mesh: Any = SimpleNamespace(
+        plan=plan,
+        split=plan.split,
+        device=torch.device("meta"),
+        place=place,
+        tp=SimpleNamespace(size=1, ranks=(0,)),
+        attention_ranks=1,
+        expert_slots=None,
+        is_first_stage=True,
+        is_last_stage=True,
+    )
+    caches = allocate(
+        num_layers=spec.num_layers,
+        num_blocks=1,
+        num_kv_heads=place.kv_heads[1],
+        block_tokens=16,
+        head_dim=cache_head_dim(spec.layers[0].attention),
+        dtype=torch.bfloat16,
+        device=torch.device("meta"),
+        latent=spec.layers[0].attention.kv_lora_rank,
+    )
+    asked = Asked()
+    DecoderStage(asked, mesh, tensor_names(spec.architecture), spec, caches)
+    assert dict(expected_tensors(spec)) == asked.shapes
+
+
+SPEC = read_model(FAMILY_CONFIGS["deepseek v3"])
+
+
+def tensors_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape) for name, shape in expected_tensors(spec)}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    tensors = tensors_of(SPEC)
+    names = sorted(tensors)
+    paths = [tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"]
+    for path, part in zip(paths, (names[::2], names[1::2]), strict=True):
+        save_file({name: tensors[name] for name in part}, path)
+    return paths
+
+
+def test_a_whole_checkpoint_is_good(files: list[Path]) -> None:
+    check_tensors(SPEC, files)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def cut_in_the_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def an_error_page(path: Path) -> None:
+    path.write_text("<html>404</html>")
+
+
+def without_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    tensors.pop("model.norm.weight")
+    save_file(tensors, path)
+
+
+def of_another_shape(path: Path) -> None:
+    tensors = load_file(path)
+    name = "model.norm.weight"
+    save_file(tensors | {name: tensors[name][:-1].clone()}, path)
+
+
+def of_another_format(path: Path) -> None:
+    tensors = load_file(path)
+    name = "model.norm.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int32)}, path)
+
+
+def without_a_scale(path: Path) -> None:
+    tensors = load_file(path)
+    name = "model.norm.weight"
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (truncated, r"has [\d,]+ bytes, and its header asks for [\d,]+: it is truncated"),
+        (cut_in_the_header, r"is no safetensors file, or truncated; download it again"),
+        (an_error_page, r"is no safetensors file, or truncated; download it again"),
+        (without_a_tensor, r"lacks 1 of the tensors that .* asks for, first 'model\.norm\.weight'"),
+        (of_another_shape, r"'model\.norm\.weight' has shape \(\d+,\), config\.json asks for"),
+        (of_another_format, r"'model\.norm\.weight' is stored as I32, which the executor cannot"),
+        (without_a_scale, r"is stored as I8 without its scale, .*weight_scale_inv or .*_scale;"),
+    ],
+)
+def test_a_bad_checkpoint_is_named(
+    files: list[Path], harm: Callable[[Path], None], message: str
+) -> None:
+    path = next(path for path in files if "model.norm.weight" in read_header(path))
+    harm(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        check_tensors(SPEC, files)
+    assert str(path.parent) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"{nothing", b"[" * 5000],
+)
+def test_a_header_that_is_none_is_named(tmp_path: Path, header: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match="has a header that is none"):
+        read_header(path)
+
+
+def test_headers_are_read_as_safetensors_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(2, 3, dtype=torch.float8_e4m3fn)}, path, {"format": "pt"})
+    (found,) = read_header(path).items()
+    assert (found[0], found[1].dtype, found[1].shape) == ("a", "F8_E4M3", (2, 3))
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+def test_mxfp4_blocks_are_checked_with_their_scales(tmp_path: Path, part: str) -> None:
+    config = json.loads(json.dumps(FAMILY_CONFIGS["gpt_oss"]))
+    spec = read_model(config)
+    tensors = tensors_of(spec)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        groups = -(-inputs // 32)
+        tensors[f"{name}_blocks"] = torch.zeros(experts, outputs, groups, 16, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.zeros(experts, outputs, groups, dtype=torch.uint8)
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    check_tensors(spec, [path])
+    name = next(name for name in tensors if name.endswith(part))
+    save_file(tensors | {name: tensors[name][:1].clone()}, path)
+    with pytest.raises(ValueError, match=rf"MXFP4 tensor '{name}' is U8 of"):
+        check_tensors(spec, [path])
