@@ -157,11 +157,12 @@ def open_peer_memory(
     except (RuntimeError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())
     # A sum before everyone has opened would wait for ever.
-    if not _all(opened is not None, group, device) or (
-        opened is not None
-        and not _all(_sums_right(opened, dim, dtype, group, device), group, device)
-    ):
+    if not _all(opened is not None, group, device):
         opened = None
+    if opened is not None and not _all(
+        _sums_right(opened, dim, dtype, group, device), group, device
+    ):
+        opened, reason = None, "the sums that were tried came out wrong"
     if opened is None and group.rank() == 0:
         warnings.warn(
             f"GPUs do not share memory, so sums over {group.size()} of them go through NCCL, which "

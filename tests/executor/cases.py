@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -167,6 +168,43 @@ def answers(
     client.join(timeout=60)
     ours.close()
     return out
+
+
+def stages_at_once(
+    rank: int,
+    plan_json: str,
+    folder: str,
+    requests: list[tuple[str, list[int], dict[str, Any]]],
+    ahead: int,
+    path: str,
+    batches: tuple[int, int],
+) -> list[bool]:
+    """Of some batches of the last stage: whether the first began a later one before they ended.
+
+    The last stage holds each of them until it has, which it waits 20 s for.
+    """
+    plan, mesh, runner = make(rank, plan_json, folder)
+    begun = np.memmap(path, dtype=np.int64, mode="r+", shape=(1,))
+    forward = runner.stage.forward
+    seen: list[bool] = []
+    count = 0
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if mesh.is_first_stage:
+            begun[0] = count
+        out = forward(*arguments)
+        if mesh.is_last_stage and batches[0] <= count < batches[1] and all(seen):
+            deadline_s = time.monotonic() + 20
+            while begun[0] <= count and time.monotonic() < deadline_s:
+                time.sleep(0.001)
+            seen.append(bool(begun[0] > count))
+        return out
+
+    runner.stage.forward = watched  # type: ignore[assignment, method-assign]
+    answers(plan, mesh, runner, requests, ahead=ahead)
+    return seen
 
 
 def logits_and_tokens(

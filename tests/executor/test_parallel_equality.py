@@ -1,6 +1,7 @@
 """Every split gives the logits and greedy tokens of single-process transformers."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,33 @@ def test_greedy_tokens_equal_transformers_while_requests_come_and_go(
             assert tokens[name] == expected[: len(tokens[name])]
         else:
             assert tokens[name] == expected
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_both_stages_of_a_pipeline_compute_at_the_same_time(
+    references: dict[str, Reference], pool: Ranks, tmp_path: Path, ahead: int
+) -> None:
+    reference = references["qwen2"]
+    plan = cpu_plan(read_model(reference.folder), pp=2, stage_layers=(1, 3))
+    texts = prompts(reference.vocab_size, (4, 9))
+    requests = [
+        (f"r{i}", text, {"temperature": 0.0, "max_tokens": 24}) for i, text in enumerate(texts)
+    ]
+    begun = tmp_path / "begun"
+    begun.write_bytes(bytes(8))
+    # Two requests, a batch each: both decode from about the sixth batch to the fortieth.
+    results = pool.run(
+        2,
+        CASES,
+        "stages_at_once",
+        plan.model_dump_json(),
+        str(reference.folder),
+        requests,
+        ahead,
+        str(begun),
+        (12, 36),
+    )
+    assert results == [[], [True] * 24]
 
 
 def test_seeded_sampling_does_not_depend_on_the_split_or_the_batch(

@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.executor.launched import launched
 from tests.executor.plans import cpu_plan
 from tests.executor.test_launch import SPEC
 
-from rankwright.executor import start_device
+from rankwright.executor import peer_memory, start_device
 from rankwright.executor.peer_memory import wait_until
 from rankwright.executor.start_memory import (
     Room,
@@ -126,3 +127,41 @@ def test_a_peer_that_never_answers_ends_the_trial() -> None:
         wait_until(lambda: False, within_s=0.05)
     answers = iter((False, False, True))
     wait_until(lambda: next(answers), within_s=60)
+
+
+@pytest.mark.parametrize("what", ["refused", "wrong sums"])
+def test_gpus_that_cannot_share_memory_sum_through_nccl_with_one_warning(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mock: the driver's refusal, or sums that come out wrong, on a group of one process."""
+
+    class Group:
+        def size(self) -> int:
+            return 2
+
+        def rank(self) -> int:
+            return 0
+
+    def open_memory(*_: object, **__: object) -> object:
+        if what == "refused":
+            raise RuntimeError("peer access is not supported\nbetween these two devices")
+        return object()
+
+    monkeypatch.setattr(peer_memory, "PeerMemory", open_memory)
+    monkeypatch.setattr(peer_memory, "_sums_right", lambda *_: False)
+    monkeypatch.setattr(peer_memory, "_all", lambda mine, *_: mine)
+    with pytest.warns(UserWarning, match="sums over 2 of them go through NCCL, .* slower") as seen:
+        opened = peer_memory.open_peer_memory(
+            cast("torch.distributed.ProcessGroup", Group()),
+            one_machine=True,
+            max_rows=8,
+            dim=64,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda", 0),
+        )
+    assert opened is None
+    assert len(seen) == 1
+    said = str(seen[0].message)
+    assert "\n" not in said
+    reason = {"refused": "peer access is not supported between", "wrong sums": "came out wrong"}
+    assert reason[what] in said
