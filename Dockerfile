@@ -1,7 +1,9 @@
 # The image of the executor, for Kubernetes and for Slurm with pyxis or Apptainer:
 #   docker build --tag registry.example.com/rankwright:0.1.0 .
 # For KubeRay it needs Ray too: --build-arg EXTRAS=executor,serve
-FROM python:3.12-slim-bookworm
+# Another base needs Debian's apt and Python 3.11 or later: --build-arg BASE=...
+ARG BASE=python:3.12-slim-bookworm
+FROM ${BASE}
 
 # Triton compiles its launchers with gcc when a kernel first runs; pods wait for names with getent,
 # which libc-bin has. Versions are those of the base image's Debian.

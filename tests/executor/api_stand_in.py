@@ -1,9 +1,9 @@
 """A stand-in for a Kubernetes API server, for the real `kubectl` to talk to.
 
-It is not one: it keeps what is applied in a dictionary, checks nothing, and runs no controller, so
-that a test says itself which pods there are and how they do. What it has of the real one is the
-protocol: discovery, OpenAPI documents as far as kubectl reads them, server-side apply, lists by
-label, logs that are followed, the proxy to services, deletion.
+It is not one: it keeps what is applied in a dictionary, checks it against schemas alone, and runs
+no controller, so that a test says itself which pods there are and how they do. What it has of the
+real one is the protocol: discovery, OpenAPI documents as far as kubectl reads them, server-side
+apply, lists by label, logs that are followed, the proxy to services, deletion.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from tests.templates.crd_schemas import problems
 
 # (group and version, kind, plural) of what the tests need.
 KINDS = (
@@ -21,9 +22,12 @@ KINDS = (
     ("v1", "Secret", "secrets"),
     ("v1", "Service", "services"),
     ("apps/v1", "Deployment", "deployments"),
+    ("batch/v1", "Job", "jobs"),
     ("apps/v1", "StatefulSet", "statefulsets"),
     ("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
     ("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
+    ("jobset.x-k8s.io/v1alpha2", "JobSet", "jobsets"),
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", "leaderworkersets"),
     ("ray.io/v1", "RayService", "rayservices"),
 )
 Key = tuple[str, str]  # plural, name
@@ -113,6 +117,10 @@ class _Handler(BaseHTTPRequestHandler):
             status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 403}
             self._answer({**status, "reason": "Forbidden", "message": f"{plural}: no"}, 403)
             return
+        if wrong := problems(found):
+            status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 422}
+            self._answer({**status, "reason": "Invalid", "message": "; ".join(wrong)}, 422)
+            return
         self._answer(self._keep(plural, found), 201)
 
     def do_POST(self) -> None:
@@ -192,8 +200,8 @@ def _discovery(parts: list[str]) -> dict[str, Any]:
         groups = [
             {
                 "name": version.split("/")[0],
-                "versions": [{"groupVersion": version, "version": "v1"}],
-                "preferredVersion": {"groupVersion": version, "version": "v1"},
+                "versions": [{"groupVersion": version, "version": version.split("/")[1]}],
+                "preferredVersion": {"groupVersion": version, "version": version.split("/")[1]},
             }
             for version in versions
         ]

@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,28 @@ def test_an_application_that_cannot_be_deployed_has_failed() -> None:
     found = explain_ray_service({"status": status}, "loading", "1 of 3 pods are ready")
     assert found == ("failed", "ValueError: no such model")
     assert explain_ray_service({"status": status}, "queued", "0/2 nodes") == ("queued", "0/2 nodes")
+
+
+@pytest.mark.parametrize("flavor", ["job", "jobset", "leaderworkerset"])
+def test_objects_of_other_flavors_are_applied_and_deleted(
+    flavor: str, api: ApiServer, arguments: list[str], tmp_path: Path
+) -> None:
+    options = ["--set", f"flavor={flavor}", "--detach", "--job-dir", str(tmp_path / "job")]
+    assert main([*arguments, *options]) == 0
+    assert api.names(f"{flavor}s") == ["llama"]
+    assert main(["stop", "--now"]) == 0
+    assert api.objects == {}
+
+
+def test_the_stand_in_refuses_what_no_schema_has(api: ApiServer) -> None:
+    item = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "x"}, "datum": {}}
+    request = urllib.request.Request(
+        f"{api.url}/api/v1/namespaces/models/secrets/x", json.dumps(item).encode(), method="PATCH"
+    )
+    with pytest.raises(urllib.error.HTTPError, match="422") as refused:
+        urllib.request.urlopen(request)
+    refused.value.close()
+    assert api.objects == {}
 
 
 def test_what_kubernetes_refuses_is_taken_back(

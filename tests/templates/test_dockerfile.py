@@ -1,4 +1,7 @@
-"""The image of the executor: linted always, and built where `RANKWRIGHT_BUILD_IMAGE=1`."""
+"""The image of the executor: linted always, and built where `RANKWRIGHT_BUILD_IMAGE=1`.
+
+`RANKWRIGHT_BASE_IMAGE` names another base, such as one of debootstrap where no registry is reached.
+"""
 
 import os
 import re
@@ -41,16 +44,30 @@ def test_what_is_installed_is_what_docker_is_sent() -> None:
     assert all((ROOT / name).exists() for name in sent)
 
 
-def test_the_image_builds() -> None:
+def test_the_image_builds_and_has_the_command() -> None:
     if os.environ.get("RANKWRIGHT_BUILD_IMAGE") != "1":
         pytest.skip("gigabytes to fetch: set RANKWRIGHT_BUILD_IMAGE=1 to build the image")
-    engine = shutil.which("docker") or shutil.which("podman")
-    assert engine, "RANKWRIGHT_BUILD_IMAGE=1 needs docker or podman"
-    subprocess.run([engine, "build", "--tag", "rankwright:test", str(ROOT)], check=True)
-    said = subprocess.run(
-        [engine, "run", "--rm", "rankwright:test", "rankwright", "--version"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert re.match(r"rankwright \d", said.stdout)
+    engine = next((name for name in ("docker", "podman", "buildah") if answers(name)), None)
+    assert engine, "RANKWRIGHT_BUILD_IMAGE=1 needs docker, podman or buildah"
+    base = os.environ.get("RANKWRIGHT_BASE_IMAGE")
+    more = ["--build-arg", f"BASE={base}"] if base else []
+    subprocess.run([engine, "build", "--tag", "rankwright:test", *more, str(ROOT)], check=True)
+    if engine == "buildah":
+        made = output("buildah", "from", "rankwright:test")
+        said = output("buildah", "run", made, "--", "rankwright", "--version")
+        output("buildah", "rm", made)
+    else:
+        said = output(engine, "run", "--rm", "rankwright:test", "rankwright", "--version")
+    assert re.match(r"rankwright \d", said)
+
+
+def answers(engine: str) -> bool:
+    """Whether the engine is here, and its daemon if it has one."""
+    if shutil.which(engine) is None:
+        return False
+    return subprocess.run([engine, "info"], capture_output=True, check=False).returncode == 0
+
+
+def output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
