@@ -196,7 +196,7 @@ def fill_objects(
         head_pre_stop_s=PRE_STOP_S,
         worker_pre_stop_s=PRE_STOP_S + DRAIN_S,
         grace_s=PRE_STOP_S + DRAIN_S + END_S,
-        **own,
+        **({"peers": (), "address_variable": None} | own),
     )
     return {KUBERNETES_FILE: objects}
 

@@ -193,3 +193,27 @@ class EngineKubernetesOptions(PodOptions):
                 f"rdma_resource={self.rdma_resource}, which takes root; leave one out"
             )
         return self
+
+
+class PoolKubernetesOptions(EngineKubernetesOptions):
+    """Options of `render(plan, "vllm", on="kubernetes", ...)` for separate pools."""
+
+    router_image: Image | None = Field(
+        default=None,
+        description="a container image with the router; None: the engine's, into which pip "
+        "installs it at the start",
+    )
+
+    @model_validator(mode="after")
+    def _workers_have_names(self) -> "PoolKubernetesOptions":
+        if self.flavor not in ("auto", "statefulset"):
+            raise ValueError(
+                f"flavor={self.flavor}: the router must know every worker by a name of its own; "
+                "use statefulset, or auto"
+            )
+        if self.queue is not None:
+            raise ValueError(
+                f"queue={self.queue}: two pools are no one object whose pods it could admit "
+                "together; leave it out"
+            )
+        return self

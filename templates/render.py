@@ -14,11 +14,16 @@ from rankwright.templates.check import check
 from rankwright.templates.checks.pools import check_pools
 from rankwright.templates.engines.pods import engine_kubernetes_files
 from rankwright.templates.engines.pool_engine import POOL_ENGINES
+from rankwright.templates.engines.pools_pods import pools_kubernetes_files
 from rankwright.templates.engines.render_engine import engine_files, engine_slurm_files
 from rankwright.templates.engines.render_pools import pools_files, pools_slurm_files
 from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.kubernetes_objects import kubernetes_files
-from rankwright.templates.kubernetes_options import EngineKubernetesOptions, KubernetesOptions
+from rankwright.templates.kubernetes_options import (
+    EngineKubernetesOptions,
+    KubernetesOptions,
+    PoolKubernetesOptions,
+)
 from rankwright.templates.options import (
     EngineOptions,
     SlurmOptions,
@@ -78,7 +83,12 @@ POOL_TARGETS: dict[str, Target] = {
                 "within one sbatch script",
                 SlurmOptions,
                 partial(pools_slurm_files, target=target),
-            )
+            ),
+            "kubernetes": Target(
+                "its image in plain objects, a router in front, in one YAML file",
+                PoolKubernetesOptions,
+                partial(pools_kubernetes_files, target=target),
+            ),
         },
     )
     for target in POOL_ENGINES

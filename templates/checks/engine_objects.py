@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,11 +50,33 @@ def check_engine_objects(plan: Plan, target: str, text: str) -> None:
     Raises:
         ManifestMismatchError: They say something else.
     """
-    objects = read_objects(text)
+    check_read_objects(plan, target, read_objects(text))
+
+
+def check_read_objects(
+    plan: Plan,
+    target: str,
+    objects: list[dict[str, Any]],
+    *,
+    check_config: Callable[[Plan, str], None] = check_trtllm_config,
+    take_flags: Callable[[Flags], None] = lambda flags: None,
+) -> None:
+    """Compare objects that were read, as `check_engine_objects`.
+
+    Args:
+        plan: What is served.
+        target: With what.
+        objects: That serve it.
+        check_config: Compares TensorRT-LLM's configuration.
+        take_flags: Takes flags that are no plan's out of those of a pod, and checks them.
+
+    Raises:
+        ManifestMismatchError: They say something else.
+    """
     (config,) = [item for item in objects if item["kind"] == "ConfigMap"]
     expect_plan(plan, config["data"]["plan.json"])
     if target == "trtllm":
-        check_trtllm_config(plan, config["data"][_CONFIG])
+        check_config(plan, config["data"][_CONFIG])
     parts = list(engine_parts(objects))
     _check_pods(plan, parts)
     claims = claimed_gpus(objects)
@@ -62,7 +84,7 @@ def check_engine_objects(plan: Plan, target: str, text: str) -> None:
     services = {port["port"] for item in objects for port in _http_ports(item)}
     for part in parts:
         expect("GPUs of a pod", {pod_gpus(plan, part.pod, claims)}, gpus_each)
-        expect("port of the Service", services, {_check_command(plan, target, part)})
+        expect("port of the Service", services, {_check_command(plan, target, part, take_flags)})
     _check_gpu_types(plan, parts)
 
 
@@ -138,7 +160,7 @@ def _check_gpu_types(plan: Plan, parts: list[Part]) -> None:
     expect("pods of each kind of GPU", sorted(found.values()), sorted(wanted.values()))
 
 
-def _check_command(plan: Plan, target: str, part: Part) -> int:
+def _check_command(plan: Plan, target: str, part: Part, take_flags: Callable[[Flags], None]) -> int:
     """Compare the command and the environment of a pod; return its HTTP port."""
     (container,) = part.pod["spec"]["containers"]
     environment = container_environment(container)
@@ -155,6 +177,7 @@ def _check_command(plan: Plan, target: str, part: Part) -> int:
     first = next(i for i, word in enumerate(words) if word.startswith("--"))
     port = int(flags.pop("--port", None) or 0)
     config = flags.pop("--config", None)
+    take_flags(flags)
     expect("--config", config, f"/etc/rankwright/{_CONFIG}" if target == "trtllm" else None)
     check_flags(plan, target, flags, words[first - 1])
     expected = {

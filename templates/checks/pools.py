@@ -3,18 +3,13 @@
 As for one pool, what every flag must say stands here once more, apart from the renderer's tables.
 """
 
-import json
 import re
 from collections import Counter
-
-import yaml
 
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.plan import Plan
 from rankwright.templates.checks.commands import (
-    Flags,
     check_flags,
-    check_trtllm_config,
     command_flags,
     plan_places,
     stage_variable,
@@ -26,7 +21,12 @@ from rankwright.templates.checks.mismatch import (
     shell_words,
     variables,
 )
-from rankwright.templates.checks.objects import LOADER
+from rankwright.templates.checks.pools_objects import check_pools_objects
+from rankwright.templates.checks.pools_parts import (
+    check_pool_config,
+    check_router_config,
+    check_transfer_flags,
+)
 from rankwright.templates.checks.sbatch import slurm_headers
 
 _SCRIPT, _ROUTER = "disaggregated.sh", "disagg_config.yaml"
@@ -46,6 +46,9 @@ def check_pools(
         job = files["rankwright.sbatch"]
         _check_job(plan, job)
         check_pools_script(plan, target, heredoc(job, "RANKWRIGHT_DISAGGREGATED"), files)
+        return
+    if on == "kubernetes":
+        check_pools_objects(plan, target, files["rankwright.yaml"])
         return
     check_pools_script(plan, target, files[_SCRIPT], files)
 
@@ -76,55 +79,6 @@ def check_pools_script(
         http |= {worker: base + worker for worker, _ in _heads(plan, role)}
     _check_router(plan, target, script, files, http)
     _check_side_ports(plan, target, script)
-
-
-def check_transfer_flags(target: str, role: str, flags: Flags) -> None:
-    """Take the flags that make a worker one of a pool out of `flags`, and check them.
-
-    Raises:
-        ManifestMismatchError: They are of another role, or missing.
-    """
-    if target == "vllm":
-        given = json.loads(flags.pop("--kv-transfer-config", None) or "{}")
-        kind = "kv_producer" if role == "prefill" else "kv_consumer"
-        expect(role, given, {"kv_connector": "NixlConnector", "kv_role": kind})
-    if target == "sglang":
-        expect(role, flags.pop("--disaggregation-mode", None), role)
-        expect("transfer", flags.pop("--disaggregation-transfer-backend", None), "nixl")
-
-
-def check_pool_config(pool: Plan, role: str, text: str) -> None:
-    """Compare TensorRT-LLM's configuration of one pool with its plan.
-
-    Raises:
-        ManifestMismatchError: It says something else.
-    """
-    config = yaml.load(text, LOADER)
-    cache = config.pop("cache_transceiver_config", {})
-    expect("cache backend", cache.get("backend"), "DEFAULT")
-    tokens = cache.get("max_tokens_in_buffer", 0)
-    least = pool.workload.input_tokens
-    if not least <= tokens < least + pool.kv_cache.block_tokens:
-        raise ManifestMismatchError(f"max_tokens_in_buffer is {tokens}, prompts have {least}")
-    overlap = config.pop("disable_overlap_scheduler", False)
-    expect("disable_overlap_scheduler", overlap, role == "prefill")
-    check_trtllm_config(pool, yaml.safe_dump(config))
-
-
-def check_router_config(
-    plan: DisaggregatedPlan, text: str, urls: dict[str, list[str]], port: int | None = None
-) -> None:
-    """Compare `disagg_config.yaml` with the URLs that workers have.
-
-    Raises:
-        ManifestMismatchError: It names others.
-    """
-    config = yaml.load(text, LOADER)
-    for key, role in zip(("context_servers", "generation_servers"), _ROLES, strict=True):
-        expect(f"{key}: instances", config[key]["num_instances"], plan.pools[role].split.dp)
-        expect(f"{key}: urls", config[key]["urls"], urls[role])
-    if port is not None:
-        expect("port of the router", config["port"], port)
 
 
 def _numbers(plan: DisaggregatedPlan) -> dict[int, int]:

@@ -64,26 +64,26 @@ def engine_kubernetes_files(
     span = engine.span(plan, nodes_each) if nodes_each > 1 else None
     shares = node_shares(plan, told_apart=options.gpu_types is not None)
     kind = flavor_name(options.flavor, nodes_each)
-    types = _gpu_types(plan, options.gpu_types)
-    _check(engine, kind, options, places, types)
+    types = gpu_labels(plan, options.gpu_types)
+    check_pods(engine, kind, options, places, types)
     name = options.name or default_name(plan)
     config = None if engine.config is None else engine.config(plan)
     environment, left_out = pod_environment(engine_environment(engine, plan))
     model_mount, model_path, host_path = model_volume(plan, options)
-    share = _pod_share(plan, len(places[0].gpus))
+    share = pod_share(plan, len(places[0].gpus))
     return fill_objects(
         plan,
         options,
         name,
         for_name(FLAVORS[kind], name),
-        _groups(name, kind, nodes_each, share, types),
+        pod_groups(name, kind, nodes_each, share, types),
         app=target,
         engine=engine,
-        engine_words=_words(engine, plan, options.port, model_path, config is not None),
+        engine_words=pod_words(engine, plan, options.port, model_path, config is not None),
         span=span,
         on_engine=f" on {engine.title} {engine.version}",
         config_files={} if config is None else {CONFIG_FILE: config_text(engine, plan, config)},
-        size=_size(len(types), nodes_each, share.num_gpus),
+        size=size_in_words(len(types), nodes_each, share.num_gpus),
         notes=(*engine.notes(plan), *pod_notes(options, left_out, host_path)),
         needs=FLAVORS[kind].needs,
         num_nodes=nodes_each,
@@ -100,7 +100,9 @@ def engine_kubernetes_files(
     )
 
 
-def _size(num_replicas: int, nodes_each: int, num_gpus: int) -> str:
+def size_in_words(num_replicas: int, nodes_each: int, num_gpus: int) -> str:
+    """Return the pods of all replicas in words."""
+
     def many(count: int, what: str) -> str:
         return f"{count} {what}{'s' * (count != 1)}"
 
@@ -108,21 +110,26 @@ def _size(num_replicas: int, nodes_each: int, num_gpus: int) -> str:
     return f"{many(num_replicas, 'replica')} of {pods} with {gpus}{' each' * (nodes_each > 1)}"
 
 
-def _words(
-    engine: Engine, plan: Plan, port: int, model_path: str | None, has_config: bool
+def pod_words(
+    engine: Engine,
+    plan: Plan,
+    port: int,
+    model_path: str | None,
+    has_config: bool,
+    extra: tuple[tuple[str, ...], ...] = (),
 ) -> tuple[str, ...]:
     """Return the arguments after the command; a flag and its value are one word."""
     model = model_argument(plan, model_path)
     words = [model if engine.model_flag is None else f"{engine.model_flag}={model}"]
     if model != plan.model.name and engine.served_name_flag is not None:
         words.append(f"{engine.served_name_flag}={plan.model.name}")
-    words += ["=".join(flag) for flag in engine.arguments(plan)]
+    words += ["=".join(flag) for flag in (*engine.arguments(plan), *extra)]
     if has_config:
         words.append(f"--config={MOUNT}/{CONFIG_FILE}")
     return (*words, "--host=0.0.0.0", f"--port={port}")
 
 
-def _gpu_types(plan: Plan, gpu_types: str | None) -> tuple[str | None, ...]:
+def gpu_labels(plan: Plan, gpu_types: str | None) -> tuple[str | None, ...]:
     """Return the label value of each replica's GPUs; None where no option names them.
 
     Raises:
@@ -143,13 +150,18 @@ def _gpu_types(plan: Plan, gpu_types: str | None) -> tuple[str | None, ...]:
     return tuple(types.get(kind) for kind in kinds)
 
 
-def _check(
+def check_pods(
     engine: Engine,
     kind: str,
     options: EngineKubernetesOptions,
     places: tuple[Place, ...],
     types: tuple[str | None, ...],
 ) -> None:
+    """Check that pods of one kind of workload can be what the plan says.
+
+    Raises:
+        ValueError: They cannot.
+    """
     nodes_each = nodes_of_a_replica(places)
     if nodes_each not in FLAVORS[kind].num_nodes:
         raise ValueError(
@@ -176,7 +188,7 @@ def _check(
         )
 
 
-def _pod_share(plan: Plan, num_gpus: int) -> PodShare:
+def pod_share(plan: Plan, num_gpus: int) -> PodShare:
     """Return what a pod of `num_gpus` asks for: its part of the smallest machine at most."""
     shm_bytes = SHM_BYTES_PER_RANK * num_gpus
     machines = [plan.cluster.node(node) for node in plan.nodes_used()]
@@ -189,7 +201,7 @@ def _pod_share(plan: Plan, num_gpus: int) -> PodShare:
     )
 
 
-def _groups(
+def pod_groups(
     name: str, kind: str, nodes_each: int, share: PodShare, types: tuple[str | None, ...]
 ) -> tuple[Group, ...]:
     """Return the pods of all replicas: those of a kind of GPU, or of each replica."""

@@ -30,6 +30,8 @@ class PoolEngine:
         side_variables: Environment of a worker: shell words, in which `$side` is the first of its
             side ports and `$address` its node's address.
         side_flags: Of a prefill worker, likewise.
+        router_package: Of PyPI, which has it; None: the engine's image does.
+        usual_side_port: Where a worker listens that is told no other.
         url_has_side_port: Whether the router is told the side port of a prefill worker.
     """
 
@@ -42,6 +44,8 @@ class PoolEngine:
     side_ports: Callable[[Plan], int] = lambda plan: 0
     side_variables: tuple[tuple[str, str], ...] = ()
     side_flags: tuple[tuple[str, str], ...] = ()
+    router_package: str | None = None
+    usual_side_port: int | None = None
     url_has_side_port: bool = False
 
 
@@ -71,6 +75,8 @@ POOL_ENGINES: dict[str, PoolEngine] = {
         router=("vllm-router", "--vllm-pd-disaggregation"),
         router_needs="vllm-router 0.1.17 (pip install vllm-router), and nixl beside vLLM",
         flags={"prefill": _transfer("kv_producer"), "decode": _transfer("kv_consumer")},
+        router_package="vllm-router==0.1.17",
+        usual_side_port=5600,
         side_ports=attention_ranks,
         side_variables=(
             ("VLLM_NIXL_SIDE_CHANNEL_HOST", "$address"),
@@ -81,6 +87,8 @@ POOL_ENGINES: dict[str, PoolEngine] = {
         router=("python3", "-m", "sglang_router.launch_router", "--pd-disaggregation"),
         router_needs="sglang-router 0.3.2 (pip install sglang-router), and nixl beside SGLang",
         flags={"prefill": _mode("prefill"), "decode": _mode("decode")},
+        router_package="sglang-router==0.3.2",
+        usual_side_port=8998,
         side_ports=lambda plan: 1,
         side_flags=(("--disaggregation-bootstrap-port", "$side"),),
         url_has_side_port=True,

@@ -81,7 +81,7 @@ def pools_files(plan: DisaggregatedPlan, options: EngineOptions, *, target: str)
         ValueError: The engine cannot express a part of the plan.
     """
     engine, extra = ENGINES[target], POOL_ENGINES[target]
-    pools = _pools(plan, target)
+    pools = engine_pools(plan, target)
     nodes = pool_nodes(plan)
     num_workers = sum(len(pool.workers) for pool in pools)
     if options.port + num_workers >= 2**16:
@@ -146,7 +146,7 @@ def pools_slurm_files(
         )
     own = EngineOptions(model_path=options.model_path, port=options.port)
     files = pools_files(plan, own, target=target)
-    pools = _pools(plan, target)
+    pools = engine_pools(plan, target)
     ports = meeting_ports(pools)
     job_files = (
         JobFile(SCRIPT, "write_script", f"{SCRIPT}, to a file that every node reads.",
@@ -215,13 +215,14 @@ def router_config(
     Args:
         engine: Whose title heads the file.
         pools: With their workers.
-        port: Of the router; workers follow it.
-        hosts: Of the workers' URLs; None: `nodeN`, in whose place the script puts addresses.
+        port: Of the router.
+        hosts: Of the workers' URLs, which have its port too; None: `nodeN`, in whose place the
+            script puts addresses, and ports after the router's.
     """
     config: dict[str, object] = {"hostname": "0.0.0.0", "port": port, "backend": "pytorch"}
     for key, pool in zip(("context_servers", "generation_servers"), pools, strict=True):
         urls = [
-            f"{hosts[worker] if hosts else f'node{node}'}:{port + 1 + worker}"
+            f"{hosts[worker]}:{port}" if hosts else f"node{node}:{port + 1 + worker}"
             for worker, node in pool.workers
         ]
         config[key] = {"num_instances": len(urls), "urls": urls}
@@ -229,7 +230,12 @@ def router_config(
     return title + yaml.safe_dump(config, sort_keys=False)
 
 
-def _pools(plan: DisaggregatedPlan, target: str) -> tuple[Pool, ...]:
+def engine_pools(plan: DisaggregatedPlan, target: str) -> tuple[Pool, ...]:
+    """Return both pools as `target` takes them, prefill first.
+
+    Raises:
+        ValueError: The engine cannot express a part of the plan, or join the two.
+    """
     engine, extra = ENGINES[target], POOL_ENGINES[target]
     reason = pair_is_legal(target, plan.prefill.split, plan.decode.split)
     if reason is not None:

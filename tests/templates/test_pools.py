@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from tests.templates.crd_schemas import problems
 from tests.templates.pool_plans import pools, random_pools
 from tests.templates.random_plans import gpu_types
 from tests.templates.slurm_rig.rig import SlurmRig
@@ -20,16 +22,17 @@ from tests.templates.slurm_rig.rig import SlurmRig
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.templates.checks.commands import command_flags
 from rankwright.templates.checks.mismatch import ManifestMismatchError
+from rankwright.templates.checks.objects import read_objects
 from rankwright.templates.checks.pools import check_pools
 from rankwright.templates.checks.sbatch import slurm_headers
 from rankwright.templates.engines.pool_engine import POOL_ENGINES
 from rankwright.templates.render import render
 
-SCRIPT, JOB = "disaggregated.sh", "rankwright.sbatch"
-NUM_PLANS = int(os.environ.get("RANKWRIGHT_PLANS", "300")) // 3
+SCRIPT, JOB, OBJECTS = "disaggregated.sh", "rankwright.sbatch", "rankwright.yaml"
+NUM_PLANS = int(os.environ.get("RANKWRIGHT_PLANS", "300")) // 6
 REASONS = re.compile(
     r"cannot express|GPUs of their nodes|runs on .* and .*, and another engine|numbered from 0"
-    r"|--on slurm"
+    r"|--on slurm|several machines of which|that two replicas share"
 )
 
 
@@ -43,7 +46,7 @@ def test_random_pools_are_what_they_say_on_every_target_or_refused() -> None:
     for seed in range(NUM_PLANS):
         made = random_pools(seed)
         for target in POOL_ENGINES:
-            for on in (None, "slurm"):
+            for on in (None, "slurm", "kubernetes")[: 2 + (seed % 4 == 0)]:
                 options = {"gpu_types": names(made)} if on else {}
                 try:
                     files = render(made, target, None, on=on, **options)
@@ -52,15 +55,16 @@ def test_random_pools_are_what_they_say_on_every_target_or_refused() -> None:
                         raise AssertionError(f"seed {seed}, {target} on {on}") from error
                     continue
                 rendered[f"{target} {on}"] += 1
-                assert DisaggregatedPlan.model_validate_json(files["plan.json"]) == made
-    assert set(rendered) == {
-        "vllm None",
-        "vllm slurm",
-        "sglang None",
-        "sglang slurm",
-        "trtllm None",
-    }
-    assert min(rendered.values()) > NUM_PLANS // 5
+                assert "plan.json" in files
+    ways = {f"{target} {on}" for target in POOL_ENGINES for on in (None, "slurm", "kubernetes")}
+    assert set(rendered) == ways - {"trtllm slurm"}
+    assert min(rendered.values()) > NUM_PLANS // 20
+
+
+def test_the_plan_beside_the_files_is_the_plan() -> None:
+    made = random_pools(1)
+    files = render(made, "sglang")
+    assert DisaggregatedPlan.model_validate_json(files["plan.json"]) == made
 
 
 def test_vllm_gets_roles_side_channels_and_a_router_of_both_pools() -> None:
@@ -268,3 +272,77 @@ def test_the_script_starts_every_worker_and_the_router_and_ends_them_on_term(
         "0,1,2,3 29505",
         "1 29504",
     ]
+
+
+def objects(made: DisaggregatedPlan, target: str, **options: object) -> list[dict[str, Any]]:
+    return read_objects(render(made, target, None, on="kubernetes", **options)[OBJECTS])
+
+
+@pytest.mark.parametrize("target", POOL_ENGINES)
+def test_objects_of_pools_pass_the_schemas(target: str) -> None:
+    several = [pools((8, 2, 1), (8, 1, 1))] if target == "sglang" else []
+    for made in (pools(), *several):
+        for item in objects(made, target):
+            assert problems(item) == []
+
+
+def test_a_router_knows_every_worker_by_name_and_its_service_is_for_clients() -> None:
+    found = objects(pools(), "vllm", name="x", port=9000)
+    (router,) = [item for item in found if item["kind"] == "Deployment"]
+    assert router["metadata"]["name"] == "x"
+    (container,) = router["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-6:] == [
+        "--prefill",
+        "http://x-prefill-0-head-0.x-prefill-nodes:9000",
+        "--prefill",
+        "http://x-prefill-1-head-0.x-prefill-nodes:9000",
+        "--decode",
+        "http://x-decode-0-head-0.x-decode-nodes:9000",
+    ]
+    sets = [item["metadata"]["name"] for item in found if item["kind"] == "StatefulSet"]
+    assert sets == ["x-prefill-0-head", "x-prefill-1-head", "x-decode-0-head"]
+    assert "vllm-router==0.1.17" in container["command"][2]
+    with_router = objects(pools(), "vllm", router_image="mine/router:1")
+    (router,) = [item for item in with_router if item["kind"] == "Deployment"]
+    (container,) = router["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "mine/router:1"
+    assert container["command"] == ["vllm-router", "--vllm-pd-disaggregation"]
+
+
+@pytest.mark.parametrize(
+    ("target", "old", "new"),
+    [
+        ("vllm", "http://llama-3-1-405b-decode-0-head-0", "http://llama-3-1-405b-prefill-0-head-0"),
+        ("vllm", "--max-num-seqs=64", "--max-num-seqs=63"),
+        ("vllm", "kv_consumer", "kv_both"),
+        ("vllm", "fieldPath: status.podIP", "fieldPath: status.hostIP"),
+        ("sglang", '"8998"', '"8999"'),
+        ("sglang", "nvidia.com/gpu: 4", "nvidia.com/gpu: 2"),
+        ("trtllm", "num_instances: 2", "num_instances: 1"),
+        ("trtllm", "max_num_tokens: 2048", "max_num_tokens: 1024"),
+    ],
+)
+def test_the_checker_sees_objects_that_do_not_say_what_the_plan_says(
+    target: str, old: str, new: str
+) -> None:
+    made = pools()
+    files = render(made, target, on="kubernetes")
+    assert old in files[OBJECTS]
+    changed = files | {OBJECTS: files[OBJECTS].replace(old, new)}
+    with pytest.raises(ManifestMismatchError):
+        check_pools(made, target, changed, "kubernetes")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a" * 37}, "expected at most 36"),
+        ({"flavor": "deployment"}, "a name of its own"),
+        ({"queue": "q"}, "two pools are no one object"),
+    ],
+)
+def test_options_that_pools_cannot_have_are_refused(
+    options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        objects(pools(), "vllm", **options)
