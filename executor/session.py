@@ -147,9 +147,10 @@ async def start(
             run_dir = Path(tempfile.mkdtemp(prefix="rankwright-"))  # only the user may read it
             ranks = RayRanks(plan, options, run_dir, front_end.address, front_end.authkey)
         else:
-            agent = Agent() if agent is None else agent
-            run_dir = agent.run_dir
-            ranks = start_ranks(plan, options, agent, reach, front_end.authkey)
+            # Left without an order, it ends with the block.
+            with Agent() if agent is None else agent as agent:
+                run_dir = agent.run_dir
+                ranks = start_ranks(plan, options, agent, reach, front_end.authkey)
         session = Session(plan, front_end, ranks, run_dir, options.start_timeout_s)
         try:
             yield session
@@ -193,10 +194,10 @@ async def follow(
     """Start the ranks of machine `options.node_rank`, not the one that serves; see `start`."""
     key = shared_key(options)
     assert key is not None, "several machines always share a key"
-    agent = Agent() if agent is None else agent
     address = f"{options.master_addr}:{leader_port(options)}"
-    ranks = start_ranks(plan, options, agent, address, key)
-    followed = FollowedRanks(plan, ranks, agent.run_dir)
+    with Agent() if agent is None else agent as agent:
+        ranks = start_ranks(plan, options, agent, address, key)
+        followed = FollowedRanks(plan, ranks, agent.run_dir)
     try:
         yield followed
     finally:

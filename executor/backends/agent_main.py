@@ -11,6 +11,7 @@ GPU, ran an operation on several threads or opened a process group.
 import gc
 import os
 import select
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ def main() -> int:
         import_module(WORKER_MODULE)
     line = sys.stdin.readline()
     if not line:
+        # A parent that was killed has left its folder.
+        shutil.rmtree(os.environ["RANKWRIGHT_RUN_DIR"], ignore_errors=True)
         return 0
     order = Order.decode(line)
     for name in begun_with - order.environment.keys():

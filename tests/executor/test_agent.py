@@ -36,6 +36,14 @@ def test_an_agent_without_an_order_leaves_nothing_behind() -> None:
     assert not agent.run_dir.exists()
 
 
+def test_an_agent_whose_parent_is_gone_ends_and_removes_its_folder() -> None:
+    agent = Agent()
+    assert agent.process.stdin is not None
+    agent.process.stdin.close()
+    assert agent.process.wait(60) == 0
+    assert not agent.run_dir.exists()
+
+
 @pytest.mark.parametrize(
     ("device", "asked", "expected"),
     [
