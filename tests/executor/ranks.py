@@ -1,32 +1,35 @@
 """Worker processes for tests of many ranks over gloo, kept alive over cases.
 
-Importing torch takes seconds, so a pool of processes is started once a session and runs one case
-after another: each makes a fresh process group over a file, runs `function(rank, *arguments)` and
-returns what rank 0 (or every rank) returned.
+Importing torch takes seconds, so one process imports it, the pool is its forks, started once a
+session, and runs one case after another: each makes a fresh process group, runs
+`function(rank, *arguments)` and returns what rank 0 (or every rank) returned.
 """
 
 import importlib
 import multiprocessing
-import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+# What every rank needs: imported once, by the process that the pool is forked from.
+_PRELOADED = ["torch", "torch.distributed", "tests.executor.cases"]
 
-def _serve(connection: Connection) -> None:
+
+def _serve(connection: Connection, port: int) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    # A store over a file would be looked at every 10 ms, by each rank for each of its groups.
+    store = dist.TCPStore("127.0.0.1", port)
     while True:
         try:
             case = connection.recv()
         except EOFError:
             return
-        module, function, rank, world_size, store, backend, arguments = case
+        module, function, rank, world_size, number, backend, arguments = case
         try:
             device = None
             if backend == "nccl":
@@ -34,7 +37,7 @@ def _serve(connection: Connection) -> None:
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 backend,
-                init_method=f"file://{store}",
+                store=dist.PrefixStore(str(number), store),
                 rank=rank,
                 world_size=world_size,
                 device_id=device,
@@ -51,7 +54,10 @@ class Ranks:
     """A pool of processes, one a rank."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+        self._store: Any = None
+        self._num_cases = 0
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -64,30 +70,35 @@ class Ranks:
         backend: str = "gloo",
     ) -> list[Any]:
         """Return what `module.function(rank, *arguments)` returned on each rank."""
+        if self._store is None:
+            from torch.distributed import TCPStore
+
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self._connections) < world_size:
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(theirs, self._store.port), daemon=True
+            )
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            for rank in range(world_size):
-                self._connections[rank].send(
-                    (module, function, rank, world_size, store, backend, arguments)
-                )
-            results = []
-            for rank in range(world_size):
-                if not self._connections[rank].poll(120):
-                    self.close()
-                    raise TimeoutError(f"rank {rank} of {world_size} said nothing for 120 s")
-                good, result = self._connections[rank].recv()
-                if not good:
-                    others = self._failures(range(rank + 1, world_size))
-                    self.close()
-                    raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}{others}")
-                results.append(result)
+        self._num_cases += 1
+        for rank in range(world_size):
+            self._connections[rank].send(
+                (module, function, rank, world_size, self._num_cases, backend, arguments)
+            )
+        results = []
+        for rank in range(world_size):
+            if not self._connections[rank].poll(120):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {world_size} said nothing for 120 s")
+            good, result = self._connections[rank].recv()
+            if not good:
+                others = self._failures(range(rank + 1, world_size))
+                self.close()
+                raise RuntimeError(f"rank {rank} of {world_size} failed:\n{result}{others}")
+            results.append(result)
         return results
 
     def _failures(self, ranks: range) -> str:
