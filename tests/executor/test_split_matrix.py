@@ -78,6 +78,7 @@ def legal_splits(spec: ModelSpec) -> Iterator[Split]:
                     cp=shape.cp,
                     dp=dp,
                     attention=shape.attention,
+                    cp_exchange=shape.cp_exchange,
                     stage_layers=even_stages(spec.num_layers, shape.pp),
                 )
                 if num_forms(split) <= 3:
@@ -100,7 +101,7 @@ class Case:
 def forms_of(split: Split) -> tuple[bool | str, ...]:
     """Which forms the split is a product of."""
     degrees = (split.moe_tp, split.ep, split.pp, split.dp, split.cp)
-    return (*(degree > 1 for degree in degrees), split.attention)
+    return (*(degree > 1 for degree in degrees), split.attention, split.cp_exchange)
 
 
 @cache
@@ -152,7 +153,7 @@ def test_the_matrix_is_wide_enough() -> None:
         assert any(split.tp > 1 and split.attention == "tp" for split in splits)
         assert any(split.attention == "dp" for split in splits)
         assert any(split.pp > 1 for split in splits)
-        assert any(split.cp > 1 for split in splits)
+        assert {split.cp_exchange for split in splits if split.cp > 1} == {"gather", "ring"}
         assert any(num_forms(split) == 3 for split in splits)
     assert any(8 % case.split.tp for case in every)
 
@@ -167,7 +168,7 @@ def test_a_legal_split_gives_the_logits_and_tokens_of_transformers(
     known = references | moe_references
     reference, split = known[case.family], case.split
     degrees: dict[str, Any] = split.model_dump(
-        include={"tp", "pp", "dp", "ep", "cp", "attention", "stage_layers"}
+        include={"tp", "pp", "dp", "ep", "cp", "attention", "cp_exchange", "stage_layers"}
     )
     plan = cpu_plan(
         read_model(reference.folder),
