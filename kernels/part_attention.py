@@ -99,7 +99,7 @@ def _part_kernel(
     v_ptr,
     table_ptr,
     work_ptr,
-    out_ptr,
+    found_ptr,
     scale_log2,
     window,
     part_index,
@@ -191,10 +191,10 @@ def _part_kernel(
         highest = new_highest
 
     total = tl.where(total > 0, total, 1.0)
-    out_at = out_ptr + (row * NUM_HEADS + head) * (HEAD_DIM + 1)
-    tl.store(out_at[:, None] + d[None, :], acc / total[:, None], mask=row_mask)
+    found_at = found_ptr + (row * NUM_HEADS + head) * (HEAD_DIM + 1)
+    tl.store(found_at[:, None] + d[None, :], acc / total[:, None], mask=row_mask)
     # Of rows that see nothing here `highest` is -inf, and so is the sum.
-    tl.store(out_at + HEAD_DIM, (highest + tl.log2(total)) * LN_2, mask=m < num_rows)
+    tl.store(found_at + HEAD_DIM, (highest + tl.log2(total)) * LN_2, mask=m < num_rows)
 
 
 def part_attention(

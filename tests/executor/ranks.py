@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+# Where type checkers find them: `torch.distributed` has them without saying so.
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
 # What every rank needs: imported once, by the process that the pool is forked from.
 _PRELOADED = ["torch", "torch.distributed", "tests.executor.cases"]
 
@@ -23,7 +26,7 @@ def _serve(connection: Connection, port: int) -> None:
 
     torch.set_num_threads(1)
     # A store over a file would be looked at every 10 ms, by each rank for each of its groups.
-    store = dist.TCPStore("127.0.0.1", port)
+    store = TCPStore("127.0.0.1", port)
     while True:
         try:
             case = connection.recv()
@@ -37,7 +40,7 @@ def _serve(connection: Connection, port: int) -> None:
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 backend,
-                store=dist.PrefixStore(str(number), store),
+                store=PrefixStore(str(number), store),
                 rank=rank,
                 world_size=world_size,
                 device_id=device,
@@ -71,8 +74,6 @@ class Ranks:
     ) -> list[Any]:
         """Return what `module.function(rank, *arguments)` returned on each rank."""
         if self._store is None:
-            from torch.distributed import TCPStore
-
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         while len(self._connections) < world_size:
             ours, theirs = self._context.Pipe()

@@ -132,6 +132,33 @@ def test_both_stages_of_a_pipeline_compute_at_the_same_time(
     assert results == [[], [True] * 24]
 
 
+def test_ranks_may_hold_any_shares_that_a_plan_gives_them(
+    references: dict[str, Reference], pool: Ranks
+) -> None:
+    reference = references["qwen3"]
+    plan = cpu_plan(read_model(reference.folder), tp=3)
+    # Of 8 query and 4 KV heads, 74 columns and 197 rows; groups of heads are cut between ranks.
+    shares = [
+        {"query_heads": (0, 5), "kv_heads": (0, 3), "ffn_columns": (0, 9), "vocab": (0, 150)},
+        {"query_heads": (5, 6), "kv_heads": (2, 3), "ffn_columns": (9, 10), "vocab": (150, 151)},
+        {"query_heads": (6, 8), "kv_heads": (3, 4), "ffn_columns": (10, 74), "vocab": (151, 197)},
+    ]
+    ranks = tuple(
+        rank.model_copy(update=share) for rank, share in zip(plan.ranks, shares, strict=True)
+    )
+    plan = plan.model_copy(update={"ranks": ranks})
+    (text,) = prompts(reference.vocab_size, (30,))
+    requests = [("r0", text, {"temperature": 0.0, "max_tokens": 48})]
+    for function, asked in (("logits", [text]), ("serve", requests)):
+        results = pool.run(3, CASES, function, plan.model_dump_json(), str(reference.folder), asked)
+        found = results[0]
+        if function == "serve":
+            assert found["r0"] == reference.greedy(text, 48)
+        else:
+            theirs = reference.logits(text).numpy()
+            assert np.abs(found[0] - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
 def test_seeded_sampling_does_not_depend_on_the_split_or_the_batch(
     references: dict[str, Reference], pool: Ranks
 ) -> None:

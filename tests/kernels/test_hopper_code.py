@@ -21,7 +21,8 @@ from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
     all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
     mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
-    prefill_attention, rms_norm, rotary, sampling, skinny_linear, swiglu, token_feed,
+    part_attention, prefill_attention, rms_norm, rotary, sampling, skinny_linear, swiglu,
+    token_feed,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -39,7 +40,7 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         ).split()
         floats_of = (
             "partial lse merged_lse cos_sin temperature best weights pair_weights correction "
-            "maxima values top_p"
+            "maxima values top_p found"
         ).split()
         if name in floats:
             signature[name] = "fp32"
@@ -92,6 +93,10 @@ found["prefill"] = resources(
     prefill_attention._prefill_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
     BLOCK_M=shape.block_m, TILE=shape.tile, HAS_WINDOW=False, HAS_SINKS=True, LN_2=0.693,
     **paged)
+found["part"] = resources(
+    part_attention._part_kernel, shape.num_warps, shape.num_stages, ["scale_log2"],
+    ["window", "table_stride", "part_index"], BLOCK_M=shape.block_m, TILE=shape.tile, PARTS=2,
+    HAS_WINDOW=False, LN_2=0.693, **paged)
 found["route"] = resources(
     moe_routing._route_kernel, 1, 1, ["scale"], ["first_slot", "num_slots"], TOP_K=8, NUM_GROUPS=8,
     GROUP_SIZE=32, GROUPS_PER_TOKEN=4, MAX_REPLICAS=2, BLOCK_G=8, BLOCK_S=32, BLOCK_K=8,
@@ -103,6 +108,10 @@ found["mla"] = resources(
     mla_attention._mla_decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
     NUM_HEADS=16, LATENT=512, ROTARY=64, BLOCK_H=32, BLOCK_L=512, BLOCK_R=64, BLOCK_TOKENS=64,
     TILE=shape.tile, IS_SPLIT=True, MIN_TILES=1, RETURN_LSE=False, LN_2=0.693, PRECISION="tf32")
+found["mla with sums"] = resources(
+    mla_attention._mla_decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
+    NUM_HEADS=16, LATENT=512, ROTARY=64, BLOCK_H=32, BLOCK_L=512, BLOCK_R=64, BLOCK_TOKENS=64,
+    TILE=shape.tile, IS_SPLIT=False, MIN_TILES=1, RETURN_LSE=True, LN_2=0.693, PRECISION="tf32")
 found["mla rotary"] = resources(
     mla_rotary._mla_rotary_kernel, 2, 1, ["eps"], [], NUM_HEADS=16, HEAD_DIM=192, LATENT=512,
     HALF=32, BLOCK_TOKENS=64, BLOCK_H=16, BLOCK_L=512, BLOCK_R=32)
@@ -165,6 +174,9 @@ def compiled() -> dict[str, Any]:
         ("decode", "mma.sync.aligned.m16n8k16"),
         ("prefill", "cp.async.cg.shared.global"),
         ("prefill", "wgmma.mma_async"),  # Hopper's own; mma.sync has half its rate
+        ("part", "cp.async.cg.shared.global"),
+        ("part", "wgmma.mma_async"),
+        ("mla with sums", "cp.async.cg.shared.global"),
         ("sum", "ld.global.v4.b32"),
         ("mla", "cp.async.cg.shared.global"),
         ("mla", "mma.sync.aligned.m16n8k16"),
