@@ -62,7 +62,7 @@ def test_random_pools_are_what_they_say_on_every_target_or_refused() -> None:
 
 
 def test_the_plan_beside_the_files_is_the_plan() -> None:
-    made = random_pools(1)
+    made = pools()
     files = render(made, "sglang")
     assert DisaggregatedPlan.model_validate_json(files["plan.json"]) == made
 
