@@ -136,6 +136,18 @@ def move_experts(mesh: Mesh, matrices: Matrices, old: Slots, new: Slots) -> None
             matrix[slot] = part
 
 
+def all_loads(mesh: Mesh, loads: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Return what all ranks of the stage counted: equal numbers, or with attention DP each its own.
+
+    All of them must call this together.
+    """
+    if loads and mesh.attention_ranks > 1:
+        counted = torch.cat(list(loads))
+        dist.all_reduce(counted, group=mesh.tp.process_group)
+        return [load.tolist() for load in counted.split([len(load) for load in loads])]
+    return [load.tolist() for load in loads]
+
+
 class Rebalancer:
     """Counts, places and moves the experts of one stage.
 
@@ -182,7 +194,7 @@ class Rebalancer:
             return
         if self._steps > self._every:
             self._apply(self._agree())
-        loads = self._loads()
+        loads = all_loads(self._mesh, [slots.load_E for slots, _ in self._layers])
         for (slots, _), total, load in zip(self._layers, self.totals, loads, strict=True):
             slots.load_E.zero_()
             total[:] = map(sum, zip(total, load, strict=True))
@@ -193,15 +205,6 @@ class Rebalancer:
         if self._mesh.place.tp_rank == 0:
             self._thread = threading.Thread(target=self._solve, args=(loads, current), daemon=True)
             self._thread.start()
-
-    def _loads(self) -> list[list[int]]:
-        """Return what all ranks counted: equal numbers, or with attention DP each its own."""
-        if self._mesh.attention_ranks > 1:
-            counted = torch.cat([slots.load_E for slots, _ in self._layers])
-            dist.all_reduce(counted, group=self._mesh.tp.process_group)
-            sizes = [len(slots.load_E) for slots, _ in self._layers]
-            return [load.tolist() for load in counted.split(sizes)]
-        return [slots.load_E.tolist() for slots, _ in self._layers]
 
     def _solve(self, loads: list[list[int]], current: list[Slots]) -> None:
         """Place every layer anew; where that gains little, keep what is."""

@@ -57,6 +57,7 @@ def launch(
     start_timeout_s: float = 1800.0,
     drain_s: float = 10.0,
     prefix_cache: bool = True,
+    record_expert_load: Path | str | None = None,
     force: bool = False,
     model_name: str | None = None,
     worker: Sequence[str] = WORKER,
@@ -87,6 +88,7 @@ def launch(
         start_timeout_s: Until every replica must be ready.
         drain_s: For running requests, after a signal.
         prefix_cache: Share KV blocks of prompts that begin alike.
+        record_expert_load: File for how often each expert was chosen, written at the end.
         force: Run also where this machine is not the one the plan was made for.
         model_name: Name in the API; None: the plan's.
         worker: Command of a rank.
@@ -118,6 +120,7 @@ def launch(
         worker=worker,
         ray_address=ray_address,
         prefix_cache=prefix_cache,
+        record_expert_load=record_expert_load,
         force=force,
     )
     if drain_s < 0:

@@ -28,6 +28,7 @@ class Mesh:
         tp: Ranks that share each layer of this stage, for the same part of the context.
         cp: Ranks of this stage with the same weights, each with its part of the context.
         expert_slots: Where experts are, if not each rank's range of them.
+        counts_experts: Count how often experts are chosen also where they are in no slots.
         ep: Ranks of `tp` that share the experts out: those with the same part of each expert.
         expert_memory: What layers hand tokens to experts through, once one of them has opened it.
         control: All ranks of the replica, over gloo; the leader is the first.
@@ -46,6 +47,7 @@ class Mesh:
         self.num_stages = split.pp
         self.split = split
         self.expert_slots = plan.expert_slots
+        self.counts_experts = False
         self.vocab_ranges = tuple(
             other.vocab
             for other in plan.ranks

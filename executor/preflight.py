@@ -48,6 +48,7 @@ def make_options(
     worker: Sequence[str] = WORKER,
     ray_address: str | None = None,
     prefix_cache: bool = True,
+    record_expert_load: Path | str | None = None,
     force: bool = False,
 ) -> RunOptions:
     """Return the options, checked against each other and the plan.
@@ -80,6 +81,7 @@ def make_options(
         backend=chosen,
         ray_address=ray_address,
         prefix_cache=prefix_cache,
+        record_expert_load=_load_file(plan, record_expert_load),
         force=force,
         load_format=load_format,
         model_path=None if model_path is None else Path(model_path),
@@ -92,6 +94,22 @@ def make_options(
         start_timeout_s=start_timeout_s,
         worker=worker,
     )
+
+
+def _load_file(plan: Plan, path: Path | str | None) -> Path | None:
+    """Return the whole path of the file for loads of experts, which can be written.
+
+    Raises:
+        ValueError: It cannot, or the model has no experts.
+    """
+    if path is None:
+        return None
+    if all(run.layer.feed_forward.kind == "dense" for run in plan.model.layer_runs):
+        raise ValueError(f"--record-expert-load: {plan.model.name} has no experts")
+    whole = Path(path).expanduser().absolute()
+    if whole.is_dir() or not os.access(whole.parent, os.W_OK):
+        raise ValueError(f"--record-expert-load {str(path)!r} is no file that can be written")
+    return whole
 
 
 def choose_backend(plan: Plan, backend: str, nnodes: int) -> BackendName:

@@ -33,6 +33,7 @@ class RunOptions:
         worker: Command of a rank.
         ray_address: Of a Ray cluster; None: `RAY_ADDRESS`, or the one that runs here.
         prefix_cache: Share KV blocks of prompts that begin alike.
+        record_expert_load: File for how often each expert was chosen; None: not counted.
         force: Run also where a machine is not the one that the plan was made for.
     """
 
@@ -49,6 +50,7 @@ class RunOptions:
     worker: Sequence[str] = WORKER
     ray_address: str | None = None
     prefix_cache: bool = True
+    record_expert_load: Path | None = None
     force: bool = False
 
 
@@ -59,6 +61,8 @@ def worker_arguments(options: RunOptions, plan_path: Path) -> list[str]:
         arguments += ["--model-path", str(options.model_path)]
     if not options.prefix_cache:
         arguments.append("--no-prefix-cache")
+    if options.record_expert_load is not None:
+        arguments += ["--record-expert-load", str(options.record_expert_load)]
     return [*arguments, "--device", options.device]
 
 

@@ -15,7 +15,7 @@ from rankwright.cost_model.memory import SAMPLED_ROWS
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.executor.cuda_graphs import LARGEST, DecodeGraphs, capture_sizes
 from rankwright.executor.drawn import Drawn
-from rankwright.executor.expert_slots import Rebalancer
+from rankwright.executor.expert_slots import Rebalancer, all_loads
 from rankwright.executor.forward_context import ForwardContext, GatheredPrompts
 from rankwright.executor.kv_cache import allocate, cache_head_dim
 from rankwright.executor.mesh import Mesh
@@ -168,6 +168,22 @@ class Runner:
             self.execute(batch)
         if self.rebalancer is not None:
             self.rebalancer.reset()
+        for load_E in self.stage.expert_loads():
+            load_E.zero_()
+
+    def expert_loads(self) -> list[list[int]]:
+        """Return how often each expert was chosen since the warm-up, of each layer that counts.
+
+        All ranks of a stage must call this together.
+        """
+        counted = all_loads(self.mesh, self.stage.expert_loads())
+        if self.rebalancer is None:
+            return counted
+        ended = self.rebalancer.totals
+        return [
+            [a + b for a, b in zip(before, now, strict=True)]
+            for before, now in zip(ended, counted, strict=True)
+        ]
 
     @torch.inference_mode()
     def execute(

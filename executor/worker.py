@@ -27,6 +27,7 @@ from rankwright.executor.checkpoint import find_checkpoint
 from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.parent_death import end_with_parent
+from rankwright.executor.record_load import record_load
 from rankwright.executor.runner import Runner
 from rankwright.executor.start_device import check_gpu, memory_explained, show_warning
 from rankwright.executor.weights import DummySource, SafetensorsSource, WeightSource
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto")
     parser.add_argument("--model-path", type=Path)
     parser.add_argument("--no-prefix-cache", dest="prefix_cache", action="store_false")
+    parser.add_argument("--record-expert-load", type=Path)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     arguments = parser.parse_args(argv)
     # A terminal's Ctrl-C reaches every process; the launcher decides what it means.
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.device,
             rank,
             prefix_cache=arguments.prefix_cache,
+            record_expert_load=arguments.record_expert_load,
         )
     except BaseException as error:
         _report(rank, error)
@@ -83,6 +86,7 @@ def run(
     rank: int,
     *,
     prefix_cache: bool = True,
+    record_expert_load: Path | None = None,
 ) -> None:
     """Load rank `rank` of the plan and serve until stopped."""
     started = time.monotonic()
@@ -101,6 +105,7 @@ def run(
             torch.set_num_threads(int(threads))
         dist.init_process_group("gloo")
     mesh = Mesh(plan, rank, device)
+    mesh.counts_experts = record_expert_load is not None
     folder = None if load_format == "dummy" else find_checkpoint(plan.model.name, model_path)
     source: WeightSource = (
         DummySource(dtype, device, seed=rank)
@@ -139,6 +144,8 @@ def run(
         connection.close()
     else:
         Follower(mesh, runner).run()
+    if record_expert_load is not None:
+        record_load(mesh, runner, record_expert_load)
     progress("stopped")
     # Graphs hold NCCL work; they must go before the communicators do.
     del runner

@@ -27,7 +27,7 @@ def with_expert_slots(
 
     Raises:
         ValueError: The plan has no expert parallelism, there are too few slots, the loads are not
-            those of the model, or the extra weights leave no room for a sequence.
+            those of the model, or the extra weights leave no room for a request of the workload.
     """
     blocks = [layer.feed_forward for layer in plan.model.layers if layer.feed_forward.kind == "moe"]
     if not blocks or plan.split.ep < 2:
@@ -46,7 +46,10 @@ def with_expert_slots(
     num_blocks = plan.kv_cache.num_blocks - _blocks_for_slots(
         plan, slots_per_rank, moves=rebalance_steps is not None
     )
-    needed = ceil(plan.limits.max_model_len / (plan.kv_cache.block_tokens * plan.split.cp))
+    each = plan.kv_cache.block_tokens * plan.split.cp
+    longest = min(plan.limits.max_model_len, max(0, num_blocks) * each)
+    request = plan.workload.input_tokens + plan.workload.output_tokens
+    needed = ceil(min(request, plan.limits.max_model_len) / each)
     if num_blocks < needed:
         raise ValueError(
             f"{slots_per_rank} expert slots leave {num_blocks} KV blocks, and one request may take "
@@ -56,6 +59,7 @@ def with_expert_slots(
         plan.model_dump()
         | {
             "kv_cache": plan.kv_cache.model_copy(update={"num_blocks": num_blocks}).model_dump(),
+            "limits": plan.limits.model_copy(update={"max_model_len": longest}).model_dump(),
             "expert_slots": ExpertSlots(
                 layers=layers, rebalance_steps=rebalance_steps
             ).model_dump(),

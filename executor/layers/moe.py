@@ -60,6 +60,11 @@ class MoeBlock:
         self.slots: LayerSlots | None = None
         if slots is not None:
             self.slots = LayerSlots(slots, block.num_experts, mesh.device)
+        self.load_E: torch.Tensor | None = None
+        if self.slots is not None:
+            self.load_E = self.slots.load_E
+        elif mesh.counts_experts:
+            self.load_E = torch.zeros(block.num_experts, dtype=torch.int64, device=mesh.device)
         self._choose = ExchangeChoice(mesh, block) if mesh.attention_ranks > 1 else None
         self._float32_router = names.float32_router
         router = names.router.format(layer=layer)
@@ -114,13 +119,13 @@ class MoeBlock:
             context: Which of them are padding: those are neither counted nor sent.
         """
         if self._mesh.attention_ranks == 1:
-            y_TD = self._run_all(x_TD, None if self.slots is None else context.counted())
+            y_TD = self._run_all(x_TD, None if self.load_E is None else context.counted())
             return y_TD if self.shared is None else y_TD.add_(self.shared(x_TD))
         if self._memory is not None and len(x_TD) <= MAX_TOKENS:
             return self._over_peers(self._memory, x_TD, context.counted())
         if self._choose is not None and self._choose(x_TD) == "dispatch":
             return self._dispatched(x_TD, context.counted())
-        counted_T = None if self.slots is None else self._count_own(context.counted())
+        counted_T = None if self.load_E is None else self._count_own(context.counted())
         y_TD = self._mesh.sum_tokens(self._run_all(self._mesh.gather_tokens(x_TD), counted_T))
         return y_TD if self.shared is None else y_TD.add_(self.shared(x_TD))
 
@@ -196,8 +201,8 @@ class MoeBlock:
             num_slots=num_slots,
             correction_E=self.correction_E,
             table=None if slots is None else slots.table,
-            load_E=None if slots is None else slots.load_E,
-            counted_T=None if slots is None else counted_T,
+            load_E=self.load_E,
+            counted_T=None if self.load_E is None else counted_T,
         )
 
     def _count_own(self, counted_T: torch.Tensor) -> torch.Tensor:

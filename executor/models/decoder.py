@@ -219,6 +219,15 @@ class DecoderStage:
             if isinstance(block, MoeBlock) and block.slots is not None
         ]
 
+    def expert_loads(self) -> list[torch.Tensor]:
+        """Return how often this rank saw each expert chosen, of each layer that counts."""
+        blocks = (layer.feed_forward for layer in self.layers)
+        return [
+            block.load_E
+            for block in blocks
+            if isinstance(block, MoeBlock) and block.load_E is not None
+        ]
+
     def logits(self, normed_RD: torch.Tensor) -> torch.Tensor:
         """Return [R, vocabulary] of the TP group's rows, on every rank of it."""
         assert self.head is not None

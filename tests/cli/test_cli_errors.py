@@ -37,6 +37,8 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         (["plan", "Qwen/Qwen3-8B", "--rate", "inf", *SMALL], ["--rate", "got inf"]),
         (["plan", "Qwen/Qwen3-8B", "--percentile", "nan", *SMALL], ["--percentile", "nan"]),
         (["plan", "Qwen/Qwen3-8B", "--time-limit", "nan", *SMALL], ["--time-limit", "got nan"]),
+        (["plan", "Qwen/Qwen3-8B", "--expert-load", "x"], ["--expert-load", "--expert-slots"]),
+        (["plan", "Qwen/Qwen3-8B", "--expert-slots", "4", *SMALL], ["a model with experts and ep"]),
         (["plan", "Qwen/Qwen3-8B", "--isl", "9" * 12], ["--isl", "at most 100,000,000"]),
         (["plan", "Qwen/Qwen3-8B", "--isl", "90000"], ["context of Qwen/Qwen3-8B", "90000"]),
         (["plan", "Qwen/Qwen3-8B", "--memory-budget", "nan", *SMALL], ["--memory-budget", "nan"]),

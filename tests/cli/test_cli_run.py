@@ -187,3 +187,29 @@ def test_weights_that_are_not_there_are_refused_before_anything_starts(
     err = capsys.readouterr().err
     assert "safetensors" in err
     assert err.count("\n") == 1
+
+
+MOE_CONFIG = CONFIG | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def test_what_a_launch_counted_places_the_experts_of_a_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MOE_CONFIG))
+    load = {"model": str(tmp_path), "layers": [[90, 5, 3, 2], [2, 3, 5, 90]]}
+    (tmp_path / "load.json").write_text(json.dumps(load))
+    slots = ["--expert-slots", "3", "--expert-load", str(tmp_path / "load.json")]
+    shape = ["--cluster", "2xh100-sxm", "--tp", "2", "--ep", "2", "--isl", "32", "--osl", "8"]
+    args = ["plan", str(tmp_path), *shape, *slots, "--rebalance-steps", "50", "--json"]
+    assert main(args) == 0
+    placed = json.loads(capsys.readouterr().out)["expert_slots"]
+    assert placed["rebalance_steps"] == 50
+    # The hot expert of each layer is on both ranks.
+    assert all(0 in rank for rank in placed["layers"][0])
+    assert all(3 in rank for rank in placed["layers"][1])

@@ -105,6 +105,7 @@ def test_every_rank_loads_what_is_predicted(
             tp=SimpleNamespace(size=tp, ranks=tuple(range(tp))),
             attention_ranks=tp if attention == "dp" else 1,
             expert_slots=None,
+            counts_experts=False,
             is_first_stage=place.stage == 0,
             is_last_stage=place.stage == pp - 1,
         )

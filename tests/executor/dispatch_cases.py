@@ -2,6 +2,7 @@
 
 import os
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ from tests.executor import cases
 from rankwright.executor.groups import Group
 from rankwright.executor.layers.dispatch import Dispatch
 from rankwright.executor.layers.exchange import VARIABLE
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.record_load import record_load
+from rankwright.executor.runner import Runner
+from rankwright.executor.weights import SafetensorsSource
+from rankwright.planner.plan import Plan
 
 
 def logits(
@@ -26,7 +32,7 @@ def logits(
         del os.environ[VARIABLE]
     counted = []
     if runner.rebalancer is not None:
-        counted = runner.rebalancer._loads()
+        counted = runner.expert_loads()
     return found, counted
 
 
@@ -83,3 +89,15 @@ def round_trips(rank: int, moe_tp: int, seeds: list[int]) -> list[tuple[float, b
         error = float((back.float() - expected).norm() / expected.norm().clamp(min=1e-6))
         out.append((error / torch.finfo(dtype).eps, bool(is_mine.any(1).all()), len(here.x_MD)))
     return out
+
+
+def recorded(rank: int, plan_json: str, folder: str, sequences: list[list[int]], path: str) -> None:
+    """Write how often each expert was chosen while these tokens were computed."""
+    plan = Plan.model_validate_json(plan_json)
+    mesh = Mesh(plan, rank, torch.device("cpu"))
+    mesh.counts_experts = True
+    source = SafetensorsSource(Path(folder), torch.float32, mesh.device)
+    runner = Runner(plan, mesh, source, dtype=torch.float32)
+    runner.warm_up(plan.limits)  # what it computes does not count
+    cases.teacher_logits(plan, mesh, runner, sequences)
+    record_load(mesh, runner, Path(path))

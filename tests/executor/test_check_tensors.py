@@ -57,6 +57,7 @@ def test_what_is_expected_is_what_layers_ask_for(family: str) -> None:
         tp=SimpleNamespace(size=1, ranks=(0,)),
         attention_ranks=1,
         expert_slots=None,
+        counts_experts=False,
         is_first_stage=True,
         is_last_stage=True,
     )

@@ -1,6 +1,7 @@
 """Wide expert parallelism: replicas, moves between steps, and placements that follow the load."""
 
 import random
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,6 +18,9 @@ from tests.executor.test_parallel_equality import prompts
 from rankwright.cost_model.memory import stage_kv_bytes_per_token
 from rankwright.cost_model.read_model import read_model
 from rankwright.executor.expert_slots import LayerSlots, Slots, imbalance, keep_in_place
+from rankwright.executor.preflight import make_options
+from rankwright.executor.run_options import worker_arguments
+from rankwright.planner.expert_load import read_expert_loads
 from rankwright.planner.expert_slots import with_expert_slots
 from rankwright.planner.plan import ExpertSlots, Plan
 
@@ -189,3 +193,47 @@ def test_slots_that_cannot_be_are_refused(skewed: Reference) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Plan.model_validate(wide | {"expert_slots": {"layers": layers}})
+
+
+def test_what_was_chosen_is_written_alike_by_every_split(
+    skewed: Reference, pool: Ranks, tmp_path: Path
+) -> None:
+    sequences = prompts(skewed.vocab_size, (1, 23, 40))
+    splits: list[dict[str, Any]] = [
+        {},
+        {"tp": 2, "ep": 2, "attention": "dp"},
+        {"tp": 2, "ep": 1, "pp": 2},
+    ]
+    loads = []
+    for number, split in enumerate(splits):
+        plan = a_plan(skewed, num_blocks=200, **split)
+        path = tmp_path / f"load-{number}.json"
+        pool.run(
+            plan.num_gpus,
+            "tests.executor.dispatch_cases",
+            "recorded",
+            plan.model_dump_json(),
+            str(skewed.folder),
+            sequences,
+            str(path),
+        )
+        loads.append(read_expert_loads([path], plan.model.name))
+    assert loads[0] == loads[1] == loads[2]
+    assert [sum(layer) for layer in loads[0]] == [3 * 64] * 2
+    # Nearly every token takes expert 0 or 1, and 2 or 3.
+    assert min(min(sum(layer[:2]), sum(layer[2:4])) for layer in loads[0]) >= 60
+    wide = with_expert_slots(a_plan(skewed, tp=4, ep=4, num_blocks=400), 5, loads=loads[0])
+    assert wide.expert_slots is not None
+    for load, slots in zip(loads[0], wide.expert_slots.layers, strict=True):
+        assert imbalance(load, slots) < 1.15
+
+
+def test_loads_are_recorded_of_experts_only(tmp_path: Path, skewed: Reference) -> None:
+    dense = cpu_plan(read_model("meta-llama/Llama-3.2-1B"))
+    with pytest.raises(ValueError, match=r"--record-expert-load: .*Llama-3\.2-1B has no experts"):
+        make_options(dense, record_expert_load=tmp_path / "load.json")
+    with pytest.raises(ValueError, match="is no file that can be written"):
+        make_options(a_plan(skewed), record_expert_load=tmp_path / "nowhere" / "load.json")
+    options = make_options(a_plan(skewed), record_expert_load=tmp_path / "load.json")
+    arguments = worker_arguments(options, tmp_path / "plan.json")
+    assert arguments[arguments.index("--record-expert-load") + 1] == str(tmp_path / "load.json")

@@ -28,6 +28,7 @@ _OURS = (
     "model_name",
     "ray_address",
     "prefix_cache",
+    "record_expert_load",
     "force",
 )
 _THEIRS = ("settings", "detach", "job_dir")
@@ -105,6 +106,14 @@ def run(
             help="Compute what prompts begin with alike once, and keep it while there is room.",
         ),
     ] = True,
+    record_expert_load: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Count how often each expert is chosen, and write it at the end, for plan "
+            "--expert-load.",
+        ),
+    ] = None,
     force: options.Force = False,
 ) -> None:
     """Serve MODEL or PLAN over an OpenAI-compatible API.
@@ -154,6 +163,7 @@ def run(
             start_timeout_s=start_timeout,
             drain_s=drain,
             prefix_cache=prefix_cache,
+            record_expert_load=record_expert_load,
             force=force,
             model_name=model_name,
             ray_address=ray_address,

@@ -57,6 +57,22 @@ def run(
         ),
     ] = False,
     calibration: options.CalibrationFile = None,
+    expert_slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Experts that each rank holds of a layer: hot ones in several."
+        ),
+    ] = None,
+    expert_load: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="How often each was chosen, of launch --record-expert-load."
+        ),
+    ] = None,
+    rebalance_steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps after which experts in slots move."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Runners-up to list, with why they lost.")] = 3,
     pareto: Annotated[
         bool,
@@ -99,9 +115,13 @@ def run(
         load = load.model_copy(update={name: getattr(means, name) for name in names})
     spec = read_model(model)
     pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention, cp_exchange=cp_exchange)
+    if expert_slots is None and (expert_load or rebalance_steps is not None):
+        given = "--expert-load" if expert_load else "--rebalance-steps"
+        raise ValueError(f"{given} is for experts in slots; say how many with --expert-slots")
     if disaggregate:
         _refuse_beside_pools(
             {"--trace": trace, "--report": report, "--pareto": pareto or None}
+            | {"--expert-slots": expert_slots}
             | {
                 f"--{pair.partition('=')[0]}".replace("_", "-"): pair
                 for pair in pins.describe().split()
@@ -144,6 +164,16 @@ def run(
         kv_dtype=kv_dtype,
         top=top,
     )
+    if expert_slots is not None:
+        from rankwright.planner.expert_load import read_expert_loads  # few plans have slots
+        from rankwright.planner.expert_slots import with_expert_slots
+
+        plan = with_expert_slots(
+            plan,
+            expert_slots,
+            loads=read_expert_loads(expert_load, plan.model.name) if expert_load else None,
+            rebalance_steps=rebalance_steps,
+        )
     if output is not None:
         write_plan(plan, output)
         status(f"wrote {output}")
