@@ -1,7 +1,7 @@
 """How good and how fast plans are: small problems against trying everything, large ones timed.
 
     PYTHONPATH=src:. python benchmarks/bench_planner.py optimal [--cases 2000] [--parts FILE]
-    PYTHONPATH=src:. python benchmarks/bench_planner.py fast [--output FOLDER]
+    PYTHONPATH=src:. python benchmarks/bench_planner.py fast [--repeats 10] [--output FOLDER]
 
 `optimal` draws problems (up to 8 GPUs, mixed kinds and unequal islands among them; dense and MoE
 models of up to 12 layers; limits, budgets, every objective) and compares the integer program, by
@@ -29,7 +29,6 @@ from rankwright.cost_model.legality import has_experts
 from rankwright.planner.ilp import Choice
 from result import write_result
 
-REPEATS = 10
 # (name, model, cluster, further options, most CPU seconds)
 TIMED = (
     ("dense, 8 GPUs", "meta-llama/Llama-3.1-8B", "8xh100-sxm", (), 0.7),
@@ -128,13 +127,13 @@ def optimal(cases: int, jobs: int, output: Path | None, parts: Path | None) -> i
     return len(wrong) + len(disagree)
 
 
-def fast(output: Path | None) -> None:
-    """Time plans from the shell."""
+def fast(output: Path | None, repeats: int) -> None:
+    """Time plans from the shell, each `repeats` times."""
     rows = []
-    bare = sorted(_cpu_s([sys.executable, "-c", "pass"]) for _ in range(REPEATS))
+    bare = sorted(_cpu_s([sys.executable, "-c", "pass"]) for _ in range(repeats))
     for name, model, cluster, options, limit_s in TIMED:
         command = ["plan", model, "--cluster", cluster, *options, "--json"]
-        runs = [_run(command) for _ in range(REPEATS + 1)][1:]  # the first writes bytecode
+        runs = [_run(command) for _ in range(repeats + 1)][1:]  # the first writes bytecode
         row = {
             "name": name,
             "command": " ".join(["rankwright", *command]),
@@ -201,11 +200,12 @@ def main() -> None:
     parser.add_argument("what", choices=("optimal", "fast"))
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--repeats", type=int, default=10, help="of each plan that is timed")
     parser.add_argument("--output", type=Path, help="folder of the JSON file")
     parser.add_argument("--parts", type=Path, help="file of single rows, to go on with later")
     arguments = parser.parse_args()
     if arguments.what == "fast":
-        fast(arguments.output)
+        fast(arguments.output, arguments.repeats)
         return
     wrong = optimal(arguments.cases, arguments.jobs, arguments.output, arguments.parts)
     sys.exit(1 if wrong else 0)

@@ -183,10 +183,10 @@ def boundary_groups(
 def _furthest_boundaries(cluster: Cluster, kind: SlotKind, pp: int) -> tuple[Group, ...]:
     """Return the links of the pipeline whose stages lie furthest apart in racks and switches."""
     sizes = block_sizes(cluster)
-    nodes = [kind.places(slot)[0] for slot in range(0, kind.count, len(kind.gpus))]
+    nodes = [node for run in kind.nodes for node in run]
     worst, furthest = tuple[int, ...](), tuple[int, ...]()
     for slots in replica_slots(kind, pp, spread=True):
-        homes = [nodes[slot // len(kind.gpus)][0] for slot in slots]
+        homes = [nodes[kind.node_of(slot)] for slot in slots]
         apart = ((a != b) + distance(sizes, a, b) for a, b in pairwise(homes))
         far = tuple(sorted(apart, reverse=True))
         if far > furthest:

@@ -56,8 +56,12 @@ def _mixes(shape: Shape) -> Iterator[tuple[tuple[SlotKind, ...], int]]:
     """Yield stages on several kinds of slot, fastest first, and how many such replicas fit.
 
     Of many kinds, or deep pipelines, only the mixes that use up the faster or the slower kinds.
+    None of whole machines that differ only in how near each other they are: with racks such mixes
+    would make up most of the search.
     """
     kinds, pp = shape.kinds, shape.pp
+    if all(kind.nodes_per_slot > 1 and kind.gpu == kinds[0].gpu for kind in kinds):
+        return
     if len(kinds) < 2 or sum(kind.count for kind in kinds) < pp:
         return
     if comb(len(kinds) + pp - 1, pp) > _MOST_MIXES:

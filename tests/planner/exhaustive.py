@@ -330,7 +330,8 @@ def _value(case: Case, shape: Shape, used: list[Used]) -> float | None:
     in_flight, tokens = load.concurrency, load.output_tokens
     batch_size = used[0][1].batch_size
     number = sum(count for _, _, count in used)
-    if in_flight is not None and (batch_size - 1) * number > in_flight - 1:
+    # A replica that the requests leave without one, or would run at a smaller batch.
+    if in_flight is not None and (number > in_flight or (batch_size - 1) * number > in_flight - 1):
         return None
     if load.objective == "latency":
         if in_flight is not None and batch_size * number < in_flight:

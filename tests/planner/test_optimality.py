@@ -7,8 +7,9 @@ from tests.planner.random_cases import Case, random_case
 from rankwright.planner.ilp import Choice
 
 # Among these are a pipeline that steps with prompts and without balance differently (14), a limit
-# that a larger batch keeps and a smaller breaks (67), and an objective of 2 ms (128).
-SEEDS = (1, 5, 14, 34, 55, 67, 89, 128, 353)
+# that a larger batch keeps and a smaller breaks (67), more replicas than requests (403), and an
+# objective of 2 ms (128).
+SEEDS = (1, 5, 14, 34, 55, 67, 89, 128, 353, 403)
 
 
 def choice_of(case: Case) -> Choice | None:
