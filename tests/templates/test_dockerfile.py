@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rankwright import __version__
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "Dockerfile"
 POD = (ROOT / "tests/templates/golden/cpu.yaml").read_text()
@@ -58,7 +60,7 @@ def test_the_image_builds_and_has_the_command() -> None:
         output("buildah", "rm", made)
     else:
         said = output(engine, "run", "--rm", "rankwright:test", "rankwright", "--version")
-    assert re.match(r"rankwright \d", said)
+    assert said == __version__
 
 
 def answers(engine: str) -> bool:
