@@ -5,6 +5,7 @@ A process of its own: Ray warns, and its threads and signal handlers would be th
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -18,16 +19,25 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # Compiling all that Ray's agents import takes longer than the tests, each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+from ray._private import services
 from ray.cluster_utils import Cluster
 
 # A node waits 15 s, which no setting changes, for each port that its Python agents choose, and then
-# ends itself. For ports that are given it does not wait.
-AGENT_PORTS = (
-    "metrics_agent_port",
-    "metrics_export_port",
-    "dashboard_agent_listen_port",
-    "runtime_env_agent_port",
-)
+# ends itself. For ports that are given it does not wait, but Ray's Python forgets to hand one on.
+FORGOTTEN = "dashboard_agent_listen_port"
+AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", FORGOTTEN)
+start_process = services.start_ray_process
+
+
+def start_process_with_port(command: list[str], *args: Any, **options: Any) -> Any:
+    """Ray's function, with the port that its agent listens on for the node."""
+    if command[0].endswith("/raylet"):
+        (port,) = re.findall(r" --listen-port=(\d+) ", " ".join(command))
+        command = [*command, f"--{FORGOTTEN}={port}"]
+    return start_process(command, *args, **options)
+
+
+services.start_ray_process = start_process_with_port
 
 
 def start(folder: str) -> Cluster:
