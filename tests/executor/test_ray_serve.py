@@ -54,7 +54,12 @@ def rendered_config(plan: Plan, folder: Path, port: int) -> Path:
 @contextlib.contextmanager
 def served(config: Path, address: str) -> Iterator[list[str]]:
     """Deploy `config` and end all of Serve with the block; yields what Serve has said so far."""
-    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(config), "--address", address]
+    # Ctrl-C ends it, also where the shell that started the tests has set it to be ignored.
+    run = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from ray.serve.scripts import cli; cli()"
+    )
+    command = [sys.executable, "-c", run, "run", str(config), "--address", address]
     # Replicas are Python processes that must find what this one finds.
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     lines: list[str] = []
@@ -72,8 +77,13 @@ def served(config: Path, address: str) -> Iterator[list[str]]:
             yield lines
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(120)
-            reader.join(10)
+            try:
+                process.wait(120)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+            finally:
+                reader.join(10)
 
 
 def test_the_rendered_application_serves_a_model_over_two_ray_nodes(
