@@ -79,6 +79,53 @@ def errors(scored: Iterable[Scored], metric: str) -> dict[str, Any]:
     }
 
 
+def conformal_factors(ratios: Sequence[float], coverage: float = 0.8) -> tuple[float, float]:
+    """Return measured over predicted that holds `coverage` of figures like those of `ratios`.
+
+    Split conformal prediction: order statistics of rows beside those that are reported, with one
+    row more for the one to come (Lei et al. 2018, "Distribution-free predictive inference for
+    regression"), between neighbours in proportion: with few rows the next one would be too wide.
+
+    >>> conformal_factors([0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5])
+    (0.7, 1.5)
+    """
+    ordered = sorted(ratios)
+    place = min(float(len(ordered)), (len(ordered) + 1) * (1 + coverage) / 2)
+    whole, part = int(place), place - int(place)
+
+    def at(place: int, beyond: int) -> float:
+        return ordered[place] + part * (ordered[beyond] - ordered[place])
+
+    above = min(whole, len(ordered) - 1)
+    return at(len(ordered) - whole, len(ordered) - 1 - above), at(whole - 1, above)
+
+
+def conformal(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """Return each engine's factors from the rows that are not held back, and what they hold."""
+    lines: list[dict[str, Any]] = []
+    for engine in sorted({one.row.engine for one in scored}):
+        for metric, pair_of in METRICS.items():
+            ratios: dict[bool, list[float]] = {True: [], False: []}
+            for one in scored:
+                if one.row.engine == engine and (pair := pair_of(one)) is not None:
+                    ratios[one.row.held_back].append(pair[0] / pair[1].value)
+            if not ratios[False] or not ratios[True]:
+                continue
+            low, high = conformal_factors(ratios[False])
+            inside = sum(low <= ratio <= high for ratio in ratios[True]) / len(ratios[True])
+            lines.append(
+                {
+                    "engine": engine,
+                    "metric": metric,
+                    "factors": [low, high],
+                    "calibration_rows": len(ratios[False]),
+                    "held_back_rows": len(ratios[True]),
+                    "held_back_inside": inside,
+                }
+            )
+    return lines
+
+
 def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
     """Return Spearman's correlation of two series without ties."""
     order = [sorted(range(len(v)), key=v.__getitem__) for v in (xs, ys)]
@@ -214,6 +261,7 @@ def main() -> int:
             "held back": correlation_over_tp(held_back),
             "all": correlation_over_tp(scored),
         },
+        "conformal": conformal(scored),
         "decisions": {"held back": decisions(held_back), "all": decisions(scored)},
         "rows": lines,
     }
@@ -226,6 +274,8 @@ def main() -> int:
         )
     for name in ("rank_correlation_over_tp", "decisions"):
         print(name, content[name])
+    for line in conformal(scored):
+        print("conformal", line)
     print(f"{len(scored)} predictions in {cpu_s:.0f} CPU-s")
     print(write_result("accuracy", content, folder=arguments.output))
     return 0

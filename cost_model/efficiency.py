@@ -68,6 +68,9 @@ class Efficiency:
     # The host's work for each kernel of a step with prompts, where these run without graphs:
     # likewise, the longer of the two.
     eager_launch_s: float = 0.0
+    # What a block of experts takes besides its kernels' launches: sorting tokens by expert, tiles
+    # that are mostly empty.
+    moe_s: float = 0.0
     # In place of `product_s` where a product has one row; None: the same.
     vector_s: float | None = None
     tile_keys: float = 0.0  # of attention of prompts; see `tiles.prefill_flops`
@@ -103,6 +106,9 @@ _VLLM = Efficiency(
 # `benchmarks/fit_published.py`, from the row above as prior, on the half of the workloads that
 # `docs/accuracy.md` does not report. They are effective shares: kernels that this model does not
 # tell apart (quantising activations, gathering logits) are in them.
+# Experts of vLLM and SGLang: DeepSeek-R1 on 8 H200 and Qwen3-30B-A3B on one A100 took 30 to 77 us
+# a layer more than their kernels here (`benchmarks/data/public_rows.json`).
+_SERVED_MOE_S = 4.0e-5
 _SERVED_VLLM = replace(
     _VLLM,
     gemm_compute_float8=0.614,
@@ -113,6 +119,7 @@ _SERVED_VLLM = replace(
     step_s=4.2e-4,
     skew_s=3.6e-6,
     host_sequence_s=3.0e-5,
+    moe_s=_SERVED_MOE_S,
     source="fitted to runs of vLLM 0.12, H100, FP8",
 )
 _TRTLLM = replace(
@@ -143,6 +150,7 @@ _SGLANG = replace(
     step_s=7.5e-4,
     skew_s=1.9e-6,
     host_sequence_s=2.0e-5,
+    moe_s=_SERVED_MOE_S,
     source="fitted to runs of SGLang 0.5, H100 and H200",
 )
 

@@ -129,7 +129,7 @@ class Rates:
         starts: dict[OpKind, float] = {
             "gemm": share.product_s,
             "vector": share.product_s if share.vector_s is None else share.vector_s,
-            "moe": share.product_s,
+            "moe": share.product_s + share.moe_s / 2,  # it has two launches
             "attention decode": share.attention_s / 2,  # it has two launches
         }
         peaks: dict[tuple[OpKind, Dtype], tuple[float, float, float]] = {}

@@ -131,3 +131,33 @@ def test_every_request_is_served_once_and_in_time(
     # No faster than all prompt tokens one after another.
     total = sum(inputs for inputs, _ in shapes)
     assert max(one.last_token_s for one in seen) >= 0.001 * total
+
+
+def test_tokens_wait_for_the_host_where_the_engine_is_faster() -> None:
+    schedule = Schedule(max_batch_size=16, host_token_s=1e-3)
+    requests = list(closed_loop(16, 32, 16, 64))
+    outcomes = simulate(lambda _: 1e-3, schedule, requests, concurrency=16)
+    # 16 tokens a step of 1 ms take the host 16 ms: it decides how fast all goes.
+    seconds = max(one.last_token_s for one in outcomes)
+    assert seconds == pytest.approx(64 * 32 * 1e-3, rel=0.05)
+    free = simulate(lambda _: 1e-3, Schedule(max_batch_size=16), requests, concurrency=16)
+    assert max(one.last_token_s for one in free) < 0.2 * seconds
+
+
+def test_a_longer_answer_of_others_is_waited_for_in_the_host() -> None:
+    def mean_ttft_s(output_tokens: int) -> float:
+        schedule = Schedule(max_batch_size=16, host_token_s=1e-3)
+        requests = [Request(0.0, 16, output_tokens * (1 + i % 5), 16) for i in range(160)]
+        outcomes = simulate(lambda _: 1e-3, schedule, requests, concurrency=16)
+        return sum(one.ttft_s for one in outcomes) / len(outcomes)
+
+    assert mean_ttft_s(256) > 2 * mean_ttft_s(32)
+
+
+def test_a_request_reaches_the_engine_when_the_host_has_it_ready() -> None:
+    schedule = Schedule(max_batch_size=4, host_request_s=0.5)
+    requests = [Request(0.0, 8, 1, 8), Request(0.0, 8, 1, 8)]
+    first, second = simulate(lambda _: 0.1, schedule, requests)
+    # The host has the second request to do before it hands on the first one's token.
+    assert first.ttft_s == pytest.approx(1.0)
+    assert second.ttft_s == pytest.approx(1.1)
