@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 1 benchmarks/bench_context_parallel.py --cp 1
     torchrun --nproc-per-node 2 benchmarks/bench_context_parallel.py --cp 2
+    torchrun --nproc-per-node 2 benchmarks/bench_context_parallel.py --cp 2 --cp-exchange ring
 
 Random weights, the real leader and scheduler. Run it with --cp 1 and --cp 2 on one machine: the
 time to first token of the first over that of the second is what a prompt gains. The floor of a

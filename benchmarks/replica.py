@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dp", type=int, default=1)
     parser.add_argument("--ep", type=int, default=1)
     parser.add_argument("--cp", type=int, default=1)
+    parser.add_argument("--cp-exchange", choices=("gather", "ring"), default="gather")
     parser.add_argument("--attention", choices=("tp", "dp"), default="tp")
     parser.add_argument("--max-batch", type=int, default=256, help="sequences of one replica")
     parser.add_argument("--no-graphs", action="store_true")
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def pinned_plan(arguments: argparse.Namespace, workload: Workload) -> Plan:
     """Return the plan with the degrees that were asked for."""
-    names = ("tp", "pp", "dp", "ep", "cp", "attention")
+    names = ("tp", "pp", "dp", "ep", "cp", "attention", "cp_exchange")
     pins = Pins(**{name: getattr(arguments, name) for name in names})
     cluster = probe(require_gpu=arguments.device == "cuda")
     return make_plan(read_model(arguments.model), cluster, workload, pins=pins)

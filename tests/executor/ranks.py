@@ -1,12 +1,13 @@
 """Worker processes for tests of many ranks over gloo, kept alive over cases.
 
-Importing torch takes seconds, so one process imports it, the pool is its forks, started once a
-session, and runs one case after another: each makes a fresh process group, runs
-`function(rank, *arguments)` and returns what rank 0 (or every rank) returned.
+Importing torch takes seconds, so one process imports it and the pool is its forks (beside a GPU,
+processes of their own). It is started once a session and runs one case after another: each makes a
+fresh process group, runs `function(rank, *arguments)` and returns what each rank returned.
 """
 
 import importlib
 import multiprocessing
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,8 +58,11 @@ class Ranks:
     """A pool of processes, one a rank."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
+        # A process that is forked after CUDA has been asked for cannot use it.
+        has_gpu = shutil.which("nvidia-smi") is not None
+        self._context: Any = multiprocessing.get_context("spawn" if has_gpu else "forkserver")
+        if not has_gpu:
+            self._context.set_forkserver_preload(_PRELOADED)
         self._store: Any = None
         self._num_cases = 0
         self._connections: list[Connection] = []

@@ -18,6 +18,8 @@ SPLITS: dict[str, dict[str, Any]] = {
     "TP2": {"tp": 2},
     "PP2": {"pp": 2},
     "DP2": {"dp": 2},
+    "CP2": {"cp": 2},
+    "CP2 ring": {"cp": 2, "cp_exchange": "ring"},
 }
 
 
@@ -117,3 +119,11 @@ def test_greedy_tokens_from_graphs_equal_transformers(
         tokens.update(result or {})
     for name, text, _ in requests:
         assert tokens[name] == reference.greedy(text, 48)
+
+
+@pytest.mark.parametrize("model", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("split", ["CP2", "CP2 ring"])
+def test_latents_in_parts_give_the_logits_of_transformers(
+    moe_references: dict[str, Reference], pool: Ranks, model: str, split: str
+) -> None:
+    test_float32_logits_equal_transformers(moe_references, pool, model, split)
