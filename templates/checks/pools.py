@@ -45,7 +45,11 @@ def check_pools(
     if on == "slurm":
         job = files["rankwright.sbatch"]
         _check_job(plan, job)
-        check_pools_script(plan, target, heredoc(job, "RANKWRIGHT_DISAGGREGATED"), files)
+        carried: dict[str, str] = {}
+        if target == "trtllm":
+            names = (*(f"{role}_config" for role in _ROLES), "disagg_config")
+            carried = {f"{name}.yaml": heredoc(job, f"RANKWRIGHT_{name.upper()}") for name in names}
+        check_pools_script(plan, target, heredoc(job, "RANKWRIGHT_DISAGGREGATED"), carried)
         return
     if on == "kubernetes":
         check_pools_objects(plan, target, files["rankwright.yaml"])

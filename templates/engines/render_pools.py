@@ -111,6 +111,7 @@ def pools_files(plan: DisaggregatedPlan, options: EngineOptions, *, target: str)
         pools=pools,
         command=engine.command,
         model_flag=engine.model_flag,
+        spawns_by_mpi=engine.mpi,
         model=model,
         served_name=None if model == name else name,
         served_name_flag=engine.served_name_flag,
@@ -138,19 +139,12 @@ def pools_slurm_files(
         ValueError: The engine cannot express a part of the plan, or a job cannot place it.
     """
     engine = ENGINES[target]
-    if engine.mpi:
-        refuse(
-            f"{engine.title} on Slurm",
-            "workers of two pools in one job: each would be a step that MPI joins",
-            f"render for {target} alone and run {SCRIPT} on the nodes, or plan with --engine vllm",
-        )
     own = EngineOptions(model_path=options.model_path, port=options.port)
     files = pools_files(plan, own, target=target)
     pools = engine_pools(plan, target)
     ports = meeting_ports(pools)
     job_files = (
-        JobFile(SCRIPT, "write_script", f"{SCRIPT}, to a file that every node reads.",
-                "RANKWRIGHT_DISAGGREGATED", files[SCRIPT]),
+        *(_job_file(name, text) for name, text in files.items()),
         JobFile("plan.json", "write_plan", "The plan, to a file that every node reads.",
                 "RANKWRIGHT_PLAN", plan_text(plan)),
     )  # fmt: skip
@@ -169,6 +163,18 @@ def pools_slurm_files(
         script=SCRIPT,
     )
     return {SLURM_FILE: script}
+
+
+def _job_file(name: str, text: str) -> JobFile:
+    """Return a file of the job: `disagg_config.yaml` ends with `RANKWRIGHT_DISAGG_CONFIG`."""
+    stem = name.partition(".")[0]
+    return JobFile(
+        name=name,
+        function=f"write_{stem}",
+        comment=f"{name}, to a file that every node reads.",
+        end=f"RANKWRIGHT_{stem.upper()}",
+        text=text,
+    )
 
 
 def pool_nodes(plan: DisaggregatedPlan) -> tuple[int, ...]:
@@ -249,6 +255,12 @@ def engine_pools(plan: DisaggregatedPlan, target: str) -> tuple[Pool, ...]:
         check_engine_fits(engine, own)
         places, order = replica_places(own), node_order(own)
         nodes_each = nodes_of_a_replica(places)
+        if engine.mpi and nodes_each > 1:
+            refuse(
+                engine.title,
+                f"a {role} worker on {nodes_each} nodes beside others: MPI would have to join them",
+                "plan with a --tp and --pp that fit a node, or with --engine vllm",
+            )
         config = None
         if engine.config is not None and extra.config is not None:
             config = config_text(engine, own, engine.config(own) | extra.config(role, own))

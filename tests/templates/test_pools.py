@@ -57,7 +57,7 @@ def test_random_pools_are_what_they_say_on_every_target_or_refused() -> None:
                 rendered[f"{target} {on}"] += 1
                 assert "plan.json" in files
     ways = {f"{target} {on}" for target in POOL_ENGINES for on in (None, "slurm", "kubernetes")}
-    assert set(rendered) == ways - {"trtllm slurm"}
+    assert set(rendered) == ways
     assert min(rendered.values()) > NUM_PLANS // 20
 
 
@@ -159,6 +159,25 @@ def test_the_checker_sees_a_job_that_asks_for_other_gpus() -> None:
             check_pools(made, "vllm", files | {JOB: changed}, "slurm")
 
 
+def test_the_checker_reads_the_configurations_that_a_job_carries() -> None:
+    made = pools()
+    files = render(made, "trtllm", on="slurm")
+    for old, new in (
+        ("max_batch_size: 64", "max_batch_size: 32"),
+        ("node0:8003", "node0:8004"),
+        ("disable_overlap_scheduler: true", ""),
+    ):
+        assert old in files[JOB]
+        changed = files[JOB].replace(old, new)
+        with pytest.raises(ManifestMismatchError):
+            check_pools(made, "trtllm", files | {JOB: changed}, "slurm")
+
+
+def test_a_worker_of_tensorrt_llm_must_fit_a_node() -> None:
+    with pytest.raises(ValueError, match="a prefill worker on 2 nodes"):
+        render(pools((8, 2, 1), (8, 1, 1)), "trtllm", on="slurm")
+
+
 def two_kinds() -> DisaggregatedPlan:
     """Prefill on four H100 of one node, decode on eight A100 of another."""
     return next(
@@ -195,8 +214,9 @@ def test_shellcheck_finds_nothing_in_scripts_of_pools(tmp_path: Path) -> None:
         place = tmp_path / f"{target}-{len(found)}"
         render(made, target, place)
         found.append(place / SCRIPT)
-    render(pools(), "vllm", tmp_path / "job", on="slurm")
-    found.append(tmp_path / "job" / JOB)
+    for target in ("vllm", "trtllm"):
+        render(pools(), target, tmp_path / f"{target}-job", on="slurm")
+        found.append(tmp_path / f"{target}-job" / JOB)
     done = subprocess.run(
         [checker, "--severity=style", *found], capture_output=True, text=True, check=False
     )
@@ -211,7 +231,7 @@ def test_slurm_admits_pools_that_its_nodes_can_hold(slurm: SlurmRig, tmp_path: P
             (pools((8, 1, 1), (8, 1, 1)), 1),
         ]
     ):
-        for target in ("vllm", "sglang"):
+        for target in POOL_ENGINES:
             place = tmp_path / f"{number}-{target}"
             job = render(made, target, place, on="slurm", partition="gpu")[JOB]
             assert len(slurm_headers(job)) == headers
@@ -272,6 +292,22 @@ def test_the_script_starts_every_worker_and_the_router_and_ends_them_on_term(
         "0,1,2,3 29505",
         "1 29504",
     ]
+
+
+def test_workers_that_spawn_by_mpi_do_not_know_of_the_job_they_are_in(tmp_path: Path) -> None:
+    render(pools(), "trtllm", tmp_path)
+    tools, out = tmp_path / "bin", tmp_path / "out"
+    tools.mkdir()
+    engine = tools / "trtllm-serve"
+    engine.write_text('#!/bin/bash\nprintf "%s\\n" "$* | $(env | grep ^S)" >> "$OUT"\nsleep 1\n')
+    engine.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(out)}
+    inside = environment | {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "n[1-2]", "STAYS": "1"}
+    subprocess.run(["bash", str(tmp_path / SCRIPT)], env=inside, check=False, timeout=60)
+    text = out.read_text()
+    assert "--config" in text
+    assert "STAYS=1" in text
+    assert "SLURM" not in text
 
 
 def objects(made: DisaggregatedPlan, target: str, **options: object) -> list[dict[str, Any]]:
