@@ -14,7 +14,7 @@ from types import FrameType
 
 from rankwright.executor.backends.tools import ToolError
 from rankwright.executor.launch_record import remove_record
-from rankwright.executor.launch_state import FINAL, Launch, LaunchState
+from rankwright.executor.launch_state import FINAL, Launch, LaunchState, is_over
 from rankwright.executor.phase_view import PhaseView
 
 EXIT_OK, EXIT_FAILED = 0, 5
@@ -92,9 +92,13 @@ def _look(launch: Launch) -> LaunchState:
 
 
 def end(launch: Launch, view: PhaseView, state: LaunchState) -> int:
-    """Say how `launch` ended, forget it, and return the exit code that this means."""
-    remove_record(launch.record.id)
-    view.say(f"{launch.record.id} has {state.phase}" + (f": {state.detail}" * bool(state.detail)))
+    """Say how `launch` ended, forget it if nothing is left, and return the exit code it means."""
+    record = launch.record
+    view.say(f"{record.id} has {state.phase}" + (f": {state.detail}" * bool(state.detail)))
+    if is_over(record, state.phase):
+        remove_record(record.id)
+    else:
+        view.say(f"its objects are still there; `rankwright stop {record.id}` deletes them")
     return EXIT_OK if state.phase == "ended" else EXIT_FAILED
 
 

@@ -53,6 +53,14 @@ class LaunchState:
     server: ServerState | None = None
 
 
+def is_over(record: LaunchRecord, phase: Phase) -> bool:
+    """Return whether nothing is left of a launch in `phase`, so that its record can go.
+
+    Objects of Kubernetes stay when what they started has failed, until `stop` deletes them.
+    """
+    return phase == "ended" or (phase == "failed" and record.place.kind != "kubernetes")
+
+
 class Launch(Protocol):
     """A launch that can be looked at and stopped; a back end has one class of them."""
 

@@ -134,7 +134,11 @@ def _changes(search: Search) -> Iterator[tuple[str, Search]]:
     if weights.feed_forward in ("bfloat16", "float16", "float32"):
         smaller = weights.model_copy(update={"attention": "float8", "feed_forward": "float8"})
         model = search.model.model_copy(update={"weight_dtypes": smaller})
-        yield "FP8 weights", search.changed(model=model)
+        if search.engine == "rankwright":  # widens what it loads
+            text = "FP8 weights on an engine that computes with them (--engine vllm)"
+            yield text, search.changed(model=model, engine="vllm")
+        else:
+            yield "FP8 weights", search.changed(model=model)
     for text, cluster in _larger_clusters(search.cluster):
         yield text, search.changed(cluster=cluster)
 

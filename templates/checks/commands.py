@@ -249,7 +249,7 @@ def stage_variable(plan: Plan, target: str) -> dict[str, str]:
 
 
 def _check_fraction(plan: Plan, fraction: float) -> None:
-    """The fraction covers the predicted bytes to a thousandth, or all that was free."""
+    """The fraction covers the predicted bytes to a thousandth, or what can be had of the free."""
     gpus = [
         gpu
         for rank in plan.ranks
@@ -258,7 +258,8 @@ def _check_fraction(plan: Plan, fraction: float) -> None:
     ]
     smallest = min(gpus, key=lambda gpu: gpu.total_memory_bytes)
     total, free = smallest.total_memory_bytes, smallest.memory_bytes
-    wanted = min(plan.prediction.memory_bytes_per_gpu.high, free)
+    memory = plan.prediction.memory_bytes_per_gpu
+    wanted = min(memory.high, max(0.98 * free, min(memory.value, free)))
     if not wanted - total / 1000 <= fraction * total <= wanted + total / 1000:
         raise ManifestMismatchError(
             f"memory fraction: rendered {fraction}, the plan fills {wanted / total:.4f}"

@@ -9,6 +9,11 @@ from rankwright.topology.cluster import Gpu
 
 # Engines take the fraction with three digits at most; a thousandth of 80 GB is 80 MB.
 _DIGITS = 1000
+# Most of the free memory that an engine is told to take. Before it takes any, vLLM compares what is
+# asked for with what is free then, and ends at once where less is: its processes' own CUDA contexts
+# are gone by then, some 0.5 GB (19.77 of 22.05 GiB free where 0.9 were asked for:
+# github.com/pytorch/pytorch/issues/175666).
+MOST_OF_FREE = 0.98
 
 
 def smallest_gpu(plan: Plan) -> Gpu:
@@ -26,12 +31,14 @@ def memory_fraction(plan: Plan) -> float:
     """Return the part of a GPU's memory that the plan fills: weights, cache and buffers.
 
     The upper end of the predicted bytes, rounded up to a thousandth, over the memory of the
-    smallest GPU used; never more than what was free there.
+    smallest GPU used; not more than `MOST_OF_FREE` of what was free there, unless the predicted
+    bytes themselves are.
     """
-    gpu = smallest_gpu(plan)
-    wanted = plan.prediction.memory_bytes_per_gpu.high / gpu.total_memory_bytes
-    free = gpu.memory_bytes / gpu.total_memory_bytes
-    return min(math.ceil(wanted * _DIGITS), math.floor(free * _DIGITS)) / _DIGITS
+    gpu, memory = smallest_gpu(plan), plan.prediction.memory_bytes_per_gpu
+    free = gpu.memory_bytes
+    most = min(free, max(MOST_OF_FREE * free, memory.value))
+    wanted = math.ceil(memory.high / gpu.total_memory_bytes * _DIGITS)
+    return min(wanted, math.floor(most / gpu.total_memory_bytes * _DIGITS)) / _DIGITS
 
 
 def attention_ranks(plan: Plan) -> int:

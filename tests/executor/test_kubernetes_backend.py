@@ -146,6 +146,20 @@ def test_detached_it_is_listed_and_stopped(
     assert any("grace" in line or ("DELETE" in line and "/pods/" in line) for line in api.requests)
 
 
+def test_objects_of_a_launch_that_failed_are_known_until_they_are_deleted(
+    api: ApiServer, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--detach", "--job-dir", str(tmp_path / "job")]) == 0
+    api.set_pod(PODS[0], LABELS, phase="Failed", message="evicted")
+    api.set_pod(PODS[1], LABELS, **RUNNING)
+    for _ in range(2):
+        (found,) = statuses(capsys)
+        assert (found["state"], found["detail"]) == ("failed", f"{PODS[0]}: evicted")
+    assert main(["stop", "--now"]) == 0
+    assert api.objects == {}
+    assert read_records() == []
+
+
 def test_a_ray_service_is_ready_when_its_application_is(
     api: ApiServer, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

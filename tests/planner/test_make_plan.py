@@ -243,7 +243,7 @@ def test_too_little_memory_names_the_bytes_and_what_would_fit() -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert caught.value.constraint.startswith("memory: TP8 at batch 1 is the smallest and needs")
-    assert caught.value.change.startswith("FP8 weights")
+    assert caught.value.change.startswith("FP8 weights on an engine that computes with them")
     assert caught.value.change in message
 
 

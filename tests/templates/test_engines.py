@@ -14,6 +14,7 @@ import pytest
 import yaml
 from tests.templates.plans import cpu_plan, mixed_plan, moe_spec, plan, spec, with_split
 
+from rankwright.cost_model.prediction import Estimate
 from rankwright.planner.plan import ExpertSlots, Plan
 from rankwright.templates.checks.commands import command_flags, script_places
 from rankwright.templates.checks.mismatch import ManifestMismatchError
@@ -44,6 +45,21 @@ def test_a_plan_becomes_vllms_flags() -> None:
         "--shutdown-timeout": "60",
         "--host": "0.0.0.0",
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "high", "fraction"),
+    [(0.8, 0.8235, "0.824"), (0.96, 0.989, "0.98"), (0.985, 1.0, "0.985")],
+)
+def test_an_engine_is_told_to_take_no_more_than_is_free_once_it_runs(
+    value: float, high: float, fraction: str
+) -> None:
+    made = plan()
+    total = made.cluster.nodes[0].gpus[0].total_memory_bytes
+    memory = Estimate(low=0, value=value * total, high=high * total)
+    prediction = made.prediction.model_copy(update={"memory_bytes_per_gpu": memory})
+    made = made.model_copy(update={"prediction": prediction})
+    assert flags(made, "vllm")["--gpu-memory-utilization"] == fraction
 
 
 def test_a_plan_becomes_sglangs_flags() -> None:

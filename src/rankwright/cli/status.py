@@ -8,7 +8,7 @@ from rankwright.cli import options
 from rankwright.cli.output import console, print_json, table
 from rankwright.executor.backends.tools import ToolError
 from rankwright.executor.launch_record import LaunchRecord, read_records, remove_record
-from rankwright.executor.launch_state import FINAL, LaunchState
+from rankwright.executor.launch_state import LaunchState, is_over
 from rankwright.executor.submit import describe_place, launch_of
 
 _STYLES = {"ready": "green", "failed": "red", "unknown": "yellow", "ended": "dim"}
@@ -17,7 +17,8 @@ _STYLES = {"ready": "green", "failed": "red", "unknown": "yellow", "ended": "dim
 def run(as_json: options.Json = False) -> None:
     """Show the launches of this user: state, URL, replicas and queue.
 
-    One that has ended is shown once, and then forgotten.
+    One that has ended is shown once, and then forgotten. One that has failed on Kubernetes is shown
+    until `rankwright stop` deletes its objects.
     """
     found = [(record, look(record)) for record in read_records()]
     if as_json:
@@ -42,7 +43,7 @@ def run(as_json: options.Json = False) -> None:
             made.add_row(f"[dim]  {escape(describe_place(record))}{detail}[/]")
         console().print(made)
     for record, state in found:
-        if state.phase in FINAL:
+        if is_over(record, state.phase):
             remove_record(record.id)
 
 
