@@ -80,7 +80,10 @@ def value_of(
     if pinned is not None and number != pinned:
         return None
     if in_flight is not None:
-        if pinned is None and (candidate.batch_size - 1) * number > in_flight - 1:
+        # A replica more than the requests fill would run at a smaller batch: another column.
+        spare = candidate.batch_size - 1
+        most = (in_flight - 1) // spare if spare else in_flight
+        if pinned is None and number > most:
             return None
         if workload.objective == "latency" and candidate.batch_size * number < in_flight:
             return None
