@@ -112,7 +112,7 @@ def test_a_launch_that_is_killed_takes_its_ranks_along(ray_address: str, tmp_pat
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER}
     with launched_on_ray(tmp_path, plan, ray_address, **options) as it:
         it.wait_for(lambda: "ready in" in it.text, within_s=90)
-        assert len(pids_of_ranks()) == 2
+        assert pids_of_ranks().keys() >= {0, 1}
         it.process.kill()
         assert it.exit_code() == -signal.SIGKILL
 

@@ -32,11 +32,7 @@ from rankwright.templates.render import render
 
 # What `ray[serve]` brings, and nothing else of ours.
 pytest.importorskip("watchfiles", reason="needs rankwright[serve]")
-pytestmark = [
-    pytest.mark.timeout(300),
-    # Ray's own doing.
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),
-]
+pytestmark = pytest.mark.timeout(300)
 
 
 def rendered_config(plan: Plan, folder: Path, port: int) -> Path:
