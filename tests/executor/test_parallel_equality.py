@@ -1,5 +1,10 @@
-"""Every split gives the logits and greedy tokens of single-process transformers."""
+"""Every split gives the logits and greedy tokens of single-process transformers.
 
+Greedy tokens of each split are compared for two models, and those of SmolLM2 for four splits;
+`RANKWRIGHT_MATRIX=whole` compares all.
+"""
+
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from tests.executor.ranks import Ranks
 from rankwright.cost_model.read_model import read_model
 
 CASES = "tests.executor.cases"
+WHOLE = os.environ.get("RANKWRIGHT_MATRIX") == "whole"
 SPLITS: dict[str, dict[str, Any]] = {
     "TP1": {},
     "TP2": {"tp": 2},
@@ -65,7 +71,12 @@ SERVED_BY_ONE = [("TP2 PP2", 1), ("uneven PP3", 1)]
 @pytest.mark.parametrize(
     ("model", "split", "ahead"),
     [
-        *((model, *case) for case in SERVED for model in MODELS),
+        *(
+            (model, *case)
+            for row, case in enumerate(SERVED)
+            for column, model in enumerate(MODELS)
+            if WHOLE or (row + column) % 3 == 0
+        ),
         *(("qwen2", *case) for case in SERVED_BY_ONE),
     ],
 )
@@ -195,13 +206,12 @@ def test_seeded_sampling_does_not_depend_on_the_split_or_the_batch(
 
 SMOLLM2_SPLITS: dict[str, dict[str, Any]] = {
     "TP2": {"tp": 2},
-    "TP3": {"tp": 3},
     "TP4": {"tp": 4},
     "TP5": {"tp": 5},
     "PP2": {"pp": 2},
-    "TP3 PP2": {"tp": 3, "pp": 2},
-    "DP2": {"dp": 2},
 }
+if WHOLE:
+    SMOLLM2_SPLITS |= {"TP3": {"tp": 3}, "TP3 PP2": {"tp": 3, "pp": 2}, "DP2": {"dp": 2}}
 
 
 @pytest.mark.parametrize("split", SMOLLM2_SPLITS)
