@@ -244,7 +244,7 @@ def test_slurm_admits_pools_that_its_nodes_can_hold(slurm: SlurmRig, tmp_path: P
 
 
 STAND_IN = """#!/bin/bash
-printf '%s\\n' "$(basename "$0") $* | $CUDA_VISIBLE_DEVICES $VLLM_NIXL_SIDE_CHANNEL_PORT" >> "$OUT"
+printf '%s\\n' "$(basename "$0") $* | $CUDA_VISIBLE_DEVICES $VLLM_NIXL_SIDE_CHANNEL_PORT" >> "$SEEN"
 trap 'exit 0' TERM
 while true; do sleep 0.05; done
 """
@@ -262,7 +262,7 @@ def test_the_script_starts_every_worker_and_the_router_and_ends_them_on_term(
         (tools / name).chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}",
-        "OUT": str(out),
+        "SEEN": str(out),
         "NODES": "10.0.0.1 10.0.0.2",
     }
     runs = [
@@ -299,9 +299,9 @@ def test_workers_that_spawn_by_mpi_do_not_know_of_the_job_they_are_in(tmp_path: 
     tools, out = tmp_path / "bin", tmp_path / "out"
     tools.mkdir()
     engine = tools / "trtllm-serve"
-    engine.write_text('#!/bin/bash\nprintf "%s\\n" "$* | $(env | grep ^S)" >> "$OUT"\nsleep 1\n')
+    engine.write_text('#!/bin/bash\nprintf "%s\\n" "$* | $(env | grep ^S)" >> "$SEEN"\nsleep 1\n')
     engine.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OUT": str(out)}
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SEEN": str(out)}
     inside = environment | {"SLURM_JOB_ID": "7", "SLURM_NODELIST": "n[1-2]", "STAYS": "1"}
     subprocess.run(["bash", str(tmp_path / SCRIPT)], env=inside, check=False, timeout=60)
     text = out.read_text()
