@@ -11,9 +11,10 @@ from typing import Literal
 
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.model_spec import Layer, ModelSpec
-from rankwright.cost_model.ops import AttentionSplit, Op, OpKind, StepTokens
+from rankwright.cost_model.ops import Op, OpKind, StepTokens
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.shards import column_range, even_range, head_ranges, range_size
+from rankwright.cost_model.split import AttentionSplit
 from rankwright.cost_model.tiles import PRODUCT_ROWS, prefill_flops
 
 

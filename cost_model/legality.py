@@ -11,8 +11,7 @@ from typing import Literal
 from rankwright.cost_model.efficiency import ENGINES
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.shards import tp_is_legal
-
-AttentionSplit = Literal["tp", "dp"]
+from rankwright.cost_model.split import AttentionSplit
 
 
 @dataclass(frozen=True, slots=True)

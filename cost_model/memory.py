@@ -13,9 +13,7 @@ from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.prediction import MemoryPart
 from rankwright.cost_model.shards import column_range, head_ranges, range_size
-from rankwright.cost_model.split import CpExchange, Split
-
-AttentionSplit = Literal["tp", "dp"]
+from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 
 # Bytes of a rank that no term below accounts for, by kind of device. A calibration of the
 # machine replaces them.

@@ -16,8 +16,6 @@ from rankwright.cost_model.prediction import Bound
 from rankwright.topology.cluster import Gpu
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 
-AttentionSplit = Literal["tp", "dp"]
-
 OpKind = Literal["gemm", "vector", "moe", "attention prefill", "attention decode", "elementwise"]
 
 

@@ -20,12 +20,12 @@ from rankwright.cost_model.layout import (
     stage_groups,
 )
 from rankwright.cost_model.legality import cut_is_legal
-from rankwright.cost_model.memory import AttentionSplit, rank_memory
+from rankwright.cost_model.memory import rank_memory
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import find_rates
 from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Prediction
 from rankwright.cost_model.serving import Serving, serve_closed, serve_open
-from rankwright.cost_model.split import CpExchange, Split
+from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 from rankwright.cost_model.stage import LayerKinds, StageModel
 from rankwright.cost_model.step import Pipeline, make_pipeline
 from rankwright.cost_model.workload import Workload

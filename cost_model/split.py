@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from rankwright.topology.value import Value
 
+# How attention of a stage is shared by its `tp` ranks: by heads, or by sequences.
+AttentionSplit = Literal["tp", "dp"]
+
 # How the ranks of a context group come by each other's keys and values of prompts: all at once, or
 # from rank to rank, each part attended to while the next one travels.
 CpExchange = Literal["gather", "ring"]
@@ -26,7 +29,7 @@ class Split(Value):
     tp: int = Field(default=1, ge=1)
     ep: int = Field(default=1, ge=1)
     cp: int = Field(default=1, ge=1)
-    attention: Literal["tp", "dp"] = "tp"
+    attention: AttentionSplit = "tp"
     cp_exchange: CpExchange = "gather"
     stage_layers: tuple[int, ...] = Field(description="layers of each stage, first to last")
     max_batch_size: int = Field(default=1, ge=1, description="sequences a replica decodes at once")

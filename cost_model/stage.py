@@ -18,9 +18,9 @@ from rankwright.cost_model.layer_ops import LayerModel, embedding_op, logits_op
 from rankwright.cost_model.memory import kv_bytes_per_token
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.one_shot import one_shot_max_bytes
-from rankwright.cost_model.ops import AttentionSplit, Op, Rates, StepTokens
+from rankwright.cost_model.ops import Op, Rates, StepTokens
 from rankwright.cost_model.prediction import Part
-from rankwright.cost_model.split import CpExchange
+from rankwright.cost_model.split import AttentionSplit, CpExchange
 
 
 class LayerKinds:

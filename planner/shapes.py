@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankwright.cost_model.layout import SlotKind, find_slots
-from rankwright.cost_model.legality import FORMS, AttentionSplit, cut_is_legal, has_experts
+from rankwright.cost_model.legality import FORMS, cut_is_legal, has_experts
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.split import CpExchange
+from rankwright.cost_model.split import AttentionSplit, CpExchange
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.graph import islands_of_node
 

@@ -61,11 +61,12 @@ def _run_forks(order: Order) -> None:
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     gc.freeze()  # or each fork's first collection would copy every page
-    config = _configuration(order, signals_to_handle="SIGQUIT")
+    config = _configuration(order)
+    config.signals_to_handle = "SIGQUIT"
     launch_agent(config, _run_rank, [order.arguments])
 
 
-def _configuration(order: Order, **more: str) -> LaunchConfig:
+def _configuration(order: Order) -> LaunchConfig:
     """Return what `python -m torch.distributed.run` would make of its options."""
     meeting = order.rendezvous
     return LaunchConfig(
@@ -80,7 +81,6 @@ def _configuration(order: Order, **more: str) -> LaunchConfig:
         # Without it torchrun asks the resolver for this machine's name, which may take seconds.
         local_addr=meeting.master_addr if meeting.node_rank == 0 else None,
         start_method="fork",
-        **more,  # type: ignore[arg-type]
     )
 
 

@@ -32,7 +32,7 @@ from rankwright.cost_model.memory import (
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas, cached_tokens
 from rankwright.cost_model.serving import Serving, find_flow, micro_batches_of, serve_closed
-from rankwright.cost_model.split import Split
+from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 from rankwright.planner.candidates import Evaluator
 from rankwright.planner.goals import burn_per_s
 from rankwright.planner.shapes import LONG_REQUEST_TOKENS, Shape
@@ -103,7 +103,7 @@ def _all_shapes(case: Case) -> Iterator[Shape]:
     most = case.cluster.num_gpus
     load = case.workload
     is_long = load.input_tokens + load.output_tokens >= LONG_REQUEST_TOKENS
-    splits = ("tp", "dp") if has_experts(case.model) else ("tp",)
+    splits: tuple[AttentionSplit, ...] = ("tp", "dp") if has_experts(case.model) else ("tp",)
     on_cpus = all(gpu.device == "cpu" for node in case.cluster.nodes for gpu in node.gpus)
     for tp, pp, cp in product(range(1, most + 1), repeat=3):
         if cp & (cp - 1) or (cp > 1 and not is_long):
@@ -111,12 +111,15 @@ def _all_shapes(case: Case) -> Iterator[Shape]:
         if tp * pp * cp > most or pp > case.model.num_layers:
             continue
         for ep, attention in product(range(1, tp + 1), splits):
-            if cut_is_legal(case.model, tp=tp, ep=ep, cp=cp, attention=attention) is None:  # type: ignore[arg-type]
+            if cut_is_legal(case.model, tp=tp, ep=ep, cp=cp, attention=attention) is None:
                 kinds = find_slots(case.cluster, tp * cp)
                 if sum(kind.count for kind in kinds) < pp:
                     continue
-                for cp_exchange in ("gather", "ring") if cp > 1 and on_cpus else ("gather",):
-                    yield Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)  # type: ignore[arg-type]
+                exchanges: tuple[CpExchange, ...] = ("gather",)
+                if cp > 1 and on_cpus:
+                    exchanges = ("gather", "ring")
+                for cp_exchange in exchanges:
+                    yield Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)
 
 
 def _places(shape: Shape) -> Iterator[Place]:

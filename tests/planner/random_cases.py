@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 
 from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, LayerRun, ModelSpec
-from rankwright.cost_model.workload import Workload
+from rankwright.cost_model.workload import Objective, Workload
 from rankwright.planner.search import Search
 from rankwright.topology.cluster import Cluster, Link
 from rankwright.topology.shorthand import parse_cluster
@@ -52,7 +52,8 @@ def random_case(seed: int) -> Case:
     """Return the problem of number `seed`."""
     rng = Random(seed)
     cluster = _unequal_islands(rng, parse_cluster(rng.choice(CLUSTERS)))
-    objective = rng.choice(("throughput", "throughput", "latency", "cost", "energy"))
+    objectives: tuple[Objective, ...] = ("throughput", "throughput", "latency", "cost", "energy")
+    objective = rng.choice(objectives)
     return Case(
         _random_model(rng, 12 if cluster.num_gpus <= 4 else 8),
         cluster,
@@ -62,7 +63,7 @@ def random_case(seed: int) -> Case:
             concurrency=rng.choice((None, 1, 3, 8, 40)),
             ttft_limit_s=rng.choice((None, None, None, 0.05, 0.5)),
             tpot_limit_s=rng.choice((None, None, None, 0.004, 0.03)),
-            objective=objective,  # type: ignore[arg-type]
+            objective=objective,
         ),
         rng.choice((None, None, 4, 8, 16)) and rng.choice((4, 6, 10, 16)) * 10**9,
     )

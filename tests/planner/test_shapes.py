@@ -1,7 +1,7 @@
 import pytest
 
 from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.workload import Workload
+from rankwright.cost_model.workload import Objective, Workload
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import find_widths
@@ -26,9 +26,9 @@ def test_large_clusters_are_cut_where_no_gpu_is_left_over(cluster: str, widths: 
 @pytest.mark.parametrize("objective", ["throughput", "cost"])
 @pytest.mark.parametrize("cluster", ["4xa100-pcie", "2xl40s+2xl4", "2x2xh100-sxm+ib400"])
 def test_batches_that_are_not_looked_at_are_never_the_best(
-    model: str, objective: str, cluster: str
+    model: str, objective: Objective, cluster: str
 ) -> None:
-    load = Workload(input_tokens=700, output_tokens=300, objective=objective)  # type: ignore[arg-type]
+    load = Workload(input_tokens=700, output_tokens=300, objective=objective)
     few = Search(read_model(model), parse_cluster(cluster), load)
     every = few.changed(every_level=True)
     assert len(few.candidates) < len(every.candidates)

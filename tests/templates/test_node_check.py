@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.templates.plans import plan
@@ -58,9 +59,9 @@ def test_a_node_that_is_fit_says_its_driver_alone(tmp_path: Path) -> None:
         ({"state": "1: DOWN"}, "the fabric's port mlx5_0 is not active"),
     ],
 )
-def test_a_node_that_is_not_says_why(tmp_path: Path, unfit: dict[str, object], words: str) -> None:
+def test_a_node_that_is_not_says_why(tmp_path: Path, unfit: dict[str, Any], words: str) -> None:
     (tmp_path / "model").mkdir()
-    done = check(tmp_path, **unfit)  # type: ignore[arg-type]
+    done = check(tmp_path, **unfit)
     assert done.returncode == 1
     assert f"n1 is not fit: {words}" in done.stderr
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwright.cost_model.collectives import all_reduce_s, all_to_all_s, find_group, send_s
+from rankwright.cost_model.collectives import Group, all_reduce_s, all_to_all_s, find_group, send_s
 from rankwright.cost_model.layout import boundary_groups, find_slots, replica_slots
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.link_graph import FABRIC, LEVEL, RACK
@@ -139,7 +139,7 @@ def test_a_pipeline_is_timed_by_the_one_that_goes_furthest() -> None:
 def test_oversubscription_slows_what_leaves_a_leaf_only() -> None:
     flat, thin = parse_cluster("8x8xh100-sxm+ib400"), parse_cluster("8x8xh100-sxm+ib400@4:2")
 
-    def group(cluster: Cluster, *nodes: int):  # type: ignore[no-untyped-def]
+    def group(cluster: Cluster, *nodes: int) -> Group:
         return find_group(cluster, tuple((node, gpu) for node in nodes for gpu in range(8)))
 
     size = 64 * 2**20

@@ -9,9 +9,8 @@ import typer
 
 from rankwright.cost_model.calibration_file import own_file
 from rankwright.cost_model.dtypes import BITS, Dtype
-from rankwright.cost_model.legality import AttentionSplit
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.split import CpExchange
+from rankwright.cost_model.split import AttentionSplit, CpExchange
 from rankwright.cost_model.workload import MOST_TOKENS, Objective, Workload
 from rankwright.topology import cluster as topology
 
