@@ -36,7 +36,18 @@ _READY = re.compile(r"ready in .* on (http://\S+)")
 _POLL_S = 0.01
 _STOP_S = 60.0
 # Of a rank's log line, by its first word: the phase that it ends.
-PHASES = {"layer": "weights", "graph": "graphs", "kernels": "kernels", "ready": "last_checks"}
+PHASES = {
+    "device": "open_device",
+    "groups": "groups",
+    "cache": "kv_cache",
+    "layer": "weights",
+    "weights": "weights",
+    "graph": "graphs",
+    "kernels": "kernels",
+    "ready": "last_checks",
+}
+# What it says of its Triton kernels, in all.
+_KERNELS = re.compile(r"kernels of all batches: compiled (\d+) in ([\d.]+) s, read (\d+) in")
 
 
 class StartError(Exception):
@@ -46,11 +57,8 @@ class StartError(Exception):
 def phases_of(lines: Iterable[str]) -> dict[str, float]:
     """Return the seconds of each phase of a rank, from its log.
 
-    The first layer is done when groups, KV cache and embedding are there as well, so it ends a
-    phase of its own.
-
-    >>> phases_of(["   1.50 s  layer 1 of 2", "   2.00 s  layer 2 of 2", "   2.25 s  ready"])
-    {'groups_and_first_layer': 1.5, 'weights': 0.5, 'last_checks': 0.25}
+    >>> phases_of(["   1.50 s  cache made", "   2.00 s  layer 1 of 1", "   2.25 s  ready"])
+    {'kv_cache': 1.5, 'weights': 0.5, 'last_checks': 0.25}
     """
     found: dict[str, float] = {}
     before_s = 0.0
@@ -62,11 +70,18 @@ def phases_of(lines: Iterable[str]) -> dict[str, float]:
         phase = PHASES.get(said.split()[0])
         if phase is None:
             continue
-        if not found:
-            phase = "groups_and_first_layer"
         found[phase] = found.get(phase, 0.0) + at_s - before_s
         before_s = at_s
     return found
+
+
+def kernels_of(lines: Iterable[str]) -> dict[str, float]:
+    """Return how many kernels a rank compiled, in how many seconds, and how many it read."""
+    names = ("compiled_kernels", "compiling_s", "read_kernels")
+    for line in lines:
+        if found := _KERNELS.search(line):
+            return dict(zip(names, map(float, found.groups()), strict=True))
+    return {}
 
 
 def start_once(command: Sequence[str], folder: Path, limit_s: float) -> dict[str, float]:
@@ -114,7 +129,9 @@ def start_once(command: Sequence[str], folder: Path, limit_s: float) -> dict[str
     if first_line_s is not None and clock is not None:
         row["imports_s"] = first_line_s - clock - rank_s
     row |= {f"{name}_s": value for name, value in phases_of(lines).items()}
-    return {**row, "first_token_s": total_s - ready_s}
+    for line in lines:
+        print(line, file=sys.stderr)
+    return {**row, **kernels_of(lines), "first_token_s": total_s - ready_s}
 
 
 def read_first_token(url: str) -> None:

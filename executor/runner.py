@@ -93,6 +93,7 @@ class Runner:
         mesh.open_peer_memory(
             max_rows=plan.limits.max_batched_tokens, dim=spec.hidden_size, dtype=dtype
         )
+        progress("cache made")
         total = last - first
         self.stage = DecoderStage(
             source,
@@ -102,6 +103,7 @@ class Runner:
             caches,
             on_layer=lambda index: progress(f"layer {index - first + 1} of {total}"),
         )
+        progress("weights loaded")
         self.rebalancer: Rebalancer | None = None
         if plan.expert_slots is not None and plan.expert_slots.rebalance_steps is not None:
             every = plan.expert_slots.rebalance_steps
@@ -126,7 +128,9 @@ class Runner:
                 device=mesh.device,
                 cos_sin_PD=self._cos_sin_PD,
                 drawn_R=self._drawn_R if self.feeds_itself else None,
-                on_size=lambda size: progress(f"graph of batch {size} captured"),
+                on_size=lambda size: progress(
+                    f"graph {len(sizes) - sizes.index(size)} of {len(sizes)}, batch {size}"
+                ),
             )
 
     @property

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from rankwright.executor.checkpoint import find_checkpoint
 from rankwright.executor.engine import Follower, Leader
+from rankwright.executor.kernel_count import KernelCount
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.parent_death import end_with_parent
 from rankwright.executor.record_load import record_load
@@ -90,7 +91,14 @@ def run(
 ) -> None:
     """Load rank `rank` of the plan and serve until stopped."""
     started = time.monotonic()
+    done = ["nothing"]
+
+    def progress(text: str) -> None:
+        print(f"{time.monotonic() - started:7.2f} s  {text}", flush=True)
+        done[0] = text
+
     plan = read_plan(plan_path)
+    kernels = KernelCount()
     device = rank_device(plan, rank, device_kind)
     dtype = DTYPES.get(plan.model.dtype)
     if dtype is None:
@@ -98,6 +106,7 @@ def run(
     if device.type == "cuda":
         check_gpu(plan, plan.ranks[rank], device)
         torch.cuda.set_device(device)
+        progress("device opened")
         dist.init_process_group("nccl", device_id=device)
     else:
         threads = os.environ.get("OMP_NUM_THREADS")
@@ -106,6 +115,7 @@ def run(
         dist.init_process_group("gloo")
     mesh = Mesh(plan, rank, device)
     mesh.counts_experts = record_expert_load is not None
+    progress("groups made")
     folder = None if load_format == "dummy" else find_checkpoint(plan.model.name, model_path)
     source: WeightSource = (
         DummySource(dtype, device, seed=rank)
@@ -113,19 +123,16 @@ def run(
         else SafetensorsSource(folder, dtype, device)
     )
 
-    done = ["nothing"]
-
-    def progress(text: str) -> None:
-        print(f"{time.monotonic() - started:7.2f} s  {text}", flush=True)
-        done[0] = text
-
     with memory_explained(plan, plan.ranks[rank], device, done):
         runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
         if isinstance(source, SafetensorsSource):
             source.close()
         if device.type == "cuda":
+            progress(f"kernels so far: {kernels}")
             runner.warm_up(plan.limits)
-            progress("kernels compiled")
+            progress(f"kernels of all batches: {kernels}")
+            for line in kernels.by_kernel():
+                print(f"  compiled {line}", flush=True)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peaks = tuple(mesh.gather_integers(peak))
     progress("ready")

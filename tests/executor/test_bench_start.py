@@ -5,17 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from bench_start import StartError, medians, phases_of, start_once
+from bench_start import StartError, kernels_of, medians, phases_of, start_once
 
 LOG = """\
 /usr/lib/python3/x.py:1: UserWarning: 3 s  layer of paint
-   2.50 s  layer 1 of 3
-   3.00 s  layer 2 of 3
+   1.50 s  groups made
+   2.50 s  cache made
+   2.75 s  layer 1 of 2
 warning: GPUs do not share memory
-   3.25 s  layer 3 of 3
-   4.00 s  graph of batch 1 captured
-   6.00 s  graph of batch 2 captured
-   9.00 s  kernels compiled
+   3.00 s  layer 2 of 2
+   3.25 s  weights loaded
+   4.00 s  graph 1 of 2, batch 2
+   6.00 s  graph 2 of 2, batch 1
+   6.00 s  kernels so far: compiled 3 in 1.50 s, read 2 in 0.01 s
+   9.00 s  kernels of all batches: compiled 5 in 3.50 s, read 4 in 0.02 s
+  compiled _sample_kernel: 2 in 1.00 s
    9.50 s  ready
 """
 
@@ -23,13 +27,19 @@ warning: GPUs do not share memory
 def test_phases_add_up_to_when_the_rank_was_ready() -> None:
     found = phases_of(LOG.splitlines())
     assert found == {
-        "groups_and_first_layer": 2.5,
+        "groups": 1.5,
+        "kv_cache": 1.0,
         "weights": 0.75,
         "graphs": 2.75,
         "kernels": 3.0,
         "last_checks": 0.5,
     }
     assert sum(found.values()) == 9.5
+
+
+def test_kernels_are_counted_when_all_batches_have_run() -> None:
+    found = kernels_of(LOG.splitlines())
+    assert found == {"compiled_kernels": 5, "compiling_s": 3.5, "read_kernels": 4}
 
 
 def test_a_part_that_some_runs_lack_is_the_median_of_the_others() -> None:
