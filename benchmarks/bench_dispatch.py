@@ -192,7 +192,15 @@ def main() -> int:
         if device.type == "cuda":
             group = dist.group.WORLD
             assert group is not None
-            memory = ExpertMemory(group, top_k=top_k, dim=dim, dtype=dtype, moe_tp=1, device=device)
+            memory = ExpertMemory(
+                group,
+                top_k=top_k,
+                dim=dim,
+                dtype=dtype,
+                moe_tp=1,
+                device=device,
+                max_tokens=max(arguments.tokens),
+            )
         for tokens in arguments.tokens:
             row = row_of(Case(name, tokens, device, dtype, seed), memory, device)
             rows.append({"model": name, **row})

@@ -11,6 +11,7 @@ seconds of every point, and the most that each rank allocated beside what was pr
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import time
@@ -53,6 +54,7 @@ MACHINES: dict[str, tuple[int, tuple[tuple[str, ...], ...]]] = {
         ),
     ),
 }
+PROMPTS = 9  # timed at each length, after three that are not
 _FORM_S = 75.0  # that a form takes at most; none is begun with less left
 
 
@@ -89,9 +91,8 @@ def measure(client: Any, points: list[Point], chunk_tokens: int) -> list[float]:
 def seconds_of(client: Any, point: Point, chunk_tokens: int) -> float:
     """Return the median step of a batch that decodes, or the time to the token after a prompt."""
     if point.kind == "prompt":
-        client.run([(point.context, 2)])
-        times = [client.run([(point.context, 2)]).first_token_s()[0] for _ in range(5)]
-        return float(sorted(times)[2])
+        times = [client.run([(point.context, 2)]).first_token_s()[0] for _ in range(3 + PROMPTS)]
+        return float(statistics.median(times[3:]))
     # The first sequences decode while prompts of the last are computed: those tokens come on top.
     output = OUTPUT_TOKENS + point.batch * point.context // chunk_tokens + 1
     return float(client.run([(point.context, output)] * point.batch).decode_step_s())

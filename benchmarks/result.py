@@ -57,7 +57,10 @@ def _processor() -> str:
 
 def environment() -> dict[str, Any]:
     """Return device, driver, versions, commit, command and date of this run."""
-    gpus = _output_of("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = [f"--id={visible}"] if visible else []
+    query = ("--query-gpu=name,driver_version", "--format=csv,noheader")
+    gpus = _output_of("nvidia-smi", *chosen, *query)
     rows = [line.split(", ") for line in gpus.splitlines()] if gpus else []
     return {
         "devices": [row[0] for row in rows] or [_processor()],
