@@ -1,22 +1,25 @@
-"""Sums over the GPUs of this machine: NCCL, and reads of memory that they share.
+"""Sums over the GPUs of this machine: NCCL, and two forms over memory that they share.
 
     torchrun --nproc-per-node 2 benchmarks/bench_all_reduce.py
 
 Each time is of one sum in a chain inside a CUDA graph, as in a decode step; the norm rows add the
 residual addition and the RMSNorm that follow a sum in every layer. A sum that differs from NCCL's
-is not timed, and the exit status is 1.
+is not timed, and the exit status is 1. Last comes the row for this many ranks in the table of
+`cost_model/peer_sums.py` by which the executor chooses.
 """
 
 import argparse
 import os
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rankwright.cost_model.peer_sums import PeerSums, SumAlgorithm
 from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
 from rankwright.kernels.rms_norm import rms_norm
 from result import write_result
@@ -27,6 +30,8 @@ DTYPE = torch.bfloat16
 ROWS = (1, 2, 8, 16, 64, 128, 256, 1024, 2048, 4096)
 CHAIN = 32  # sums in a graph
 EPS = 1e-5
+FORMS: tuple[SumAlgorithm, ...] = ("one_shot", "two_shot")
+EVERY_SIZE = max(ROWS) * DIM * DTYPE.itemsize
 
 Chain = Callable[[], Any]
 
@@ -65,7 +70,7 @@ def chains(peers: PeerMemory | None, rows: int, device: torch.device) -> dict[st
             if norm:
                 rms_norm(x, weight, EPS, residual_TD=residual)
 
-    def shared(norm: bool) -> None:
+    def shared(form: SumAlgorithm, norm: bool) -> None:
         assert peers is not None
         peers.begin()
         options: dict[str, Any] = (
@@ -74,28 +79,42 @@ def chains(peers: PeerMemory | None, rows: int, device: torch.device) -> dict[st
         for _ in range(CHAIN):
             part = peers.part(rows, DIM, DTYPE)
             assert part is not None
-            peers.sum(part, **options)
+            peers.sum(part, algorithm=form, **options)
 
-    made: dict[str, Chain] = {"nccl": lambda: nccl(False), "nccl + norm": lambda: nccl(True)}
-    if peers is not None and peers.part(rows, DIM, DTYPE) is not None:
-        made |= {"shared": lambda: shared(False), "shared, norm fused": lambda: shared(True)}
+    made: dict[str, Chain] = {
+        "nccl_us": lambda: nccl(False),
+        "nccl_norm_us": lambda: nccl(True),
+    }
+    for form in FORMS if peers is not None else ():
+        made[f"{form}_us"] = lambda form=form: shared(form, False)  # type: ignore[misc]
+        made[f"{form}_norm_us"] = lambda form=form: shared(form, True)  # type: ignore[misc]
     return made
 
 
 def is_right(peers: PeerMemory, rows: int, device: torch.device) -> bool:
     """Whether sums over shared memory equal NCCL's in float32 but for one rounding."""
     worst = 0.0
-    for repeat in range(5):
+    for repeat in range(6):
         x = torch.randn(rows, DIM, device=device).to(DTYPE)
         if repeat == 0:
             peers.begin()
-        total = peers.sum(x)
-        if total is None:
-            return True  # not offered, so not timed
+        total = peers.sum(x, algorithm=FORMS[repeat % 2])
+        assert total is not None
         exact = x.float()
         dist.all_reduce(exact)
         worst = max(worst, float((total.float() - exact).norm() / exact.norm()))
     return worst <= torch.finfo(DTYPE).eps
+
+
+def best_table(rows: list[dict[str, Any]]) -> PeerSums:
+    """Return the sizes up to which each form, norm fused, was not slower than the others."""
+    ends = dict.fromkeys(FORMS, 0)
+    for row in rows:
+        times = {form: row.get(f"{form}_norm_us", float("inf")) for form in FORMS}
+        form = min(FORMS, key=lambda form: times[form])
+        if times[form] <= row.get("nccl_norm_us", 0.0):
+            ends[form] = row["bytes"]
+    return PeerSums(one_shot_bytes=ends["one_shot"], two_shot_bytes=ends["two_shot"])
 
 
 def main() -> int:
@@ -115,15 +134,14 @@ def main() -> int:
         dim=DIM,
         dtype=DTYPE,
         device=device,
+        table=PeerSums(one_shot_bytes=EVERY_SIZE, two_shot_bytes=EVERY_SIZE),
     )
-    rows_of_result = []
+    rows_of_result: list[dict[str, Any]] = []
     for rows in ROWS:
         passed = peers is None or is_right(peers, rows, device)
         row: dict[str, Any] = {"rows": rows, "bytes": rows * DIM * DTYPE.itemsize, "passed": passed}
         for name, chain in chains(peers, rows, device).items() if passed else ():
-            row[f"{name.replace(', ', ' ').replace(' + ', ' ').replace(' ', '_')}_us"] = graph_us(
-                chain, device
-            )
+            row[name] = graph_us(chain, device)
         rows_of_result.append(row)
         if rank == 0:
             print(
@@ -134,7 +152,10 @@ def main() -> int:
                 flush=True,
             )
     if rank == 0:
+        table = best_table(rows_of_result)
+        print(f"{world_size}: {table}")
         content = {"world_size": world_size, "dim": DIM, "rows": rows_of_result}
+        content["best"] = asdict(table)
         print(write_result(f"all-reduce-{world_size}", content, folder=arguments.output))
     all_passed = all(row["passed"] for row in rows_of_result)
     dist.destroy_process_group()

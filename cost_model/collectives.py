@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import ceil, log2
 
 from rankwright.cost_model.efficiency import AllReduce
+from rankwright.cost_model.peer_sums import SumAlgorithm
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.graph import port_share_bytes_per_s
 from rankwright.topology.levels import by_rack, crossings, network_latency_s
@@ -150,15 +151,28 @@ def all_reduce_s(
         return _all_reduce_over_nodes_s(size_bytes, group)
     times = [_ring_s(2, size_bytes, group)]
     if "one_shot" in algorithms and group.one_machine:
-        rate = group.bytes_per_s * _PEER_SHARE
-        others = group.size - 1
-        one_shot_s = _ONE_SHOT_BASE_S + others * size_bytes / rate + 2 * group.latency_s
+        one_shot_s = peer_sum_s("one_shot", size_bytes, group)
         if size_bytes <= one_shot_bytes:
             return one_shot_s
-        times.append(one_shot_s)
-        wire = 2 * others / group.size * size_bytes
-        times.append(_TWO_SHOT_BASE_S + wire / rate + 4 * group.latency_s)
+        times += [one_shot_s, peer_sum_s("two_shot", size_bytes, group)]
     return min(times)
+
+
+def peer_sum_s(algorithm: SumAlgorithm, size_bytes: float, group: Group) -> float:
+    """Return the seconds of an all-reduce on one machine by the given algorithm.
+
+    >>> h200 = Group(2, bytes_per_s=450e9, latency_s=0.8e-6)
+    >>> round(peer_sum_s("one_shot", 64 * 1024, h200) * 1e6, 1)
+    6.0
+    """
+    if algorithm == "library":
+        return _ring_s(2, size_bytes, group)
+    rate = group.bytes_per_s * _PEER_SHARE
+    others = group.size - 1
+    if algorithm == "one_shot":
+        return _ONE_SHOT_BASE_S + others * size_bytes / rate + 2 * group.latency_s
+    wire = 2 * others / group.size * size_bytes
+    return _TWO_SHOT_BASE_S + wire / rate + 4 * group.latency_s
 
 
 def all_gather_s(size_bytes: float, group: Group) -> float:

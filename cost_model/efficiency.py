@@ -53,7 +53,7 @@ class Efficiency:
     skew_s: float = 0.0
     # One-shot is taken up to here even where another algorithm were faster.
     one_shot_bytes: float = 0.0
-    # One-shot sums over NVLink up to `one_shot.one_shot_max_bytes`, the norm in the same kernel.
+    # Sums over NVLink as the table of `peer_sums.py` says, the norm in the same kernel.
     peer_sums: bool = False
     # Ways for tokens to reach the experts of other ranks under attention DP that the executor may
     # choose from. Dispatch is right on CPUs (tests), and was not yet run on GPUs.

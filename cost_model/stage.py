@@ -9,16 +9,17 @@ from rankwright.cost_model.collectives import (
     Group,
     all_gather_s,
     all_reduce_s,
+    peer_sum_s,
     send_s,
 )
 from rankwright.cost_model.dtypes import BITS
-from rankwright.cost_model.efficiency import AllReduce, Exchange, Provenance
+from rankwright.cost_model.efficiency import Exchange, Provenance
 from rankwright.cost_model.expert_exchange import choose_exchange
 from rankwright.cost_model.layer_ops import LayerModel, embedding_op, logits_op
 from rankwright.cost_model.memory import kv_bytes_per_token
 from rankwright.cost_model.model_spec import Layer, ModelSpec
-from rankwright.cost_model.one_shot import one_shot_max_bytes
 from rankwright.cost_model.ops import Op, Rates, StepTokens
+from rankwright.cost_model.peer_sums import peer_sums
 from rankwright.cost_model.prediction import Part
 from rankwright.cost_model.split import AttentionSplit, CpExchange
 
@@ -79,7 +80,7 @@ class StageModel:
             and group.num_nodes == 1
             and group.one_machine
             and group.bytes_per_s >= _NVLINK_BYTES_PER_S
-            and one_shot_max_bytes(group.size) > 0
+            and peer_sums(group.size).max_bytes > 0
         )
         self.provenance: Provenance = rates.efficiency.provenance
         self._skew_s = rates.efficiency.skew_s * log2(group.size)
@@ -264,11 +265,13 @@ class StageModel:
             return self._chosen(tokens, kind)[1] + 2 * self._skew_s
         size = self.message_bytes(tokens)
         share = self._rates.efficiency
-        algorithms, one_shot_bytes = share.all_reduce, share.one_shot_bytes
-        if share.peer_sums:
-            one_shot_bytes = one_shot_max_bytes(self._group.size) if self._peer_sums else 0
-            algorithms = share.all_reduce if size <= one_shot_bytes else _LIBRARY
-        once_s = all_reduce_s(size, self._group, algorithms, one_shot_bytes)
+        if self._peer_sums:
+            algorithm = peer_sums(self._group.size).algorithm(size)
+            once_s = peer_sum_s(algorithm, size, self._group)
+        elif share.peer_sums:  # of NCCL, where no memory is shared
+            once_s = all_reduce_s(size, self._group)
+        else:
+            once_s = all_reduce_s(size, self._group, share.all_reduce, share.one_shot_bytes)
         return times * (once_s + self._skew_s)
 
     def _chosen(self, tokens: StepTokens, kind: int | None) -> tuple[Exchange, float]:
@@ -307,7 +310,6 @@ class StageModel:
 _ALONE = Group(1)
 # NVLink begins at 100 GB/s each way on the GPUs that serve (A100: 300); PCIe 5 has 63.
 _NVLINK_BYTES_PER_S = 100e9
-_LIBRARY: tuple[AllReduce, ...] = ("library",)
 _EXCHANGE_NAMES: dict[Exchange, str] = {
     "gather": "all-gather and reduce-scatter",
     "dispatch": "dispatch and combine",

@@ -1,8 +1,10 @@
 """`PeerMemory`: GPU memory that the ranks of a TP group share, and sums over it.
 
 Each rank computes its part of a sum right into its shared memory; one kernel then waits for the
-peers, reads all parts and adds them up (`kernels/all_reduce.py`). Inside CUDA graphs too: addresses
-are fixed, and what ranks count is in memory.
+peers, reads all parts and adds them up (`kernels/all_reduce.py`), or sums its share of the rows for
+all (`kernels/two_shot_sum.py`): the table that the cost model prices by says which, by size
+(`cost_model/peer_sums.py`). Inside CUDA graphs too: addresses are fixed, and what ranks count is in
+memory.
 
 A part may be written again only when no peer still reads it. A rank that has come to the next sum
 has done with the last, so parts alternate between two places, and one may be written as soon as the
@@ -14,12 +16,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rankwright.cost_model.one_shot import one_shot_max_bytes
+from rankwright.cost_model.peer_sums import PeerSums, SumAlgorithm, peer_sums
 from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+from rankwright.kernels.two_shot_sum import sum_parts_in_two_shots
 
 # NVLink multicast stays off: not every container's driver lets go of it cleanly.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
@@ -39,6 +43,7 @@ class PeerMemory:
         dim: Values of a row.
         dtype: Of the values.
         device: This rank's GPU.
+        table: Which form is taken, by size.
     """
 
     def __init__(
@@ -49,14 +54,18 @@ class PeerMemory:
         dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        table: PeerSums,
     ) -> None:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._rank, self._world_size = group.rank(), group.size()
+        self._table = table
         place_bytes = -(-max_rows * dim * dtype.itemsize // 16) * 16
+        # What others summed arrives behind the places of parts.
+        num_places = _NUM_PLACES + (1 if table.two_shot_bytes else 0)
         num_words = MAX_PROGRAMS * self._world_size
         memory = symmetric_memory.empty(
-            _NUM_PLACES * place_bytes + num_words * 4, dtype=torch.uint8, device=device
+            num_places * place_bytes + num_words * 4, dtype=torch.uint8, device=device
         )
         self._handle = symmetric_memory.rendezvous(memory, group)
         memory.zero_()
@@ -64,11 +73,16 @@ class PeerMemory:
         self._place_values = place_bytes // dtype.itemsize
         parts = memory[: _NUM_PLACES * place_bytes].view(dtype).view(_NUM_PLACES, -1)
         self._places = [part[: max_rows * dim].view(max_rows, dim) for part in parts]
-        self._signal_word = _NUM_PLACES * place_bytes // 4
-        self._words = memory[_NUM_PLACES * place_bytes :].view(torch.int32)
+        self._signal_word = num_places * place_bytes // 4
+        self._words = memory[num_places * place_bytes :].view(torch.int32)
         self._epochs = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
         self._place = 0
         torch.cuda.synchronize(device)
+
+    @property
+    def algorithms(self) -> tuple[SumAlgorithm, ...]:
+        """The forms that the table takes for some size."""
+        return ("one_shot", "two_shot") if self._table.two_shot_bytes else ("one_shot",)
 
     def begin(self) -> None:
         """Start a step: its first sum has a place of its own."""
@@ -88,33 +102,39 @@ class PeerMemory:
         weight_D: torch.Tensor | None = None,
         eps: float = 0.0,
         residual_TD: torch.Tensor | None = None,
+        algorithm: SumAlgorithm | None = None,
     ) -> torch.Tensor | None:
-        """Return the sum of all ranks' `x_TD`, or its norm; None: it does not fit.
+        """Return the sum of all ranks' `x_TD`, or its norm; None: NCCL has to do it.
 
         Args:
             x_TD: This rank's part; copied, unless it is what `part` returned.
             weight_D: With a residual: return the RMSNorm of residual plus sum instead.
             eps: Of the norm.
             residual_TD: Becomes `residual_TD + sum` in place.
+            algorithm: Instead of what the table says; equal on all ranks.
         """
         part = self.part(len(x_TD), x_TD.shape[1], x_TD.dtype)
-        if part is None:
+        algorithm = algorithm or self._table.algorithm(x_TD.numel() * x_TD.element_size())
+        if part is None or algorithm == "library":
             return None
         if part.data_ptr() != x_TD.data_ptr():
             part.copy_(x_TD)
-        out_TD = sum_parts(
-            torch.empty_like(part),
-            table_address=self._handle.buffer_ptrs_dev,
-            words=self._words,
-            epochs=self._epochs,
-            part_offset=self._place * self._place_values,
-            signal_word=self._signal_word,
-            rank=self._rank,
-            world_size=self._world_size,
-            weight_D=weight_D,
-            eps=eps,
-            residual_TD=residual_TD,
-        )
+        where: dict[str, Any] = {
+            "table_address": self._handle.buffer_ptrs_dev,
+            "words": self._words,
+            "epochs": self._epochs,
+            "part_offset": self._place * self._place_values,
+            "signal_word": self._signal_word,
+            "rank": self._rank,
+            "world_size": self._world_size,
+        }
+        norm: dict[str, Any] = {"weight_D": weight_D, "eps": eps, "residual_TD": residual_TD}
+        out_TD = torch.empty_like(part)
+        if algorithm == "two_shot":
+            arrivals_offset = _NUM_PLACES * self._place_values
+            sum_parts_in_two_shots(out_TD, arrivals_offset=arrivals_offset, **where, **norm)
+        else:
+            sum_parts(out_TD, **where, **norm)
         self._place = 1 if self._place != 1 else 2
         return out_TD
 
@@ -127,6 +147,7 @@ def open_peer_memory(
     dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    table: PeerSums | None = None,
 ) -> PeerMemory | None:
     """Return the group's shared memory, checked by a sum; None where NCCL has to do.
 
@@ -141,19 +162,21 @@ def open_peer_memory(
         dim: Values of a row.
         dtype: Of the values.
         device: This rank's GPU.
+        table: Which form is taken, by size; None: the one for so many ranks.
 
     Raises:
         TimeoutError: A peer did not answer.
     """
     if group is None or device.type != "cuda" or not one_machine:
         return None
-    rows = min(max_rows, one_shot_max_bytes(group.size()) // (dim * dtype.itemsize))
+    table = table or peer_sums(group.size())
+    rows = min(max_rows, table.max_bytes // (dim * dtype.itemsize))
     if rows < 1 or os.environ.get("RANKWRIGHT_PEER_MEMORY", "1") == "0":
         return None
     opened: PeerMemory | None = None
     reason = "another rank could not open it"
     try:
-        opened = PeerMemory(group, max_rows=rows, dim=dim, dtype=dtype, device=device)
+        opened = PeerMemory(group, max_rows=rows, dim=dim, dtype=dtype, device=device, table=table)
     except (RuntimeError, ImportError, OSError) as error:
         reason = " ".join(str(error).split())
     # A sum before everyone has opened would wait for ever.
@@ -179,10 +202,10 @@ def _sums_right(
     column_D = torch.arange(dim, device=device) % 61
     outs: list[tuple[torch.Tensor, torch.Tensor]] = []
     memory.begin()
-    for repeat in range(1, 4):
+    for repeat, algorithm in enumerate(memory.algorithms * 3, start=1):
         part_TD = (column_D * (group.rank() + repeat))[None].to(dtype)
         expected_D = column_D * sum(rank + repeat for rank in range(group.size()))
-        out_TD = memory.sum(part_TD)
+        out_TD = memory.sum(part_TD, algorithm=algorithm)
         assert out_TD is not None
         outs.append((out_TD[0], expected_D.to(dtype)))
     # Comparing would wait on the host for the kernels, however long that takes.

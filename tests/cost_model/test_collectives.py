@@ -8,10 +8,12 @@ from rankwright.cost_model.collectives import (
     all_reduce_s,
     all_to_all_s,
     find_group,
+    peer_sum_s,
     reduce_scatter_s,
     send_s,
 )
 from rankwright.cost_model.efficiency import AllReduce
+from rankwright.cost_model.peer_sums import PeerSums, peer_sums
 from rankwright.topology.shorthand import parse_cluster
 
 NVLINK = 450e9
@@ -43,6 +45,24 @@ def test_one_shot_wins_when_small_and_the_library_when_large() -> None:
     group = Group(8, bytes_per_s=NVLINK, latency_s=0.8e-6)
     assert all_reduce_s(16 << 10, group, BOTH) < 0.6 * all_reduce_s(16 << 10, group)
     assert all_reduce_s(1 << 30, group, BOTH) == all_reduce_s(1 << 30, group)
+
+
+def test_sums_over_peer_memory_by_hand() -> None:
+    # Four ranks, 1 MB at 0.62 of 500 GB/s: three parts are read, or half as much twice over.
+    group = Group(4, bytes_per_s=500e9, latency_s=1e-6)
+    assert peer_sum_s("one_shot", 1e6, group) == pytest.approx(4.2e-6 + 3e6 / 310e9 + 2e-6)
+    assert peer_sum_s("two_shot", 1e6, group) == pytest.approx(8e-6 + 1.5e6 / 310e9 + 4e-6)
+    assert peer_sum_s("library", 1e6, group) == all_reduce_s(1e6, group)
+
+
+def test_each_size_is_summed_by_the_first_form_that_takes_it() -> None:
+    table = PeerSums(one_shot_bytes=8, two_shot_bytes=64)
+    assert [table.algorithm(size) for size in (1, 8, 9, 64, 65)] == [
+        "one_shot", "one_shot", "two_shot", "two_shot", "library",
+    ]  # fmt: skip
+    assert table.max_bytes == 64
+    assert PeerSums(one_shot_bytes=8).algorithm(9) == "library"
+    assert peer_sums(7).max_bytes == 0
 
 
 def test_a_group_over_two_nodes_pays_for_the_fabric() -> None:

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from rankwright.cost_model.peer_sums import PeerSums, SumAlgorithm
 from rankwright.executor.expert_memory import ExpertMemory
 from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
 from rankwright.kernels.rms_norm import rms_norm
@@ -10,19 +11,27 @@ from rankwright.kernels.rms_norm import rms_norm
 EPS = 1e-5
 
 
-def opened(max_rows: int, dim: int, dtype: torch.dtype) -> PeerMemory:
+def opened(max_rows: int, dim: int, dtype: torch.dtype, algorithm: SumAlgorithm) -> PeerMemory:
     device = torch.device("cuda", dist.get_rank())
     memory = open_peer_memory(
-        dist.group.WORLD, one_machine=True, max_rows=max_rows, dim=dim, dtype=dtype, device=device
+        dist.group.WORLD,
+        one_machine=True,
+        max_rows=max_rows,
+        dim=dim,
+        dtype=dtype,
+        device=device,
+        table=PeerSums(two_shot_bytes=1 << 30) if algorithm == "two_shot" else None,
     )
     assert memory is not None
     return memory
 
 
-def sums(rank: int, rows: int, dim: int, dtype: torch.dtype, repeats: int) -> list[float]:
+def sums(
+    rank: int, rows: int, dim: int, dtype: torch.dtype, repeats: int, algorithm: SumAlgorithm
+) -> list[float]:
     """Relative errors against NCCL's float32 sums, over repeats with ranks that lag in turn."""
     device = torch.device("cuda", rank)
-    memory = opened(rows, dim, dtype)
+    memory = opened(rows, dim, dtype, algorithm)
     generator = torch.Generator(device).manual_seed(rank)
     errors = []
     for repeat in range(repeats):
@@ -44,14 +53,17 @@ def sums(rank: int, rows: int, dim: int, dtype: torch.dtype, repeats: int) -> li
     return errors
 
 
-def graph(rank: int, rows: int, dim: int, num_sums: int, replays: int) -> tuple[float, bool]:
+def graph(
+    rank: int, rows: int, dim: int, num_sums: int, replays: int, algorithm: SumAlgorithm
+) -> tuple[float, bool]:
     """Worst relative error of a chain of add-and-norm replayed from a graph, and equality.
 
-    Each replay starts from new numbers; the chain is computed again in float32 with NCCL.
+    Each replay starts from new numbers; the chain is computed again in float32 with NCCL. Of two
+    shots, every third is one shot, as where sums of two sizes follow each other.
     """
     device = torch.device("cuda", rank)
     dtype = torch.bfloat16
-    memory = opened(rows, dim, dtype)
+    memory = opened(rows, dim, dtype, algorithm)
     generator = torch.Generator(device).manual_seed(7)  # equal on all ranks
     weight = torch.rand(dim, generator=generator, device=device).to(dtype) + 0.5
     x = torch.zeros(rows, dim, device=device, dtype=dtype)
@@ -64,7 +76,10 @@ def graph(rank: int, rows: int, dim: int, num_sums: int, replays: int) -> tuple[
             part = memory.part(rows, dim, dtype)
             assert part is not None
             torch.mul(out, rank + 1 + step % 2, out=part)
-            normed = memory.sum(part, weight_D=weight, eps=EPS, residual_TD=residual)
+            form: SumAlgorithm = "one_shot" if step % 3 == 2 else algorithm
+            normed = memory.sum(
+                part, weight_D=weight, eps=EPS, residual_TD=residual, algorithm=form
+            )
             assert normed is not None
             out = normed
         return out

@@ -22,7 +22,7 @@ from rankwright.kernels import (
     all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
     mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
     part_attention, prefill_attention, rms_norm, rotary, sampling, skinny_linear, swiglu,
-    token_feed,
+    token_feed, two_shot_sum,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -118,6 +118,9 @@ found["mla rotary"] = resources(
 found["sum of parts"] = resources(
     all_reduce._sum_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
     SIGNAL_WORD=0, RANK=0, WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
+found["sum in two shots"] = resources(
+    two_shot_sum._two_shot_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
+    ARRIVALS_OFFSET=8192, SIGNAL_WORD=0, RANK=0, WORLD=4, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
 to_experts = dict(
     SIGNAL_WORD=0, RANK=0, WORLD=4, MOE_TP=1, TOP_K=8, BLOCK_K=8, DIM=4096, BLOCK_D=4096)
 found["dispatch"] = resources(
@@ -184,6 +187,10 @@ def compiled() -> dict[str, Any]:
         ("sum of parts", "ld.global.v4.b32"),
         ("sum of parts", "atom.global.sys.release.exch.b32"),
         ("sum of parts", "ld.global.sys.acquire.b32"),
+        ("sum in two shots", "ld.global.v4.b32"),
+        ("sum in two shots", "st.global.v4.b32"),
+        ("sum in two shots", "atom.global.sys.release.exch.b32"),
+        ("sum in two shots", "ld.global.sys.acquire.b32"),
         ("dispatch", "ld.global.v4.b32"),
         ("dispatch", "st.global.v4.b32"),
         ("dispatch", "atom.global.sys.release.exch.b32"),

@@ -1,0 +1,151 @@
+"""Sum over the GPUs of one machine in two shots: each rank sums a share of the rows for all.
+
+Shapes: T tokens (rows), D hidden size, R ranks.
+
+Row `t` is summed by rank `t % R`: it reads all ranks' parts of it, adds them in rank order (so that
+the bits are those of `all_reduce.sum_parts`), adds the residual, and writes what it found into the
+memory of every rank. When all have met again, each rank normalises what has arrived. A rank thus
+reads and writes (R - 1) / R of the part each, where one shot reads R - 1 times the part; it pays on
+more than two ranks, once bytes count and not the second meeting.
+
+The programs of one number take the same rows on all ranks, so that they alone need to meet. A part
+may be written again as soon as the sum is done; what arrived, from the next sum's first meeting on:
+a rank comes to that when it has done with this sum.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, meet
+from rankwright.kernels.backend import ceil_div, jit, next_power_of_two, tl
+
+
+@jit(do_not_specialize=("num_tokens",))
+def _two_shot_kernel(
+    table_address,
+    words_ptr,
+    epochs_ptr,
+    weight_ptr,
+    residual_ptr,
+    out_ptr,
+    num_tokens,
+    residual_stride,
+    eps,
+    PART_OFFSET: tl.constexpr,
+    ARRIVALS_OFFSET: tl.constexpr,
+    SIGNAL_WORD: tl.constexpr,
+    RANK: tl.constexpr,
+    WORLD: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    program = tl.program_id(0)
+    stride = tl.num_programs(0) * WORLD
+    table = table_address.to(tl.pointer_type(tl.int64))
+    d = tl.arange(0, BLOCK_D)
+    mask = d < DIM
+    out_type = out_ptr.dtype.element_ty
+    if HAS_NORM:  # loaded while the peers are on their way
+        weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    meet(table, words_ptr, epochs_ptr, SIGNAL_WORD, program, RANK, WORLD)
+    for row_number in range(program * WORLD + RANK, num_tokens, stride):
+        row = tl.cast(row_number, tl.int64)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for peer in tl.static_range(WORLD):  # pyright: ignore[reportGeneralTypeIssues]
+            # Memory of a rank begins at a page; the compiler must know, to load 16 bytes at a time.
+            base_ptr = tl.multiple_of(tl.load(table + peer).to(tl.pointer_type(out_type)), 16)
+            part_at = base_ptr + PART_OFFSET + row * DIM + d
+            total += tl.load(part_at, mask=mask, other=0.0).to(tl.float32)
+        # Rounded as a sum that is written and read again is.
+        found = total.to(out_type)
+        if HAS_NORM:
+            at = residual_ptr + row * residual_stride + d
+            total = found.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            found = total.to(out_type)
+        for step in tl.static_range(WORLD):  # pyright: ignore[reportGeneralTypeIssues]
+            peer = (RANK + step) % WORLD  # so that ranks do not all write to the first at once
+            base_ptr = tl.multiple_of(tl.load(table + peer).to(tl.pointer_type(out_type)), 16)
+            tl.store(base_ptr + ARRIVALS_OFFSET + row * DIM + d, found, mask=mask)
+    tl.debug_barrier()  # every thread must read the count that the first meeting left
+    meet(table, words_ptr, epochs_ptr, SIGNAL_WORD, program, RANK, WORLD)
+    own_ptr = tl.multiple_of(tl.load(table + RANK).to(tl.pointer_type(out_type)), 16)
+    for first in range(program * WORLD, num_tokens, stride):
+        for offset in tl.static_range(WORLD):  # pyright: ignore[reportGeneralTypeIssues]
+            row = tl.cast(first, tl.int64) + offset
+            here = mask & (row < num_tokens)
+            arrived = tl.load(own_ptr + ARRIVALS_OFFSET + row * DIM + d, mask=here, other=0.0)
+            if HAS_NORM:
+                tl.store(residual_ptr + row * residual_stride + d, arrived, mask=here)
+                x = arrived.to(tl.float32)
+                rstd = tl.rsqrt(tl.sum(x * x, axis=0) / DIM + eps)
+                arrived = ((x * rstd).to(out_type).to(tl.float32) * weight).to(out_type)
+            tl.store(out_ptr + row * DIM + d, arrived, mask=here)
+
+
+def sum_parts_in_two_shots(
+    out_TD: torch.Tensor,
+    *,
+    table_address: int,
+    words: torch.Tensor,
+    epochs: torch.Tensor,
+    part_offset: int,
+    arrivals_offset: int,
+    signal_word: int,
+    rank: int,
+    world_size: int,
+    weight_D: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_TD: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return `out_TD`, as `all_reduce.sum_parts` would fill it; ranks must all choose alike.
+
+    Args:
+        out_TD: Written; dense rows.
+        table_address: On the device, addresses of every rank's memory, int64 [world_size].
+        words: This rank's words that peers tell it by, int32 [MAX_PROGRAMS * world_size].
+        epochs: How often each program has met its peers, int32 [MAX_PROGRAMS].
+        part_offset: Where the part begins in every rank's memory, values of out's dtype.
+        arrivals_offset: Where there is room there for as many rows of what others summed, the same.
+        signal_word: Where the words begin there, int32 values.
+        rank: This rank.
+        world_size: Ranks.
+        weight_D: Factors of the norm; None: only the sum.
+        eps: Added to the mean square.
+        residual_TD: Becomes `residual_TD + sum` in place; with `weight_D`, of out's dtype, and
+            equal on all ranks, as each adds it for all to its share of the rows.
+    """
+    num_tokens, dim = out_TD.shape
+    if num_tokens == 0:
+        return out_TD
+    block_d = next_power_of_two(dim)
+    has_norm = weight_D is not None
+    assert has_norm == (residual_TD is not None)
+    assert residual_TD is None or (
+        residual_TD.shape == out_TD.shape
+        and residual_TD.stride(1) == 1
+        and residual_TD.dtype == out_TD.dtype
+    )
+    _two_shot_kernel[(min(ceil_div(num_tokens, world_size), MAX_PROGRAMS),)](
+        table_address,
+        words,
+        epochs,
+        out_TD if weight_D is None else weight_D,
+        out_TD if residual_TD is None else residual_TD,
+        out_TD,
+        num_tokens,
+        0 if residual_TD is None else residual_TD.stride(0),
+        eps,
+        PART_OFFSET=part_offset,
+        ARRIVALS_OFFSET=arrivals_offset,
+        SIGNAL_WORD=signal_word,
+        RANK=rank,
+        WORLD=world_size,
+        DIM=dim,
+        BLOCK_D=block_d,
+        HAS_NORM=has_norm,
+        # 16 bytes a thread and load, as in `rms_norm`.
+        num_warps=min(max(block_d // 256, 1), 16),
+    )
+    return out_TD
