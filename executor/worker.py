@@ -27,6 +27,7 @@ from rankwright.executor.checkpoint import find_checkpoint
 from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.kernel_count import KernelCount
 from rankwright.executor.mesh import Mesh
+from rankwright.executor.numa import bind_to_gpu
 from rankwright.executor.parent_death import end_with_parent
 from rankwright.executor.record_load import record_load
 from rankwright.executor.runner import Runner
@@ -106,6 +107,7 @@ def run(
     if device.type == "cuda":
         check_gpu(plan, plan.ranks[rank], device)
         torch.cuda.set_device(device)
+        bind_to_gpu(device)
         progress("device opened")
         dist.init_process_group("nccl", device_id=device)
     else:

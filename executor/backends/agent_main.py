@@ -23,6 +23,8 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from rankwright.executor.backends.agent import Order
 
+# Where set to 1, PyTorch counts GPUs without CUDA.
+_ASK_DRIVER = "PYTORCH_NVML_BASED_CUDA_CHECK"
 WORKER_MODULE = "rankwright.executor.worker"
 
 
@@ -69,7 +71,9 @@ def _run_forks(order: Order) -> None:
 def _configuration(order: Order) -> LaunchConfig:
     """Return what `python -m torch.distributed.run` would make of its options."""
     meeting = order.rendezvous
-    return LaunchConfig(
+    # It asks whether there are GPUs: the driver would do, and CUDA makes forks unable to use it.
+    os.environ[_ASK_DRIVER] = "1"
+    config = LaunchConfig(
         min_nodes=meeting.nnodes,
         max_nodes=meeting.nnodes,
         nproc_per_node=order.num_ranks,
@@ -82,6 +86,9 @@ def _configuration(order: Order) -> LaunchConfig:
         local_addr=meeting.master_addr if meeting.node_rank == 0 else None,
         start_method="fork",
     )
+    del os.environ[_ASK_DRIVER]
+    config.numa_options = None  # ranks see to it themselves (`numa.py`)
+    return config
 
 
 def _run_rank(arguments: Sequence[str]) -> None:

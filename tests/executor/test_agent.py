@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tests.executor.plans import cpu_plan
 from tests.executor.test_launch import SPEC
 
+from rankwright.executor.backends import agent_main
 from rankwright.executor.backends.agent import Agent, Order, Rendezvous
 from rankwright.executor.preflight import make_options
 from rankwright.executor.session import ranks_fork
@@ -60,6 +62,17 @@ def test_ranks_of_cpus_are_forks_and_those_of_gpus_where_asked(
     environment = {} if asked is None else {"RANKWRIGHT_FORK_RANKS": asked}
     assert ranks_fork(plan, make_options(plan), environment) is expected
     assert ranks_fork(plan, make_options(plan, device="cpu"), {})
+
+
+def test_the_agent_does_not_ask_cuda_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask() -> int:
+        pytest.fail("no fork of a process that asked CUDA can use it")
+
+    monkeypatch.setattr(torch.cuda, "_is_compiled", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: ORDER.num_ranks)
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", ask, raising=False)
+    assert agent_main._configuration(ORDER).numa_options is None
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
 
 
 def test_what_a_rank_on_cpus_imports_leaves_out_what_only_compilers_need() -> None:
