@@ -65,3 +65,5 @@ def test_dummy_weights_have_the_shape_of_the_shard_and_unit_norms() -> None:
     assert shard.shape == (500, 10)
     assert shard.std().item() == pytest.approx(0.02, rel=0.1)
     assert source.shard("model.norm.weight", (8,)).tolist() == [1.0] * 8
+    embedding = source.shard("model.embed_tokens.weight", (1000, 40))
+    assert embedding.std().item() == pytest.approx(1, rel=0.1)
