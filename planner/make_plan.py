@@ -1,22 +1,20 @@
 """Makes a plan: search, choice, placement, and the certificate that goes with it."""
 
 from collections.abc import Sequence
-from math import ceil, floor, inf
+from math import inf
 from typing import TYPE_CHECKING
 
 from rankwright.cost_model.held_weights import held_by
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.predict import Replicas, predict_replicas
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.balance import cache_tokens
+from rankwright.planner.bind import about_engine, bind_plan, placed
 from rankwright.planner.binding import find_binding
-from rankwright.planner.environment import find_environment
 from rankwright.planner.goals import GOALS
 from rankwright.planner.ilp import Choice
 from rankwright.planner.infeasible import NoFeasiblePlanError, explain_failure
 from rankwright.planner.pareto import find_front
 from rankwright.planner.placement import place_ranks
-from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
+from rankwright.planner.plan import Certificate, Plan
 from rankwright.planner.runners_up import find_runners_up, split_of
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
@@ -30,10 +28,6 @@ __all__ = ["NoFeasiblePlanError", "Pins", "make_plan"]
 
 _USUAL_PERCENTILE = 50  # up to which the steady state's mean is what is asked for
 _MIN_RUNNERS_UP = 2  # a plan without a comparison explains nothing
-
-# What the cache of a CPU rank holds at least, if memory allows: a conversation, whatever lengths
-# the plan was made for. More would take memory from everything else on the machine.
-_CPU_CONTEXT_TOKENS = 8192
 
 
 def make_plan(
@@ -76,12 +70,40 @@ def make_plan(
         ValueError: The request exceeds the model's context, the budget the GPUs' memory, or a pin
             or a limit is out of range.
     """
+    search, about_weights = prepare(
+        model,
+        cluster,
+        workload,
+        memory_budget_bytes=memory_budget_bytes,
+        pins=pins,
+        top=top,
+        allow_pipeline=allow_pipeline,
+        engine=engine,
+        time_limit_s=time_limit_s,
+    )
+    plan = plan_of_search(search, top=top, trace=trace, assumptions=(*assumptions, *about_weights))
+    return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
+
+
+def prepare(
+    model: ModelSpec,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    memory_budget_bytes: int | None,
+    pins: Pins | None,
+    top: int,
+    allow_pipeline: bool,
+    engine: str,
+    time_limit_s: float,
+) -> tuple[Search, tuple[str, ...]]:
+    """Return the search of a sound request, and what to know of the weights; as `make_plan`."""
     check_request(model, cluster, workload, memory_budget_bytes, top, time_limit_s)
     held = held_by(model, engine)
+    about_weights: tuple[str, ...] = ()
     if held != model:
         stored, wide = model.weight_dtypes, held.weight_dtypes.feed_forward
-        assumptions = (
-            *assumptions,
+        about_weights = (
             f"weights: stored as {stored.feed_forward} ({stored.method}), and widened to {wide} as "
             "they load; other engines keep them as stored (--engine)",
         )
@@ -95,19 +117,29 @@ def make_plan(
         engine,
         time_limit_s=time_limit_s,
     )
+    return search, about_weights
+
+
+def plan_of_search(
+    search: Search,
+    *,
+    top: int,
+    trace: Sequence["TraceRow"] = (),
+    assumptions: tuple[str, ...] = (),
+) -> Plan:
+    """Return the best plan that `search` finds; see `make_plan`."""
     choice = search.best()
     if choice is None:
         raise explain_failure(search)
-    if _needs_simulation(workload, trace):
+    if needs_simulation(search.workload, trace):
         from rankwright.planner.settle import settle  # the simulation: most plans do without
 
         settled = settle(search, choice, trace)
         choice, assumptions = settled.choice, (*assumptions, settled.note)
-    plan = _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
-    return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
+    return _bind(search, choice, max(top, _MIN_RUNNERS_UP), assumptions)
 
 
-def _needs_simulation(workload: Workload, trace: Sequence["TraceRow"]) -> bool:
+def needs_simulation(workload: Workload, trace: Sequence["TraceRow"]) -> bool:
     """Return whether steady states cannot decide: a trace, or a limit at a high percentile."""
     limited = workload.ttft_limit_s is not None or workload.tpot_limit_s is not None
     return bool(trace) or (limited and workload.percentile > _USUAL_PERCENTILE)
@@ -143,76 +175,15 @@ def check_request(
 
 
 def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]) -> Plan:
-    candidate, model, workload = choice.candidate, search.model, search.workload
-    groups = _placed(choice)
-    split = split_of(choice)
-    num_blocks = _num_blocks(search, choice)
-    block_tokens = search.evaluator.block_tokens(split.cp)
-    kv_tokens = num_blocks * block_tokens
-    # Attention DP keeps a request on one rank, context parallelism spreads it.
-    longest = min(model.max_context_tokens, kv_tokens * split.cp)
-    prediction = predict_replicas(search.evaluator.models, workload, split, groups, kv_tokens)
-    ranks = place_ranks(model, split, groups)
-    return Plan(
-        num_gpus=split.num_gpus,
-        model=model,
-        workload=workload,
-        cluster=search.cluster,
-        cluster_fingerprint=search.cluster.fingerprint,
-        split=split,
-        ranks=ranks,
-        kv_cache=KvCachePlan(block_tokens=block_tokens, num_blocks=num_blocks),
-        limits=Limits(
-            max_num_seqs=candidate.batch_size,
-            max_batched_tokens=candidate.chunk_tokens,
-            max_model_len=longest,
-        ),
-        prediction=prediction,
+    groups = placed(choice)
+    return bind_plan(
+        search,
+        choice,
+        groups,
+        place_ranks(search.model, split_of(choice), groups),
         certificate=_certificate(search, choice, top),
-        environment=find_environment(search.cluster, ranks),
-        assumptions=(*assumptions, *_about_engine(search.engine)),
+        assumptions=(*assumptions, *about_engine(search.engine)),
     )
-
-
-def _about_engine(engine: str) -> tuple[str, ...]:
-    """Return what a reader of the plan must know where another engine shall run it."""
-    if engine == "rankwright":
-        return ()
-    return (
-        f"engine: planned for {engine}, with its forms and its speed; render it for {engine}, "
-        "`rankwright launch` may run it slower or not at all",
-    )
-
-
-def _placed(choice: Choice) -> tuple[Replicas, ...]:
-    """Return the placements that got replicas, with how many."""
-    return tuple(
-        Replicas(group.stages, count, group.spread)
-        for group, count in zip(choice.candidate.pool.replicas, choice.counts, strict=True)
-        if count
-    )
-
-
-def _num_blocks(search: Search, choice: Choice) -> int:
-    """Return the KV blocks of every rank: what is left on the rank with least room.
-
-    A CPU rank takes what its requests need and a conversation besides, not all of the machine.
-    """
-    candidate, evaluator = choice.candidate, search.evaluator
-    costs = evaluator.stage_costs(
-        candidate.shape,
-        candidate.pool,
-        candidate.batch_size,
-        candidate.chunk_tokens,
-        candidate.serving[0].flow.mixed,
-    )
-    layer_bytes = evaluator.memory.layer_bytes(candidate.shape)
-    tokens = cache_tokens(costs, candidate.stage_layers, *layer_bytes)
-    if evaluator.is_cpu:
-        wanted = evaluator.kv_tokens(candidate.shape, candidate.batch_size)
-        usual = min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)
-        tokens = min(tokens, max(wanted, ceil(usual / candidate.shape.cp)))
-    return max(1, floor(tokens / evaluator.block_tokens(candidate.shape.cp)))
 
 
 def _certificate(search: Search, choice: Choice, top: int) -> Certificate:

@@ -26,7 +26,7 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
         split: How.
         groups: Kinds of slot of the replicas, and how many replicas are on each.
     """
-    return bind_ranks(model, split, _replica_places(groups))
+    return bind_ranks(model, split, replica_places(groups))
 
 
 def bind_ranks(
@@ -71,7 +71,7 @@ def bind_ranks(
     return tuple(ranks)
 
 
-def _replica_places(groups: Sequence[Replicas]) -> Iterator[list[tuple[Place, ...]]]:
+def replica_places(groups: Sequence[Replicas]) -> Iterator[list[tuple[Place, ...]]]:
     """Yield, for each replica, the places of each stage's ranks."""
     for group in groups:
         kinds = group.stages

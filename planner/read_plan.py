@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.topology.cluster import Cluster
 
@@ -16,10 +17,15 @@ def read_plan(path: str | Path) -> Plan:
     """Return the plan in the file at `path`.
 
     Raises:
-        ValueError: There is no such file, it is no plan, it is one of two pools, or it contradicts
-            itself; one line that names the field.
+        ValueError: There is no such file, it is no plan, it is one of two pools or of unlike
+            replicas, or it contradicts itself; one line that names the field.
     """
     plan = read_any_plan(path)
+    if isinstance(plan, PartsPlan):
+        raise ValueError(
+            f"plan {str(path)!r} has replicas of different shapes ({plan.label()}), and one shape "
+            "is needed here; plan again with --mixed-shapes never"
+        )
     if isinstance(plan, DisaggregatedPlan):
         raise ValueError(
             f"plan {str(path)!r} has separate pools for prefill and decode, which the executor of "
@@ -29,8 +35,8 @@ def read_plan(path: str | Path) -> Plan:
     return plan
 
 
-def read_any_plan(path: str | Path) -> Plan | DisaggregatedPlan:
-    """Return the plan in the file at `path`, of one pool or of two.
+def read_any_plan(path: str | Path) -> Plan | PartsPlan | DisaggregatedPlan:
+    """Return the plan in the file at `path`, of one pool or of two, of like replicas or unlike.
 
     Raises:
         ValueError: There is no such file, it is no plan, or it contradicts itself; one line that
@@ -43,22 +49,24 @@ def read_any_plan(path: str | Path) -> Plan | DisaggregatedPlan:
         raise ValueError(f"plan {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"plan {str(path)!r} is not a text file") from None
-    kind: type[Plan | DisaggregatedPlan] = DisaggregatedPlan if _has_pools(text) else Plan
+    kind = _kind_of(text)
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"plan {str(path)!r}: {_first_problem(error)}") from None
 
 
-def _has_pools(text: str) -> bool:
+def _kind_of(text: str) -> type[Plan | PartsPlan | DisaggregatedPlan]:
     try:
         fields = json.loads(text)
     except ValueError:
-        return False  # what is wrong with it is said by who reads it as a plan
-    return isinstance(fields, dict) and "prefill" in fields
+        return Plan  # what is wrong with it is said by who reads it as a plan
+    if isinstance(fields, dict) and "prefill" in fields:
+        return DisaggregatedPlan
+    return PartsPlan if isinstance(fields, dict) and "parts" in fields else Plan
 
 
-def write_plan(plan: Plan | DisaggregatedPlan, path: str | Path) -> None:
+def write_plan(plan: Plan | PartsPlan | DisaggregatedPlan, path: str | Path) -> None:
     """Write `plan` to `path`: to a temporary file beside it, then renamed.
 
     Raises:

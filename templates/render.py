@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.templates.check import check
 from rankwright.templates.checks.pools import check_pools
@@ -96,7 +97,7 @@ POOL_TARGETS: dict[str, Target] = {
 
 
 def render(
-    plan: Plan | DisaggregatedPlan,
+    plan: Plan | PartsPlan | DisaggregatedPlan,
     target: str,
     directory: Path | str | None = None,
     **options: object,
@@ -118,6 +119,12 @@ def render(
     on = options.pop("on", None)
     if on is not None and not isinstance(on, str):
         raise ValueError(f"on={on!r} is no scheduler's name")
+    if isinstance(plan, PartsPlan):
+        raise ValueError(
+            f"the plan has replicas of different shapes ({plan.label()}), and target {target!r} "
+            "starts one shape; `rankwright launch` runs this plan on its machine, "
+            "`rankwright plan --mixed-shapes never` makes one for this target"
+        )
     if isinstance(plan, DisaggregatedPlan):
         row = _find(target, on, POOL_TARGETS)
         files = row.files(plan, parse_options(row.options, target, options))

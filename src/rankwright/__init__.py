@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rankwright.planner.config import AutoParallelConfig
     from rankwright.planner.disaggregate import plan_disaggregated
     from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+    from rankwright.planner.make_parts import plan_parts
     from rankwright.planner.make_plan import NoFeasiblePlanError, make_plan
+    from rankwright.planner.parts_plan import PartsPlan
     from rankwright.planner.plan import Plan
     from rankwright.topology.cluster import Cluster
     from rankwright.topology.probe import probe
@@ -31,6 +33,7 @@ _HOME = {
     "DisaggregatedPlan": "rankwright.planner.disaggregated_plan",
     "ModelSpec": "rankwright.cost_model.model_spec",
     "NoFeasiblePlanError": "rankwright.planner.make_plan",
+    "PartsPlan": "rankwright.planner.parts_plan",
     "Plan": "rankwright.planner.plan",
     "Prediction": "rankwright.cost_model.prediction",
     "Split": "rankwright.cost_model.split",
@@ -38,6 +41,7 @@ _HOME = {
     "make_plan": "rankwright.planner.make_plan",
     "parse_cluster": "rankwright.topology.shorthand",
     "plan_disaggregated": "rankwright.planner.disaggregate",
+    "plan_parts": "rankwright.planner.make_parts",
     "predict": "rankwright.cost_model.predict",
     "probe": "rankwright.topology.probe",
     "read_model": "rankwright.cost_model.read_model",
@@ -49,6 +53,7 @@ __all__ = [
     "DisaggregatedPlan",
     "ModelSpec",
     "NoFeasiblePlanError",
+    "PartsPlan",
     "Plan",
     "Prediction",
     "Split",
@@ -57,6 +62,7 @@ __all__ = [
     "make_plan",
     "parse_cluster",
     "plan_disaggregated",
+    "plan_parts",
     "predict",
     "probe",
     "read_model",

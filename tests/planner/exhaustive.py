@@ -66,6 +66,23 @@ def exhaustive(case: Case) -> float | None:
     return min(values) if case.workload.objective == "latency" else max(values)
 
 
+def whole_replicas(case: Case) -> Iterator[tuple[int, Serving]]:
+    """Yield the batch and the steady state of every replica that takes all GPUs of the cluster."""
+    evaluator = case.search().evaluator
+    for shape in _all_shapes(case):
+        if shape.num_gpus < case.cluster.num_gpus:
+            continue
+        places = list(_places(shape))
+        runs = _RunBytes.of(case, shape)
+        for batch_size in evaluator.batch_levels(shape):
+            for chunk in evaluator.chunk_levels(batch_size, shape.pp):
+                problem = _Cuts(case, evaluator, shape, places, runs, batch_size, chunk)
+                for able in problem.distinct():
+                    yield from (
+                        (batch_size, state) for _, state in able if _keeps_limits(case, state)
+                    )
+
+
 def _values(case: Case) -> Iterator[float | None]:
     """Yield the objective of every plan, None for one that breaks a limit."""
     evaluator = case.search().evaluator

@@ -81,6 +81,13 @@ CpExchangeOption = Annotated[
     CpExchange | None,
     typer.Option(help="Fix how context-parallel ranks get each other's keys and values."),
 ]
+MixedShapes = Annotated[
+    Literal["auto", "never"],
+    typer.Option(
+        help="Replicas of unlike shapes on one machine where they serve over 5 % more; never with "
+        "pins, --rate, --trace, --pareto or --report."
+    ),
+]
 EngineOption = Annotated[
     Literal["rankwright", "vllm", "sglang", "sglang-mixed", "trtllm"],
     typer.Option(help="Engine that will run it: its forms are legal, its speed is predicted."),

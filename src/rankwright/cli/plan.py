@@ -8,14 +8,17 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import print_json, status
-from rankwright.cli.planning import plan_for, pools_for
+from rankwright.cli.planning import parts_for, plan_for, pools_for
 from rankwright.cost_model.read_model import read_model
 from rankwright.planner.make_plan import Pins
+from rankwright.planner.parts_plan import PartsPlan
+from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import write_plan
 from rankwright.planner.solver import TIME_LIMIT_S
 
 if TYPE_CHECKING:
     from rankwright.cost_model.trace import TraceRow
+    from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 
 
 def run(
@@ -56,6 +59,7 @@ def run(
             "--disaggregate", help="Separate pools for prefill and decode, beside one pool."
         ),
     ] = False,
+    mixed_shapes: options.MixedShapes = "auto",
     calibration: options.CalibrationFile = None,
     expert_slots: Annotated[
         int | None,
@@ -139,15 +143,22 @@ def run(
             kv_dtype=kv_dtype,
             top=top,
         )
-        if output is not None:
-            write_plan(pools, output)
-            status(f"wrote {output}")
-        if as_json:
-            print_json(pools)
-        else:
-            from rankwright.cli.pools_page import print_pools  # with rich
-
-            print_pools(pools, explain=explain)
+        _give(pools, output, as_json=as_json, explain=explain)
+        return
+    is_plain = engine == "rankwright" and pins == Pins() and not (rows or pareto or report)
+    if mixed_shapes == "auto" and is_plain and expert_slots is None:
+        best = parts_for(
+            spec,
+            cluster,
+            load,
+            time_limit_s=time_limit,
+            calibration=calibration,
+            memory_budget_gb=memory_budget,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            top=top,
+        )
+        _give(best, output, as_json=as_json, explain=explain)
         return
     plan = plan_for(
         spec,
@@ -174,20 +185,41 @@ def run(
             loads=read_expert_loads(expert_load, plan.model.name) if expert_load else None,
             rebalance_steps=rebalance_steps,
         )
-    if output is not None:
-        write_plan(plan, output)
-        status(f"wrote {output}")
     if report is not None:
         from rankwright.report import write_report  # jinja2 costs 30 ms, and few ask for a page
 
         write_report(plan, report)
         status(f"wrote {report}")
+    _give(plan, output, as_json=as_json, explain=explain)
+
+
+def _give(
+    plan: "Plan | PartsPlan | DisaggregatedPlan",
+    output: Path | None,
+    *,
+    as_json: bool,
+    explain: bool,
+) -> None:
+    """Write `plan` to `output`, if given, and print it."""
+    if output is not None:
+        write_plan(plan, output)
+        status(f"wrote {output}")
     if as_json:
         print_json(plan)
         return
-    from rankwright.cli.plan_page import print_plan  # with rich, which JSON has no use for
+    # With rich, which JSON has no use for.
+    if isinstance(plan, Plan):
+        from rankwright.cli.plan_page import print_plan
 
-    print_plan(plan, explain=explain)
+        print_plan(plan, explain=explain)
+    elif isinstance(plan, PartsPlan):
+        from rankwright.cli.parts_page import print_parts
+
+        print_parts(plan, explain=explain)
+    else:
+        from rankwright.cli.pools_page import print_pools
+
+        print_pools(plan, explain=explain)
 
 
 def _refuse_beside_pools(given: Mapping[str, object]) -> None:

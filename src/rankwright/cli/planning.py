@@ -19,6 +19,7 @@ from rankwright.topology.read_cluster import read_cluster
 if TYPE_CHECKING:
     from rankwright.cost_model.trace import TraceRow
     from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+    from rankwright.planner.parts_plan import PartsPlan
 
 
 def plan_for(
@@ -60,6 +61,39 @@ def plan_for(
         pareto=pareto,
         time_limit_s=time_limit_s,
         trace=trace,
+    )
+
+
+def parts_for(
+    model: ModelSpec,
+    cluster: str,
+    workload: Workload,
+    *,
+    memory_budget_gb: float | None = None,
+    dtype: Dtype | None = None,
+    kv_dtype: Dtype | None = None,
+    top: int = 1,
+    time_limit_s: float = TIME_LIMIT_S,
+    calibration: Path | None = None,
+) -> "Plan | PartsPlan":
+    """Return the plan, of unlike replicas where those serve clearly more; as `plan_for`.
+
+    Raises:
+        ValueError: An input is unsound; names the option or the field.
+        NoFeasiblePlanError: Nothing fits.
+        ProbeError: `cluster` is "auto" and this machine cannot be read.
+    """
+    from rankwright.planner.make_parts import plan_parts
+
+    check_positive("--memory-budget", memory_budget_gb, " GB")
+    check_positive("--time-limit", time_limit_s, " s")
+    return plan_parts(
+        with_dtypes(model, dtype, kv_dtype),
+        calibrated(read_cluster(cluster), calibration),
+        workload,
+        memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+        top=top,
+        time_limit_s=time_limit_s,
     )
 
 
@@ -126,7 +160,7 @@ def plan_or_model(text: str) -> Plan | ModelSpec:
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            is_plan = "split" in fields or "prefill" in fields
+            is_plan = any(name in fields for name in ("split", "prefill", "parts"))
         except (TypeError, ValueError):
             is_plan = False
         if is_plan:

@@ -1,0 +1,103 @@
+"""A plan of unlike replicas in words and figures."""
+
+from collections.abc import Sequence
+
+from rankwright.planner.parts_plan import PartsPlan, part_label
+from rankwright.planner.plan import Plan
+
+
+def explain_parts(plan: PartsPlan) -> str:
+    """Return what was chosen, what each part does, the proof, and how alike replicas compare."""
+    sections = [
+        _headline(plan),
+        *(
+            _part(number, part, share)
+            for number, (part, share) in enumerate(zip(plan.parts, plan.shares(), strict=True))
+        ),
+        _prediction(plan),
+        _proof(plan),
+        f"Beside alike replicas:\n  {plan.alike.verdict}",
+        _list("Settings", [f"{one.name}={one.value}: {one.reason}" for one in plan.environment]),
+        _list("Assumed", plan.assumptions),
+        _list("About the cluster", plan.cluster.notes),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def gpus_of(part: Plan, replica: int) -> str:
+    """Return the GPUs of one replica, each kind with its numbers: `a100-pcie 0, 1 and l4 3`."""
+    (node,) = part.cluster.nodes
+    devices = {gpu.index: gpu.device for gpu in node.gpus}
+    by_device: dict[str, list[int]] = {}
+    for rank in part.ranks:
+        if rank.replica == replica:
+            by_device.setdefault(devices[rank.gpu], []).append(rank.gpu)
+    return " and ".join(
+        f"{device} {', '.join(map(str, numbers))}" for device, numbers in by_device.items()
+    )
+
+
+def _headline(plan: PartsPlan) -> str:
+    return (
+        f"{plan.model.name} on {plan.cluster.describe()}: {plan.label()}, {plan.num_gpus} of "
+        f"{plan.cluster.num_gpus} GPUs; {plan.num_replicas} replicas behind one router"
+    )
+
+
+def _part(number: int, part: Plan, share: float) -> str:
+    limits, one = part.limits, part.prediction
+    places = "; ".join(gpus_of(part, replica) for replica in range(part.split.dp))
+    layers = ", ".join(map(str, part.split.stage_layers))
+    tokens = part.kv_cache.num_blocks * part.kv_cache.block_tokens
+    lines = [
+        f"Part {number}, {part_label(part)} on {places}:",
+        f"  layers {layers}; up to {limits.max_num_seqs} requests at once in a replica, "
+        f"{limits.max_batched_tokens} tokens a step; {tokens:,} tokens of KV cache a rank, "
+        f"{one.memory_bytes_per_gpu.value / 1e9:.1f} GB on the fullest GPU",
+        f"  {one.output_tokens_per_s.value:,.4g} output tokens/s, {share:.0%} of all; first token "
+        f"after {one.ttft_s.value * 1e3:,.4g} ms, then {one.tpot_s.value * 1e3:,.4g} ms each",
+    ]
+    total_s = sum(term.seconds for term in one.decode_parts)
+    lines.append(f"  one decode step of the slowest stage, {total_s * 1e3:.4g} ms:")
+    lines += [
+        f"    {term.name:<26}{term.seconds * 1e3:>12.4g} ms {term.seconds / total_s:>6.0%}"
+        f"  bound by {term.bound} ({term.source})"
+        for term in sorted(one.decode_parts, key=lambda term: -term.seconds)
+    ]
+    return "\n".join(lines)
+
+
+def _prediction(plan: PartsPlan) -> str:
+    one, load = plan.prediction, plan.workload
+    limits = [
+        "" if limit is None else f", limit {limit * 1e3:,.4g}"
+        for limit in (load.ttft_limit_s, load.tpot_limit_s)
+    ]
+    rate = one.output_tokens_per_s
+    return "\n".join(
+        [
+            f"Predicted at {load.input_tokens} tokens in, {load.output_tokens} out:",
+            f"  all parts: {rate.value:,.4g} output tokens/s ({rate.low:,.4g} to {rate.high:,.4g})",
+            f"  slowest part: time to first token {one.ttft_s.value * 1e3:,.4g} ms{limits[0]}",
+            f"  slowest part: time per output token {one.tpot_s.value * 1e3:,.4g} ms{limits[1]}",
+        ]
+    )
+
+
+def _proof(plan: PartsPlan) -> str:
+    proof = plan.certificate
+    lines = [
+        f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound {proof.bound:,.5g}, "
+        f"gap {proof.gap:.2g} ({proof.solver}, {proof.status}, {proof.solve_s:.2f} s)",
+        f"  {proof.num_candidates} candidates for a replica on some set of GPUs",
+        f"  binding: {proof.binding_constraint}",
+    ]
+    if proof.status != "optimal":
+        lines.insert(
+            0, f"NOT PROVED BEST: {proof.status}; a better plan may be better by {proof.gap:.2%}"
+        )
+    return "\n".join(lines)
+
+
+def _list(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""
