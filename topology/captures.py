@@ -30,9 +30,8 @@ from rankwright.topology.readers.nvlink_status import is_nvlink_status, parse_nv
 from rankwright.topology.readers.peer_access import is_peer_access, parse_peer_access
 from rankwright.topology.readers.rocm_smi import (
     is_rocm_topology,
-    link_kinds,
     parse_rocm_topology,
-    rocm_names,
+    rocm_machine,
 )
 
 _Page = dict[str, object]
@@ -88,7 +87,7 @@ def probe_from_text(text: str) -> Cluster:
     if is_nccl_xml(text):
         return make_cluster(_xml_machine(text), "NCCL topology file")
     if is_rocm_topology(text):
-        return make_cluster(_rocm_machine(text), "rocm-smi text")
+        return make_cluster(rocm_machine(text), "rocm-smi text")
     matrix = parse_topo_m(text)
     listed = _gpus_beside(text, len(matrix.gpu_names))
     if len(listed) != len(matrix.gpu_names):
@@ -148,20 +147,6 @@ def _known(listed: Sequence[ListedGpu]) -> tuple[tuple[FoundGpu, ...], tuple[str
     if unknown is not None and not found:
         raise unknown
     return tuple(found), tuple(notes)
-
-
-def _rocm_machine(text: str) -> FoundMachine:
-    topology = parse_rocm_topology(text)
-    names = rocm_names(text)
-    indices = [int(name[3:]) for name in topology.names]
-    if sorted(names) != sorted(indices):
-        raise ValueError(
-            f"the text shows how {len(indices)} GPUs are linked but names {len(names)}; add the "
-            "output of `rocm-smi --showproductname` to it"
-        )
-    gpus = tuple(found_gpu(ListedGpu(index, names[index])) for index in indices)
-    kinds = {(indices[i], indices[j]): kind for (i, j), kind in link_kinds(topology).items()}
-    return FoundMachine(with_numa(gpus, topology.numa_node), kinds, None, ())
 
 
 def _xml_machine(text: str) -> FoundMachine:

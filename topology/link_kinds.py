@@ -128,6 +128,6 @@ def _nvlink_rate_of(gpu: "Gpu") -> float:
 
 def _mesh_rate_of(gpu: "Gpu") -> float:
     device = device_of(gpu)
-    if device is None or device.scale_up != "mesh":
+    if device is None or device.scale_up_token != "XGMI":
         return pcie_rate_of(gpu)
     return device.scale_up_bytes_per_s / (device.scale_up_domain - 1)

@@ -1,9 +1,11 @@
 """Reads the machine that we run on as a `Cluster`; captures of one are in `captures.py`.
 
-NVML first, the text of nvidia-smi where NVML fails, CPU ranks where there is no GPU.
+NVML first, the text of nvidia-smi where NVML fails, rocm-smi where there is no GPU of NVIDIA's; CPU
+ranks where there is none of AMD's either.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from rankwright.topology.readers.found import FoundMachine
 from rankwright.topology.readers.infiniband import read_nics
 from rankwright.topology.readers.nvidia_smi_tool import read_nvidia_smi
 from rankwright.topology.readers.nvml import read_nvml
+from rankwright.topology.readers.rocm_smi_tool import read_rocm_smi
 
 __all__ = ["ProbeError", "probe"]
 
@@ -26,7 +29,8 @@ _NO_GPU = {"nvml_library_not_found", "nvml_binding_missing", "no_devices", "tool
 def probe(*, require_gpu: bool = False) -> Cluster:
     """Return this machine: its GPUs and their links, or CPU ranks if it has none.
 
-    `CUDA_VISIBLE_DEVICES` is respected; the GPUs left keep their index in PCI order.
+    `CUDA_VISIBLE_DEVICES` is respected (`HIP_VISIBLE_DEVICES` goes before it on AMD); the GPUs left
+    keep their index in PCI order.
 
     Args:
         require_gpu: Refuse to fall back on CPU ranks.
@@ -35,12 +39,20 @@ def probe(*, require_gpu: bool = False) -> Cluster:
         ProbeError: The driver is broken, or a GPU was required and there is none; `kind` is the
             class and the message ends with the remedy.
     """
+    variable = "CUDA_VISIBLE_DEVICES"
     try:
         machine = _read_gpus()
     except ProbeError as error:
-        if require_gpu or (error.kind not in _NO_GPU and not _driver_absent(error)):
+        if error.kind not in _NO_GPU and not _driver_absent(error):
             raise
-        return _cpu_cluster()
+        amd, notes = _read_amd()
+        if amd is None and require_gpu:
+            raise
+        if amd is None:
+            return _cpu_cluster(notes)
+        machine = amd
+        if "HIP_VISIBLE_DEVICES" in os.environ:
+            variable = "HIP_VISIBLE_DEVICES"
     nics, notes = read_nics(gpu_buses={gpu.index: gpu.bus_id for gpu in machine.gpus if gpu.bus_id})
     cluster = make_cluster(
         replace(machine, nics=nics, notes=(*machine.notes, *notes)),
@@ -49,23 +61,40 @@ def probe(*, require_gpu: bool = False) -> Cluster:
         num_cpus=usable_cores(),
         host_memory_bytes=usable_memory_bytes()[0],
     )
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(variable)
     if visible is None:
         return cluster
     node = _visible(cluster.nodes[0], visible)
     if node is not None:
-        notes = (*cluster.notes, f"limited by CUDA_VISIBLE_DEVICES={visible}")
+        notes = (*cluster.notes, f"limited by {variable}={visible}")
         return cluster.model_copy(update={"nodes": (node,), "notes": notes})
     if require_gpu:
-        raise failure_of("no_devices", f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU")
+        raise failure_of("no_devices", f"{variable}={visible!r} hides every GPU")
     return _cpu_cluster()
 
 
-def _cpu_cluster() -> Cluster:
+def _cpu_cluster(more: tuple[str, ...] = ()) -> Cluster:
     node, notes = read_cpu()
     nics, left_out = read_nics()
     node = node.model_copy(update={"nics": nics})
-    return Cluster(nodes=(node,), source="probe", notes=(*notes, *left_out))
+    return Cluster(nodes=(node,), source="probe", notes=(*notes, *left_out, *more))
+
+
+def _read_amd() -> tuple[FoundMachine | None, tuple[str, ...]]:
+    """Return the AMD GPUs of this machine, None where there is none that we could run on.
+
+    Raises:
+        ProbeError: There are some, and they cannot be read.
+    """
+    try:
+        return read_rocm_smi(), ()
+    except ProbeError as error:
+        there = any(map(_is_amd_accelerator, _pci_devices()))
+        if error.kind == "tool_not_found" and there:
+            return None, (f"this machine has AMD accelerators, but {error}: they are left out",)
+        if error.kind in _NO_GPU and not there:
+            return None, ()
+        raise
 
 
 def _read_gpus() -> FoundMachine:
@@ -84,15 +113,27 @@ def _read_gpus() -> FoundMachine:
 def _driver_absent(error: ProbeError) -> bool:
     """Whether `driver_not_loaded` only means that a library came without any NVIDIA hardware."""
     return error.kind == "driver_not_loaded" and not any(
-        _is_nvidia(device) for device in Path("/sys/bus/pci/devices").glob("*/vendor")
+        _read(device / "vendor") == "0x10de" for device in _pci_devices()
     )
 
 
-def _is_nvidia(vendor: Path) -> bool:
+def _pci_devices() -> Iterator[Path]:
+    return Path("/sys/bus/pci/devices").glob("*")
+
+
+def _is_amd_accelerator(device: Path) -> bool:
+    # Instinct boards are of class "processing accelerator" or "display, other".
+    return _read(device / "vendor") == "0x1002" and _read(device / "class")[:6] in (
+        "0x1200",
+        "0x0380",
+    )
+
+
+def _read(path: Path) -> str:
     try:
-        return vendor.read_text().strip() == "0x10de"
+        return path.read_text().strip()
     except OSError:
-        return False
+        return ""
 
 
 def _visible(node: Node, visible: str) -> Node | None:

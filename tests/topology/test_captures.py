@@ -324,6 +324,10 @@ def check(text: str, original: Page) -> None:
         )
         if same and page["gpu_names"] == original["gpu_names"] and size == len(original["matrix"]):
             assert matrix == original["matrix"]
+            if page.get("nics") == original.get("nics") is not None:
+                for key in {"nic_matrix", "nic_links"} & page.keys():
+                    for row, whole in zip(page[key], original[key], strict=False):
+                        assert all(a in (None, b) for a, b in zip(row, whole, strict=False))
     with suppress(ValueError, ProbeError):
         probe_from_text(text)
 

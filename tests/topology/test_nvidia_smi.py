@@ -134,8 +134,8 @@ def test_sixteen_gpus_are_read() -> None:
     ("text", "says"),
     [
         ("\tGPU0\tGPU1\nGPU0\t X \tPHB\n", "2 GPU columns and 1 GPU rows"),
-        ("\tGPU0\tGPU1\nGPU0\t X \tPHB\nGPU1\tPHB\n", "row GPU1 has 1 links for 2"),
-        ("\tGPU0\tGPU1\nGPU0\t X \tPHB\nGPU1\tSYS\t X \n", "'PHB' one way and 'SYS' the other"),
+        ("\tGPU0\tGPU1\nGPU0\t X \tPHB\nGPU1\tPHB\n", "GPU1 has 1 links for 2"),
+        ("\tGPU0\tGPU1\nGPU0\t X \tPHB\nGPU1\tSYS\t X \n", "'PHB' one way, 'SYS' the other"),
         ("\tGPU0\tGPU1\nGPU0\tPHB\tPHB\nGPU1\tPHB\t X \n", "GPU0 to GPU0 reads 'PHB'"),
     ],
 )
@@ -147,6 +147,39 @@ def test_a_table_that_contradicts_itself_is_refused(text: str, says: str) -> Non
         "class": "inconsistent_topology",
         "message": str(caught.value),
     }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("NIC0    PIX     PXB ", "NIC0    PIX     PIX ", "'PXB' one way, 'PIX' the other"),
+        ("PHB     SYS      X", "PHB     SYS     SYS", "X belongs on the diagonal"),
+        ("NIC0    NIC1    CPU", "NIC0    CPU", "NIC1 is no column of the header"),
+        ("PHB     24-47", "PHB  SYS   24-47", "GPU3 has more links than the header"),
+        ("NIC0    NIC1    CPU", "NIC0    NIC0    CPU", "NIC0 is named twice"),
+        ("CPU Affinity", "PU Affinity", "names 'PU', of which no row tells a link"),
+        ("NUMA Affinity", "NUMA Affi", "'Affi' is no column"),
+        ("0-23,48-71", "?", r"'\? 0' under the 2 columns"),
+        ("0-23,48-71      0", "0-230", "'0-230' under the 2 columns"),
+        ("SYS     0-23", "\n     SYS     0-23", "a row is wrapped"),
+        ("NIC0    PIX     PXB     NODE    SYS      X      SYS\n", "", "where the row of NIC0 is"),
+        ("\nNIC1    SYS", "\nNIC0    SYS", "a second row of NIC0"),
+    ],
+)
+def test_no_cell_is_guessed(old: str, new: str, says: str) -> None:
+    assert old in FOUR_L4
+    with pytest.raises(ProbeError, match=says) as caught:
+        parse_topo_m(FOUR_L4.replace(old, new))
+    assert caught.value.kind == "inconsistent_topology"
+
+
+def test_affinity_columns_come_as_the_header_orders_and_shortens_them() -> None:
+    turned = FOUR_L4.replace("CPU Affinity    NUMA Affinity", "NUMA      CPU Affinity")
+    turned = turned.replace("24-47,72-95     1", "1     24-47,72-95")
+    table = parse_topo_m(turned.replace("0-23,48-71      0", "0      0-23,48-71"))
+    assert table.cpu_affinity is not None
+    assert table.numa_affinity is not None
+    assert (table.cpu_affinity[0], table.numa_affinity[0]) == ("0-23,48-71", "0")
 
 
 def test_text_without_a_table_is_a_value_error() -> None:

@@ -175,6 +175,16 @@ MACHINES: dict[str, tuple[str, str, Mapping[str, int], Mapping[str, float]]] = {
         listed("Tesla V100-SXM3-32GB", 16) + topo_m(16, every("NV6"), numa=lambda g: str(g // 8)),
         *("16 x v100-sxm2-32gb", {"NV6": 120}, {"NV6": 150}),
     ),
+    "environment report of a GB200 tray, equal GPUs on one line": (
+        "GPU 0,1,2,3: NVIDIA GB200\nGPU 0,1,2,3 Compute Capability: 10.0\nNVIDIA Topology: \n"
+        + topo_m(4, every("NV18"), nics=2).expandtabs(8),
+        *("4 x gb200-nvl72", {"NV18": 6}, {"NV18": 900}),
+    ),
+    "rocm-smi in a fence, bridged MI210": (
+        f"```\n{card_series('AMD Instinct MI210', 4)}"
+        f"{showtopo(4, every('XGMI')).split('===== Numa')[0]}```\nThat is all.\n",
+        *("4 x mi210", {"XGMI": 6}, {"XGMI": 50}),
+    ),
     "MI300X": (
         card_series("AMD Instinct MI300X", 8) + showtopo(8, every("XGMI")),
         *("8 x mi300x", {"XGMI": 28}, {"XGMI": 64}),
@@ -200,6 +210,16 @@ def test_a_machine_comes_out_as_it_is(name: str) -> None:
 
 # Text, and the class of the refusal.
 REFUSED: dict[str, tuple[str, str]] = {
+    "one GPU twice in a list": (listed("NVIDIA L4", 1) * 2, "inconsistent_topology"),
+    "a list cut in its uuid": ("GPU 0: NVIDIA L4 (UU\n", "inconsistent_topology"),
+    "the same query twice": (
+        "index, name\n0, NVIDIA L4\nindex, name\n1, NVIDIA L4\n",
+        "inconsistent_topology",
+    ),
+    "two sockets of one number": (
+        '<system version="1"><cpu numaid="0"/><cpu numaid="0"/></system>',
+        "inconsistent_topology",
+    ),
     "columns cut at the edge of a terminal": (
         "\n".join(line[:40] for line in topo_m(8, every("NV18")).splitlines()),
         "inconsistent_topology",
@@ -237,6 +257,36 @@ def test_memory_that_only_a_gpu_has_is_no_numa_domain_of_a_cpu() -> None:
     assert [gpu.numa_node for gpu in probe_from_text(text).nodes[0].gpus] == [None] * 4
 
 
+def test_boards_that_always_have_nvlink_and_show_none_are_noted() -> None:
+    text = listed("NVIDIA H100 80GB HBM3", 2) + topo_m(2, every("NODE"))
+    assert "no two of the 2 h100-sxm are joined by NVLink" in probe_from_text(text).notes[0]
+    assert not probe_from_text(H100).notes
+    assert not probe_from_text(listed("NVIDIA L4", 2) + topo_m(2, every("NODE"))).notes
+
+
+def test_a_lost_gpu_in_a_table_has_no_memory() -> None:
+    text = (
+        "| NVIDIA-SMI 570.124.06   Driver Version: 570.124.06   CUDA Version: 12.8 |\n"
+        "|   0  NVIDIA H100 80GB HBM3    On  | 00000000:1B:00.0 Off |       0 |\n"
+        "| N/A   31C   P0     72W / 700W |     0MiB / 81559MiB |   0%  Default |\n"
+        "|   1  NVIDIA H100 80GB HBM3    On  | 00000000:43:00.0 Off |    ERR! |\n"
+        "| ERR!  ERR! ERR!    N/A / N/A  |    Unknown Error    |  ERR!    ERR! |\n"
+    )
+    gpus = describe_topology_text(text)["gpus"]
+    assert isinstance(gpus, list)
+    assert [gpu["memory_total_bytes"] for gpu in gpus] == [81559 * 2**20, None]
+
+
+def test_a_speed_newer_than_ibv_devinfo_is_unknown() -> None:
+    text = (
+        "hca_id:\tmlx5_0\n\tphys_port_cnt:\t1\n\t\tport:\t1\n\t\t\tstate:\tPORT_ACTIVE (4)\n"
+        "\t\t\tactive_width:\t4X (2)\n\t\t\tactive_speed:\tinvalid speed (256)\n\n"
+    )
+    ports = describe_topology_text(text)["ports"]
+    assert isinstance(ports, list)
+    assert (ports[0]["state"], ports[0]["gbit_per_s"]) == ("Active", None)
+
+
 def test_a_jetson_is_listed() -> None:
     read = describe_topology_text("GPU 0: Orin (nvgpu) (UUID: 9c2a6f0e-3d51-5ccf)\n")
     assert (read["kind"], read["n_gpus"]) == ("smi_L", 1)
@@ -258,4 +308,4 @@ def test_half_of_the_lanes_and_less_power_in_a_query() -> None:
     assert limited.pcie_width == 8
     assert limited.flops_per_s is not None
     assert limited.flops_per_s["bfloat16"] == pytest.approx(0.7 * 2250e12, rel=0.01)
-    assert len(cluster.notes) == 2
+    assert len(cluster.notes) == 3  # and that no NVLink is shown

@@ -9,7 +9,7 @@ from rankwright.topology.architectures import ARCHITECTURES, derived_flops_per_s
 from rankwright.topology.cluster import Cluster, Gpu, Link, Node
 from rankwright.topology.devices import DEVICES, device_key
 from rankwright.topology.errors import ProbeError
-from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
+from rankwright.topology.link_kinds import is_direct, link_bytes_per_s, link_latency_s
 from rankwright.topology.readers.found import FoundGpu, FoundMachine
 from rankwright.topology.readers.limits import limits_of
 
@@ -41,10 +41,12 @@ def make_cluster(
             notes.append(f"GPU {gpu.index} is in MIG mode: only slices of it can be used")
     if not gpus:
         raise ProbeError("unsupported_gpu", "; ".join(notes))
+    links = make_links(gpus, machine.kinds)
+    notes += _missing_links(gpus, links)
     node = Node(
         name=name,
         gpus=tuple(gpus),
-        links=make_links(gpus, machine.kinds),
+        links=links,
         nics=machine.nics,
         num_cpus=num_cpus,
         host_memory_bytes=host_memory_bytes,
@@ -122,6 +124,24 @@ def make_links(gpus: Sequence[Gpu], kinds: Mapping[tuple[int, int], str]) -> tup
             )
         )
     return tuple(links)
+
+
+def _missing_links(gpus: Sequence[Gpu], links: Sequence[Link]) -> list[str]:
+    """Return a note on each kind of GPU that always has direct links and shows none."""
+    notes: list[str] = []
+    for key in sorted({gpu.device for gpu in gpus}):
+        device, members = DEVICES.get(key), {gpu.index for gpu in gpus if gpu.device == key}
+        own = [link.kind for link in links if {link.a, link.b} <= members]
+        if device is None or device.scale_up not in ("nvswitch", "mesh") or not own:
+            continue
+        if not any(map(is_direct, own)):
+            word = "XGMI" if device.scale_up_token == "XGMI" else "NVLink"
+            notes.append(
+                f"no two of the {len(members)} {key} are joined by {word}, which such boards have: "
+                "a virtual machine may hide it, `nvidia-smi topo -mp` leaves it out, and without "
+                "its fabric manager it is off"
+            )
+    return notes
 
 
 def slug(name: str) -> str:

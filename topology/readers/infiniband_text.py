@@ -27,8 +27,8 @@ _PATTERNS = {
     "state": r"(?:\d: )?(?:PORT_)?([A-Za-z_]+)(?: \(\d\))?",
     "rate": r"(\d{1,4}(?:\.\d+)?)(?: Gb/sec.*| \(\w+\))?",
     "link_layer": r"(InfiniBand|IB|Ethernet|Unspecified|Unknown)",
-    "width": r"(\d{1,2})X(?: \(\d+\))?",
-    "speed": r"(\d{1,3}(?:\.\d+)?) Gbps(?: \(\d+\))?",
+    "width": r"(\d{1,2}X|invalid width)(?: \(\d+\))?",
+    "speed": r"(\d{1,3}(?:\.\d+)? Gbps|invalid speed)(?: \(\d+\))?",  # one newer than the tool
     "num_ports": r"(\d{1,3})",
 }
 _STATES = {
@@ -117,7 +117,7 @@ def parse_rdma(text: str) -> RdmaListing:
         if not ports or ports[-1].device != devices[-1]:
             raise refusal(number, line, "belongs to no port")
         if field == "width":
-            width = float(value[1])
+            width = float(value[1][:-1]) if value[1][0].isdigit() else None
             continue
         ports[-1] = _with_field(number, line, ports[-1], field, value[1], width)
     for name, count in declared.items():
@@ -162,5 +162,7 @@ def _with_field(
     if field == "rate":
         return replace(port, gbit_per_s=float(value))
     if field == "speed":
-        return port if width is None else replace(port, gbit_per_s=width * float(value))
+        if width is None or not value[0].isdigit():
+            return port
+        return replace(port, gbit_per_s=width * float(value.split()[0]))
     return replace(port, link_layer=value)

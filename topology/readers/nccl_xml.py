@@ -89,7 +89,10 @@ def parse_nccl_xml(text: str) -> XmlTopology:
     if len({gpu.dev for gpu in gpus}) != len(gpus) or len({g.bus_id for g in gpus}) != len(gpus):
         raise _refuse("two <gpu> have the same dev or busid")
     nets = tuple(_net(place) for place in places if place.element.tag == "net")
-    hosts = {place.element.get("host_hash") for place in places if place.element.tag == "cpu"}
+    cpus = [place.element for place in places if place.element.tag == "cpu"]
+    if len({(cpu.get("host_hash"), cpu.get("numaid")) for cpu in cpus}) != len(cpus):
+        raise _refuse("two <cpu> have the same numaid")
+    hosts = {cpu.get("host_hash") for cpu in cpus}
     notes: list[str] = []
     matrix = None
     if len(hosts - {None}) > 1:
@@ -99,7 +102,7 @@ def parse_nccl_xml(text: str) -> XmlTopology:
     return XmlTopology(
         gpus=tuple(gpus),
         nets=nets,
-        num_cpus=_count(places, "cpu"),
+        num_cpus=len(cpus),
         num_nvlinks=_count(places, "nvlink"),
         num_xgmi=_count(places, "xgmi"),
         num_gpu_functions=sum(

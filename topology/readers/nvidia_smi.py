@@ -10,15 +10,13 @@ import re
 from dataclasses import dataclass
 
 from rankwright.topology.errors import ProbeError, find_failure
-from rankwright.topology.readers.text import clean, numbered_lines
+from rankwright.topology.readers.text import clean, numbered_lines, refusal
+from rankwright.topology.readers.topo_affinity import read_cells, read_columns, split_header
 
 _TOKEN = re.compile(r"\s*(X(?![A-Za-z0-9])|NV\d{1,2}|PIX|PXB|PHB|NODE|SYS|SOC)")
 _LINK_ROW = re.compile(r"\s*(GPU|NIC)\d+\s.*(NV\d|PIX|PXB|PHB|NODE|SYS|SOC)")
 _DEVICE = re.compile(r"GPU\d+|NIC\d+|(?:(?!GPU\d|NIC\d)[\w.:-])+")
 _HEADER = re.compile(r"^\s*GPU\d+(?=\s|GPU|NIC|$|[a-z])")
-_AFFINITY_COLUMNS = re.compile(
-    r"\s*(CPU\s*Affinity|NUMA\s*Affinity|GPU\s*NUMA\s*ID)", re.IGNORECASE
-)
 _LEGEND = re.compile(r"^\s*(NIC\d+):[ \t]+(\S{3,})\s*$", re.MULTILINE)
 _MAX_DEVICES = 1024
 
@@ -76,20 +74,19 @@ def parse_topo_m(text: str) -> TopoMatrix:
             "no topology table in the text; expected the output of `nvidia-smi topo -m`, whose "
             "header starts with GPU0"
         )
-    devices, columns = _read_header(lines[start])
+    devices, columns = _read_header(start + 1, lines[start])
     gpus = [name for name in devices if name.startswith("GPU")]
-    nics = [name for name in devices if not name.startswith("GPU")]
+    nics = devices[len(gpus) :]
     rows = _read_rows(lines, start + 1, nics, len(devices))
     gpu_rows = [row for row in rows if row.name.startswith("GPU")]
     nic_rows = [row for row in rows if not row.name.startswith("GPU")]
-    _check(gpus, gpu_rows)
-    matrix = tuple(row.cells[: len(gpus)] for row in gpu_rows)
-    _check_matrix(matrix, gpus, [row.line for row in gpu_rows])
+    _check_rows(devices, gpus, [*gpu_rows, *nic_rows])
+    _check_links(devices, rows)
     nics = nics or [row.name for row in nic_rows]
-    affinity = [_read_affinity(row.rest, columns) for row in gpu_rows]
-    legend = dict(_LEGEND.findall("\n".join(lines[start + 1 :])))
+    affinity = [read_cells(row.line, row.rest, columns) for row in gpu_rows]
+    legend = _read_legend(lines[start + 1 :])
     return TopoMatrix(
-        matrix=matrix,
+        matrix=tuple(row.cells[: len(gpus)] for row in gpu_rows),
         gpu_names=tuple(gpus),
         nics=tuple(nics),
         nic_matrix=_nic_matrix(nics, len(gpus), gpu_rows, nic_rows),
@@ -117,16 +114,18 @@ def _is_header(line: str) -> bool:
     return match is not None and not _TOKEN.match(line, match.end())
 
 
-def _read_header(line: str) -> tuple[list[str], list[str]]:
+def _read_header(number: int, line: str) -> tuple[list[str], list[str]]:
     """Return the devices and the affinity columns (`cpu`, `numa`, `id`) of a header."""
-    affinity = _AFFINITY_COLUMNS.search(line)
-    devices = _DEVICE.findall(line[: affinity.start()] if affinity else line)
-    tail = line[affinity.start() :].lower() if affinity else ""
-    names = {"cpu": r"cpu\s*affinity", "numa": r"numa\s*affinity", "id": r"gpu\s*numa\s*id"}
-    columns = [name for name, pattern in names.items() if re.search(pattern, tail)]
+    names, tail = split_header(line)
+    devices = _DEVICE.findall(names)
     if len(devices) > _MAX_DEVICES:
         raise ValueError(f"the header names {len(devices)} devices, at most {_MAX_DEVICES}")
-    return devices, columns
+    twice = next((name for name in devices if devices.count(name) > 1), None)
+    if twice is not None:
+        raise refusal(number, line, f"{twice} is named twice")
+    if sorted(devices, key=lambda name: not name.startswith("GPU")) != devices:
+        raise refusal(number, line, "expected the GPUs first, then the ports")
+    return devices, read_columns(number, tail)
 
 
 def _read_rows(lines: list[str], start: int, nics: list[str], num_devices: int) -> list[_Row]:
@@ -134,16 +133,19 @@ def _read_rows(lines: list[str], start: int, nics: list[str], num_devices: int) 
     seen: set[str] = set()
     known = set(nics)
     for number, line in enumerate(lines[start:], start=start + 1):
-        word = line.split(maxsplit=1)
-        name = word[0] if word else ""
+        name = next(iter(line.split(maxsplit=1)), "")
         if not (re.fullmatch(r"GPU\d+|NIC\d+", name) or name in known):
-            if re.match(r"\s*(NIC )?Legend", line):
+            if re.match(r"\s*(NIC )?Legend", line) or _is_header(line):  # or a second table
                 break
+            if _TOKEN.match(line):
+                raise refusal(number, line, "a row is wrapped, or lost its name")
             continue
-        if name in seen:  # a second table follows
-            break
+        if name in seen:
+            raise refusal(number, line, f"a second row of {name}")
         cells, rest = _read_cells(line[line.index(name) + len(name) :], num_devices)
         if not cells:
+            if rest.strip() and not rest.lstrip().startswith((":", "=")):
+                raise refusal(number, line, f"expected the links of {name}")
             continue
         seen.add(name)
         rows.append(_Row(number, name, cells, rest))
@@ -162,38 +164,60 @@ def _read_cells(body: str, limit: int) -> tuple[tuple[str, ...], str]:
     return tuple(cells), body[position:]
 
 
-def _check(gpus: list[str], rows: list[_Row]) -> None:
-    names = [row.name for row in rows]
+def _check_rows(devices: list[str], gpus: list[str], rows: list[_Row]) -> None:
+    """Check that there is a whole row for each GPU, in order, and rows of ports from the first."""
+    names = [row.name for row in rows if row.name.startswith("GPU")]
     if names != gpus:
         raise ProbeError(
             "inconsistent_topology",
             f"the table has {len(gpus)} GPU columns and {len(names)} GPU rows "
             f"({', '.join(names) or 'none'}); copy the whole output of `nvidia-smi topo -m`",
         )
-    for row in rows:
-        if len(row.cells) < len(gpus):
+    filled = max(len(row.cells) for row in rows[: len(gpus)])
+    ports = [row for row in rows if not row.name.startswith("GPU")]
+    if len(devices) > len(gpus):  # else the columns of the ports were cut away
+        if len(rows) > len(devices):
+            raise _contradiction(rows[-1], f"is no column of the header's {len(devices)}")
+        for expected, row in zip(devices[len(gpus) :], ports, strict=False):
+            if row.name != expected:
+                raise _contradiction(row, f"where the row of {expected} is expected")
+        for name in devices[max(filled, len(gpus) + len(ports)) :]:
             raise ProbeError(
                 "inconsistent_topology",
-                f"line {row.line}: row {row.name} has {len(row.cells)} links for {len(gpus)} GPUs; "
-                "copy the whole output of `nvidia-smi topo -m`",
+                f"the header names {name!r}, of which no row tells a link; copy the whole output "
+                "of `nvidia-smi topo -m`",
             )
+    for row in rows[: len(gpus)]:
+        if len(row.cells) < len(gpus):
+            raise _contradiction(row, f"has {len(row.cells)} links for {len(gpus)} GPUs")
+        if _TOKEN.match(row.rest):
+            raise _contradiction(row, f"has more links than the header's {len(devices)} devices")
 
 
-def _check_matrix(matrix: tuple[tuple[str, ...], ...], gpus: list[str], lines: list[int]) -> None:
-    for i, row in enumerate(matrix):
-        for j, token in enumerate(row):
-            if (token == "X") != (i == j):
-                raise ProbeError(
-                    "inconsistent_topology",
-                    f"line {lines[i]}: {gpus[i]} to {gpus[j]} reads {token!r}: X belongs "
-                    "on the diagonal and only there; copy the output of `nvidia-smi topo -m` again",
+def _check_links(devices: list[str], rows: list[_Row]) -> None:
+    """Check that cells do not contradict each other; those of ports may be missing."""
+    cells = {row.name: dict(zip(devices, row.cells, strict=False)) for row in rows}
+    for row in rows:
+        for name, token in cells[row.name].items():
+            if (token == "X") != (name == row.name):
+                raise _contradiction(
+                    row, f"to {name} reads {token!r}: X belongs on the diagonal and only there"
                 )
-            if token != matrix[j][i]:
-                raise ProbeError(
-                    "inconsistent_topology",
-                    f"line {lines[i]}: {gpus[i]} to {gpus[j]} reads {token!r} one way and "
-                    f"{matrix[j][i]!r} the other; copy the output of `nvidia-smi topo -m` again",
-                )
+            back = cells.get(name, {}).get(row.name, token)
+            if back != token:
+                raise _contradiction(row, f"to {name} reads {token!r} one way, {back!r} the other")
+
+
+def _contradiction(row: _Row, what: str) -> ProbeError:
+    return ProbeError(
+        "inconsistent_topology",
+        f"line {row.line}: {row.name} {what}; copy the output of `nvidia-smi topo -m` again",
+    )
+
+
+def _read_legend(lines: list[str]) -> dict[str, str]:
+    end = next((at for at, line in enumerate(lines) if _is_header(line)), len(lines))
+    return dict(_LEGEND.findall("\n".join(lines[:end])))
 
 
 def _nic_matrix(
@@ -219,45 +243,6 @@ def _nic_matrix(
 def _nic_links(row: _Row, num_gpus: int, num_devices: int) -> tuple[str | None, ...]:
     cells: list[str | None] = [*row.cells[num_gpus:]]
     return tuple(cells + [None] * (num_devices - num_gpus - len(cells)))
-
-
-def _read_affinity(rest: str, columns: list[str]) -> dict[str, str | None]:
-    """Return the affinity cells of a row by column, None for a blank one."""
-    words = re.sub(r"^[A-Z]{1,3}(?=\d)", "", rest.strip()).split()
-    words = [part for word in words for part in re.sub(r"(?<=\d)N/A$", " N/A", word).split()]
-    if len(words) < len(columns) and words:
-        head = _split_fused(words[0])
-        if head is not None and len(columns) - len(words) >= 1 and columns[:2] == ["cpu", "numa"]:
-            words[:1] = head
-    if len(words) >= len(columns):
-        return dict(zip(columns, words, strict=False))
-    # Blank cells: NVML prints CPU and NUMA together or not at all, and always an id if it has one.
-    values: dict[str, str | None] = dict.fromkeys(columns)
-    if words and "id" in columns:
-        values["id"] = words.pop()
-    for name, word in zip(columns, words, strict=False):
-        values[name] = word
-    return values
-
-
-def _split_fused(word: str) -> tuple[str, str] | None:
-    """Split a CPU list from the NUMA node printed right behind it, if one cut makes it regular.
-
-    The hyper-threads of a socket are two ranges of one length: `0-47,96-1430` is `0-47,96-143`
-    and node 0.
-
-    >>> _split_fused("48-95,144-1911")
-    ('48-95,144-191', '1')
-    """
-    ranges = re.fullmatch(r"(\d{1,6})-(\d{1,6}),(\d{1,6})-(\d{1,12})", word)
-    if ranges is None:
-        return None
-    first, last, third, tail = ranges.groups()
-    length = int(last) - int(first)
-    for cut in range(1, len(tail)):
-        if int(tail[:cut]) - int(third) == length:
-            return word[: len(word) - len(tail) + cut], tail[cut:]
-    return None
 
 
 def _column(

@@ -31,8 +31,8 @@ LIMIT_FIELDS = (
 )
 BASIC_FIELDS = ("index", "name", "uuid", "memory.total", "memory.free", "driver_version")
 
-# A uuid may be masked: `(UUID: GPU-...)`.
-_LISTED = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
+# A uuid may be masked: `(UUID: GPU-...)`. Environment reports name equal GPUs on one line.
+_LISTED = re.compile(r"\s*GPU (\d{1,3}(?:,\d{1,3})*): (.+?)(?: \(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
 _MIG_LISTED = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[\w/-]*(?:\.\.\.)?)\)\s*$")
 _FIELD = re.compile(r"[a-z]\w*(?:\.\w+)*(?: \[\w?[^\]]*\])?$")
 _NAMES = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id"}
@@ -79,6 +79,8 @@ def list_query(text: str, fields: tuple[str, ...] = ()) -> tuple[ListedGpu, ...]
     for number, line in numbered_lines(text):
         header = _header(line)
         if header:
+            if rows and header == names:
+                raise refusal(number, line, "the same header twice: two tables, or parts of one")
             if rows:
                 break
             names = header
@@ -130,10 +132,13 @@ def list_names(text: str) -> tuple[ListedGpu, ...]:
     for number, line in numbered_lines(text):
         gpu = _LISTED.match(line)
         if gpu is not None:
-            if "(UUID" in gpu[2]:
-                raise refusal(number, line, "the UUID is cut")
-            masked = gpu[3] is not None and gpu[3].endswith("...")
-            gpus.append(ListedGpu(int(gpu[1]), gpu[2], None if masked else gpu[3]))
+            if gpu[2].count("(") != gpu[2].count(")"):
+                raise refusal(number, line, "the line is cut")
+            uuid = None if gpu[3] is not None and gpu[3].endswith("...") else gpu[3]
+            for index in map(int, gpu[1].split(",")):
+                if uuid and any((one.index, one.uuid) == (index, uuid) for one in gpus):
+                    raise refusal(number, line, f"GPU {index} is listed twice")
+                gpus.append(ListedGpu(index, gpu[2], uuid))
             continue
         mig = _MIG_LISTED.match(line)
         if mig is not None:

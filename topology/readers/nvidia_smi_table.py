@@ -12,6 +12,8 @@ _VERSION = re.compile(r"NVIDIA-SMI\s+\d[\d.]*.*?(?:Driver|KMD) Version:\s*(\d[\d
 _GPU = re.compile(r"\s*(\d{1,3})\s+(\S.*?)\s+(?:On|Off|N/A|WDDM|TCC|MCDM|ERR!)\s*$")
 _BUS = re.compile(r"\s*([0-9A-Fa-f]{4,8}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-9A-Fa-f])\s+\S+\s*$")
 _MEMORY = re.compile(r"\s*(\d{1,8})MiB\s*/\s*(\d{1,8})MiB\s*$")
+# Of a board that shares the memory of its host, or of one that is lost.
+_UNTOLD = r"Not Supported|N/A|Unknown Error|GPU is lost|ERR! */ *ERR!"
 _POWER = re.compile(r"/\s*(\d{1,5})W\s*$")
 _PROCESS = re.compile(r"\|\s+(\d{1,3})\s+(?:(?:N/A|\d+)\s+){2}?(\d+)\s+(M?\+?C(?:\+G)?|G)\s")
 _OLD_PROCESS = re.compile(r"\|\s+(\d{1,3})\s+(\d{2,})\s+(M?\+?C(?:\+G)?|G)\s")
@@ -81,7 +83,7 @@ def _first_line(
 
 
 def _with_memory(number: int, line: str, cells: list[str], gpu: ListedGpu) -> ListedGpu:
-    if len(cells) == 3 and cells[1].strip() in ("Not Supported", "N/A"):  # shared with the host
+    if len(cells) == 3 and re.fullmatch(_UNTOLD, cells[1].strip()):
         return gpu
     memory = _MEMORY.match(cells[1]) if len(cells) == 3 else None
     if memory is None or int(memory[1]) > int(memory[2]):

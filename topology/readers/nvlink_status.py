@@ -44,8 +44,8 @@ def parse_nvlink_status(text: str) -> tuple[NvlinkGpu, ...]:
     for number, line in numbered_lines(text):
         gpu = _GPU.match(line)
         if gpu is not None:
-            if "(UUID" in gpu[2]:
-                raise refusal(number, line, "the UUID is cut")
+            if gpu[2].count("(") != gpu[2].count(")"):
+                raise refusal(number, line, "the line is cut")
             if any(other.index == int(gpu[1]) for other in gpus):
                 raise refusal(number, line, f"GPU {gpu[1]} is listed twice")
             gpus.append(NvlinkGpu(int(gpu[1]), gpu[2], (), None))

@@ -1,8 +1,11 @@
-"""Reads `rocm-smi --showtopo`, and the names of AMD GPUs from the tables beside it."""
+"""Reads `rocm-smi --showtopo`, and names, memory and bus ids of AMD GPUs beside it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from rankwright.topology.readers.assemble import with_numa
+from rankwright.topology.readers.found import FoundMachine
+from rankwright.topology.readers.listing import ListedGpu, found_gpu
 from rankwright.topology.readers.text import TableRow, check_square, numbered_lines, refusal
 
 _TITLE = re.compile(r"\s*={3,}\s*(.*?)\s*={3,}\s*$")
@@ -17,6 +20,12 @@ _NUMA = re.compile(
 )
 _NUMA_LIKE = re.compile(r"\s*GPU(?:\[| )\d+\]?\s*:\s*\(Topology\) Numa")
 _SERIES = re.compile(r"\s*GPU\[(\d{1,3})\]\s*:\s*Card [Ss]eries:\s*(\S.*?)\s*$")
+_MEMORY = re.compile(
+    r"\s*GPU\[(\d{1,3})\]\s*:\s*VRAM Total (Used )?Memory \(B\):\s*(\d{1,15})\s*$", re.IGNORECASE
+)
+_PCI = re.compile(
+    r"\s*GPU\[(\d{1,3})\]\s*:\s*PCI Bus:\s*([0-9A-Fa-f]{4}(?::[0-9A-Fa-f]{2}){2}\.\d)"
+)
 _CONCISE = re.compile(r"(\d{1,3})\s+(?:\d+\s+)*(?:\[0x|0x)[0-9a-f]{4}\b")
 _CONCISE_NAME = re.compile(r"\s{4,}((?:AMD|Instinct|Radeon)\b.*?)\s*$")
 
@@ -56,7 +65,7 @@ def parse_rocm_topology(text: str) -> RocmTopology:
                 if section in tables:
                     raise refusal(number, line, "the same table twice")
                 tables[section] = []
-        elif section is not None:
+        elif section is not None and not _is_past(line, headers.get(section), tables[section]):
             _add_row(number, line, section, headers, tables[section])
         elif _NUMA_LIKE.match(line):
             entry = _NUMA.match(line)
@@ -102,6 +111,66 @@ def rocm_names(text: str) -> dict[int, str]:
     return names
 
 
+def rocm_machine(text: str) -> FoundMachine:
+    """Return the machine that `--showtopo` links and `--showproductname` names.
+
+    Memory comes from `--showmeminfo vram` where that is there, else from the device table.
+
+    Raises:
+        ProbeError: A table contradicts itself.
+        ValueError: Links or names are missing, or a name is unknown and its memory is not given.
+    """
+    topology = parse_rocm_topology(text)
+    names = rocm_names(text)
+    indices = [int(name[3:]) for name in topology.names]
+    if sorted(names) != sorted(indices):
+        raise ValueError(
+            f"the text shows how {len(indices)} GPUs are linked but names {len(names)}; add the "
+            "output of `rocm-smi --showproductname` to it"
+        )
+    gpus = tuple(found_gpu(gpu) for gpu in _with_memory(text, indices, names))
+    kinds = {(indices[i], indices[j]): kind for (i, j), kind in link_kinds(topology).items()}
+    notes: list[str] = []
+    far = _far_pairs(topology)
+    if far:
+        notes.append(
+            f"{far} pairs of GPUs have no XGMI link of their own (weights above the least): their "
+            "traffic goes over other GPUs, and what it gets there is not counted"
+        )
+    return FoundMachine(with_numa(gpus, topology.numa_node), kinds, None, tuple(notes))
+
+
+def _with_memory(text: str, indices: list[int], names: dict[int, str]) -> list[ListedGpu]:
+    gpus = {index: ListedGpu(index, names[index]) for index in indices}
+    used: dict[int, int] = {}
+    for _, line in numbered_lines(text):
+        memory, pci = _MEMORY.match(line), _PCI.match(line)
+        if memory is not None and int(memory[1]) in gpus and memory[2]:
+            used[int(memory[1])] = int(memory[3])
+        elif memory is not None and int(memory[1]) in gpus:
+            gpu = gpus[int(memory[1])]
+            gpus[int(memory[1])] = replace(gpu, memory_total_bytes=int(memory[3]))
+        elif pci is not None and int(pci[1]) in gpus:
+            gpus[int(pci[1])] = replace(gpus[int(pci[1])], bus_id=pci[2].lower())
+    return [
+        replace(gpu, memory_free_bytes=gpu.memory_total_bytes - used[index])
+        if gpu.memory_total_bytes is not None and used.get(index, 2**63) <= gpu.memory_total_bytes
+        else gpu
+        for index, gpu in gpus.items()
+    ]
+
+
+def _far_pairs(topology: RocmTopology) -> int:
+    """Return how many pairs the driver weighs more than one XGMI link, 15 (Linux, amdkfd)."""
+    if topology.weight is None or topology.link_type is None:
+        return 0
+    return sum(
+        kind == "XGMI" and topology.weight[i][j].isdigit() and int(topology.weight[i][j]) > 15
+        for i, row in enumerate(topology.link_type)
+        for j, kind in enumerate(row[:i])
+    )
+
+
 def link_kinds(topology: RocmTopology) -> dict[tuple[int, int], str]:
     """Return the link token of each pair of positions.
 
@@ -130,6 +199,11 @@ def link_kinds(topology: RocmTopology) -> dict[tuple[int, int], str]:
 def _section(line: str) -> str | None:
     title = _TITLE.match(line)
     return _SECTIONS.get(" ".join(title[1].lower().split())) if title else None
+
+
+def _is_past(line: str, header: list[str] | None, rows: list[TableRow]) -> bool:
+    """Return whether a line is behind a table that has all its rows, as a fence or a remark is."""
+    return header is not None and len(rows) == len(header) and not re.match(r"\s*GPU\d", line)
 
 
 def _add_row(
