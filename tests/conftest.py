@@ -17,6 +17,9 @@ from rankwright.demo_model import FetchError, smollm2_folder
 # Set before anything imports these libraries, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models of tests are tiny: threads only wait for each other, for 25 times the CPU time on a busy
+# machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 HAS_GPU = shutil.which("nvidia-smi") is not None
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -29,12 +32,17 @@ _SHARED = {
     "scripts": "slurm",  # of 300 plans: some go to Slurm, all to shellcheck
     "ray_address": "ray",
 }
+# Groups of a minute and more, which begin first: else one worker ends with one of them, and the
+# other with nothing to do.
+_LONGEST = ("ranks", "slurm", "ray", "test_launch.py", "test_measure_job.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group(_group(item)))
+        places = {group: place for place, group in enumerate(_LONGEST)}
+        items.sort(key=lambda item: places.get(_group(item), len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
