@@ -12,12 +12,13 @@ class Drawn:
 
     Args:
         tokens_R: int64, on the device that computes them.
+        is_read: Whether this host is to have them; else only `tokens_R`.
     """
 
-    def __init__(self, tokens_R: torch.Tensor) -> None:
-        self._tokens_R = tokens_R
+    def __init__(self, tokens_R: torch.Tensor, *, is_read: bool = True) -> None:
+        self.tokens_R = self._tokens_R = tokens_R
         self._copied: torch.cuda.Event | None = None
-        if tokens_R.is_cuda:
+        if tokens_R.is_cuda and is_read:
             self._tokens_R = torch.empty_like(tokens_R, device="cpu", pin_memory=True)
             self._tokens_R.copy_(tokens_R, non_blocking=True)
             self._copied = torch.cuda.Event()

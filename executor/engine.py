@@ -4,8 +4,9 @@ One step: the leader takes in requests, decides a batch, broadcasts it; every ra
 runs its part; the rank that samples sends the tokens back to the first stage, and the leader tells
 the front end. In a pipeline as many batches are in flight as there are stages, so that all of them
 compute. One more may be decided and sent ahead (docs/decisions/0004): on one stage of GPUs it reads
-its tokens where the last one leaves them, so that no GPU waits for Python; in a pipeline the first
-stage has all but the tokens ready when they come.
+its tokens where the last one leaves them, so that no GPU waits for Python; in a pipeline they come
+through memory that stages share (docs/decisions/0013), or to the first stage's host, which has all
+else ready then.
 """
 
 import os
@@ -31,7 +32,7 @@ from rankwright.executor.runner import Runner
 from rankwright.executor.scheduler import Scheduler
 from rankwright.executor.sequence import Sequence
 from rankwright.executor.step_batch import StepBatch
-from rankwright.executor.token_returns import TokenReturns
+from rankwright.executor.token_returns import TokenReturns, token_returns
 from rankwright.planner.plan import Plan
 
 # First byte of a control message.
@@ -53,6 +54,10 @@ def default_ahead(mesh: Mesh, runner: Runner) -> int:
     if mesh.num_stages > 1:
         return int(os.environ.get("RANKWRIGHT_PIPELINE_AHEAD") == "1")
     return int(mesh.device.type == "cuda" and runner.feeds_itself)
+
+
+def _returns(mesh: Mesh, runner: Runner) -> TokenReturns | None:
+    return token_returns(mesh, runner.stage_memory) if mesh.num_stages > 1 else None
 
 
 @dataclass(slots=True)
@@ -78,8 +83,7 @@ class Follower:
         self._mesh = mesh
         self._runner = runner
         self._is_eager = bool(default_ahead(mesh, runner) if ahead is None else ahead)
-        self._returns = TokenReturns(mesh) if mesh.num_stages > 1 else None
-        self._unsent: deque[Drawn] = deque()
+        self._returns = _returns(mesh, runner)
 
     def run(self) -> None:
         """Run batches until the leader says stop."""
@@ -88,7 +92,6 @@ class Follower:
                 # A copy, because the offset of one byte leaves the arrays unaligned.
                 self._run(StepBatch.decode(bytes(memoryview(message)[1:])))
         if self._returns is not None:
-            self._send_tokens(leave=0)
             self._returns.finish()
         self._runner.finish()
         self._mesh.finish()
@@ -99,29 +102,20 @@ class Follower:
             return
         if self._mesh.is_first_stage:
             self._returns.expect(batch.step, batch.num_samples)
-        drawn = self._runner.execute(batch, self._returns.tokens)
+        drawn = self._runner.execute(batch, self._returns)
         if self._mesh.is_sampler:
             assert drawn is not None
-            self._unsent.append(drawn)
-            self._send_tokens(leave=self._mesh.num_stages if self._is_eager else 0)
+            self._returns.send(drawn, leave=self._mesh.num_stages if self._is_eager else 0)
 
     def _next_message(self) -> bytes:
         """Return what the leader says next; send the tokens that get ready meanwhile.
 
         What is ready goes first: the leader may have told of a batch that waits for these tokens.
         """
-        while self._unsent:
-            if self._unsent[0].is_ready():
-                self._send_tokens(leave=len(self._unsent) - 1)
-            elif self._mesh.has_heard():
-                break
+        if self._returns is not None:
+            while self._returns.send_ready() and not self._mesh.has_heard():
+                pass
         return self._mesh.hear()
-
-    def _send_tokens(self, *, leave: int) -> None:
-        """Send the tokens of all steps but the last `leave`, once they are there."""
-        assert self._returns is not None
-        while len(self._unsent) > leave:
-            self._returns.send(self._unsent.popleft().wait())
 
 
 class Leader:
@@ -170,7 +164,7 @@ class Leader:
             prefix_cache=prefix_cache and mesh.split.cp == 1 and mesh.split.attention == "tp",
         )
         self._in_flight: deque[InFlight] = deque()
-        self._returns = TokenReturns(mesh) if mesh.num_stages > 1 else None
+        self._returns = _returns(mesh, runner)
         self._stopping: Stop | None = None
         self._last_stats = self._last_word = 0.0
         self._send(
@@ -255,7 +249,7 @@ class Leader:
             drawn = self._runner.execute(batch)
         else:
             self._returns.expect(batch.step, len(sampled))
-            drawn = self._runner.execute(batch, self._returns.tokens)
+            drawn = self._runner.execute(batch, self._returns)
         self._in_flight.append(InFlight(batch.step, sampled, drawn))
         return True
 

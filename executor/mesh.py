@@ -75,6 +75,11 @@ class Mesh:
             spins=device.type == "cuda",
         )
 
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether all ranks of this replica are on one machine."""
+        return self._is_one_machine(self.control)
+
     def _is_one_machine(self, group: Group) -> bool:
         return len({self._nodes[rank] for rank in group.ranks}) == 1
 

@@ -215,8 +215,20 @@ def _sums_right(
     return all(torch.equal(out_D, expected_D) for out_D, expected_D in outs)
 
 
-def wait_until(is_done: Callable[[], bool], *, within_s: float) -> None:
+def wait_until(
+    is_done: Callable[[], bool],
+    *,
+    within_s: float,
+    who: str = "a GPU of the tensor-parallel group",
+    remedy: str = "set RANKWRIGHT_PEER_MEMORY=0 to sum through NCCL instead",
+) -> None:
     """Return when the trial `is_done`.
+
+    Args:
+        is_done: Looked at now and then.
+        within_s: How long.
+        who: Did not answer.
+        remedy: What the user may do.
 
     Raises:
         TimeoutError: It is not within `within_s` seconds.
@@ -225,8 +237,7 @@ def wait_until(is_done: Callable[[], bool], *, within_s: float) -> None:
     while not is_done():
         if time.monotonic() > deadline_s:
             raise TimeoutError(
-                "a GPU of the tensor-parallel group did not answer through shared memory within "
-                f"{within_s:g} s; set RANKWRIGHT_PEER_MEMORY=0 to sum through NCCL instead, and "
+                f"{who} did not answer through shared memory within {within_s:g} s; {remedy}, and "
                 "see the logs of the other ranks"
             )
         time.sleep(_POLL_S)

@@ -5,11 +5,11 @@ Shape letters: S sequences, T tokens, R rows to sample, D hidden, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from rankwright.cost_model.memory import SAMPLED_ROWS
 from rankwright.cost_model.model_spec import ModelSpec
@@ -22,7 +22,10 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.models import tensor_names
 from rankwright.executor.models.decoder import DecoderStage
 from rankwright.executor.rank_batch import Parts, RankBatch, rank_batch
-from rankwright.executor.step_batch import StepBatch, known_tokens, made_up_batch
+from rankwright.executor.stage_link import GroupLink, StageLink
+from rankwright.executor.stage_memory import open_stage_memory
+from rankwright.executor.step_batch import StepBatch, made_up_batch
+from rankwright.executor.token_returns import TokenReturns
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rotary import rope_table
 from rankwright.kernels.sampling import sample
@@ -31,6 +34,10 @@ from rankwright.planner.plan import Limits, Plan
 
 # Chunk lengths that differ in how a prefill kernel is cut (16, 32, 64 and 128 rows a program).
 WARM_UP_CHUNKS = (2, 17, 33, 65, 512)
+
+
+def _nothing() -> None:
+    """What a step waits for whose tokens are all known."""
 
 
 class Runner:
@@ -93,6 +100,14 @@ class Runner:
         mesh.open_peer_memory(
             max_rows=plan.limits.max_batched_tokens, dim=spec.hidden_size, dtype=dtype
         )
+        self.stage_memory = open_stage_memory(
+            mesh,
+            rows=plan.limits.max_batched_tokens,
+            dim=spec.hidden_size,
+            dtype=dtype,
+            max_num_seqs=plan.limits.max_num_seqs,
+        )
+        self._link: StageLink = self.stage_memory or GroupLink(mesh)
         progress("cache made")
         total = last - first
         self.stage = DecoderStage(
@@ -114,7 +129,6 @@ class Runner:
         self._zeros_R = torch.zeros_like(self._drawn_R)
         self._cold_R = torch.zeros_like(self._drawn_R, dtype=torch.float32)
         self._graphs: DecodeGraphs | None = None
-        self._sending: list[tuple[dist.Work, torch.Tensor]] = []
         if use_graphs and mesh.device.type == "cuda":
             most = -(-plan.limits.max_num_seqs // mesh.attention_ranks)
             sizes = capture_sizes(min(most, LARGEST))
@@ -127,7 +141,7 @@ class Runner:
                 dtype=dtype,
                 device=mesh.device,
                 cos_sin_PD=self._cos_sin_PD,
-                drawn_R=self._drawn_R if self.feeds_itself else None,
+                drawn_R=self._drawn_R if self._is_fed else None,
                 on_size=lambda size: progress(
                     f"graph {len(sizes) - sizes.index(size)} of {len(sizes)}, batch {size}"
                 ),
@@ -143,6 +157,12 @@ class Runner:
         """
         split = self.mesh.split
         return split.pp == split.cp == 1
+
+    @property
+    def _is_fed(self) -> bool:
+        """Whether steps take tokens of an earlier one from the device."""
+        is_fed_back = self.stage_memory is not None and self.mesh.is_first_stage
+        return self.feeds_itself or is_fed_back
 
     def warm_up(self, limits: Limits) -> None:
         """Run made-up batches, so that no request waits for a kernel to compile.
@@ -190,31 +210,31 @@ class Runner:
         ]
 
     @torch.inference_mode()
-    def execute(
-        self, batch: StepBatch, tokens_of: Callable[[int], list[int]] | None = None
-    ) -> Drawn | None:
+    def execute(self, batch: StepBatch, returns: TokenReturns | None = None) -> Drawn | None:
         """Start a batch; return the R tokens drawn on the rank that samples, None elsewhere.
 
         Args:
             batch: What the replica computes.
-            tokens_of: Waits for the tokens of an earlier step; for the first stage of a pipeline.
+            returns: Has the tokens of earlier steps; for the first stage of a pipeline.
         """
         if self.rebalancer is not None:
             self.rebalancer.step()
         part = self._part(batch)
-        if tokens_of is not None and self.mesh.is_first_stage and (part.token_ids_T < 0).any():
-            drawn = np.array(tokens_of(batch.step - self.mesh.num_stages), dtype=np.int64)
-            part = replace(part, token_ids_T=known_tokens(part.token_ids_T, drawn))
+        ready: Callable[[], None] = _nothing
+        if returns is not None and self.mesh.is_first_stage and (part.token_ids_T < 0).any():
+            before = batch.step - self.mesh.num_stages
+            part = replace(part, token_ids_T=returns.known(part.token_ids_T, before))
+            ready = partial(returns.leave, before, self._drawn_R)
         if (
             self._graphs is not None
             and batch.decode_only
             and part.num_tokens <= self._graphs.largest
         ):
-            out = self._replay(self._graphs, part)
+            out = self._replay(self._graphs, part, ready)
             return None if out is None else self._draw(out, batch)
-        normed_TD = self._forward(part)
+        normed_TD = self._forward(part, ready)
         if normed_TD is None or not batch.num_samples:
-            return Drawn(self._drawn_R[:0]) if self.mesh.is_sampler else None
+            return self._drawn(self._drawn_R[:0])
         return self._draw(self._logits(normed_TD, part), batch)
 
     @torch.inference_mode()
@@ -237,8 +257,13 @@ class Runner:
         order = part.sample_order(len(rows_R))
         return logits_RV if order is None else logits_RV[self._to_device(order)]
 
-    def _forward(self, batch: RankBatch) -> torch.Tensor | None:
-        """Run the stage eagerly; return [T, D] on the last one, and send it on elsewhere."""
+    def _forward(
+        self, batch: RankBatch, ready: Callable[[], None] = _nothing
+    ) -> torch.Tensor | None:
+        """Run the stage eagerly; return [T, D] on the last one, and send it on elsewhere.
+
+        `ready` waits for the tokens of an earlier step, as late as possible.
+        """
         context = ForwardContext(
             num_decodes=batch.num_decodes,
             positions_T=self._to_device(batch.positions_T),
@@ -264,48 +289,42 @@ class Runner:
         )
         hidden_TD = None
         if not self.mesh.is_first_stage:
-            hidden_TD = self.mesh.receive_from_previous(
+            hidden_TD = self._link.receive(
                 torch.empty(
                     batch.num_tokens, self._hidden_size, dtype=self._dtype, device=self.mesh.device
                 )
             )
         ids_T = self._to_device(batch.token_ids_T)
         if self.mesh.is_first_stage and (batch.token_ids_T < 0).any():
-            assert self.feeds_itself
+            assert self._is_fed
+            ready()
             ids_T = feed_tokens(ids_T, self._drawn_R)
         out_TD = self.stage.forward(ids_T, hidden_TD, context)
         if self.mesh.is_last_stage:
             return out_TD
-        self._send(out_TD)
+        self._link.send(out_TD)
         return None
 
-    def _replay(self, graphs: DecodeGraphs, batch: RankBatch) -> torch.Tensor | None:
+    def _replay(
+        self, graphs: DecodeGraphs, batch: RankBatch, ready: Callable[[], None]
+    ) -> torch.Tensor | None:
         """Run the stage from a graph; return [R, V] on the last one, and send it on elsewhere."""
         graphs.fill(batch)
+        ready()
         count = batch.num_tokens
         if not self.mesh.is_first_stage:
-            self.mesh.receive_from_previous(graphs.hidden_BD[:count])
+            self._link.receive(graphs.hidden_BD[:count])
         out = graphs.replay(count)
         if self.mesh.is_last_stage:
             order = batch.sample_order(graphs.size_for(count))
             return out[:count] if order is None else out[self._to_device(order)]
-        self._send(out[:count].clone())  # the next replay overwrites it before the peer may have it
+        # The next replay overwrites it before the peer may have it.
+        self._link.send(out[:count].clone())
         return None
-
-    def _send(self, hidden_TD: torch.Tensor) -> None:
-        """Send to the next stage; hold the tensor until the send is over."""
-        self._sending = [
-            (work, tensor) for work, tensor in self._sending if not work.is_completed()
-        ]
-        work = self.mesh.send_to_next(hidden_TD)
-        if work is not None:
-            self._sending.append((work, hidden_TD))
 
     def finish(self) -> None:
         """Wait until the next stage has everything that was sent."""
-        for work, _ in self._sending:
-            work.wait()
-        self._sending.clear()
+        self._link.finish()
 
     def _draw(self, logits_RV: torch.Tensor, batch: StepBatch) -> Drawn | None:
         """Draw the tokens and leave them on the device, for the next step to read there."""
@@ -313,7 +332,13 @@ class Runner:
             return None
         tokens_R = self._best(logits_RV) if batch.greedy else self._sample(logits_RV, batch)
         self._drawn_R[: len(tokens_R)] = tokens_R
-        return Drawn(tokens_R) if self.mesh.is_sampler else None
+        return self._drawn(tokens_R)
+
+    def _drawn(self, tokens_R: torch.Tensor) -> Drawn | None:
+        """Return the tokens on the rank that samples; to its host only if that passes them on."""
+        if not self.mesh.is_sampler:
+            return None
+        return Drawn(tokens_R, is_read=self.stage_memory is None)
 
     def _best(self, logits_RV: torch.Tensor) -> torch.Tensor:
         """Return the best tokens: PyTorch's argmax takes 28 us for a row of 128k, sampling 6."""

@@ -22,7 +22,7 @@ from rankwright.kernels import (
     all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
     mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
     part_attention, prefill_attention, rms_norm, rotary, sampling, skinny_linear, swiglu,
-    token_feed, two_shot_sum,
+    peer_words, token_feed, two_shot_sum,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -47,7 +47,7 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         elif name.endswith("_ptr"):
             is_int = short in ints or (moe and short == "slots")
             wide = short in floats_of
-            long = short in ("positions", "slots", "seeds", "load", "ids", "drawn", "top_k")
+            long = short in ("positions", "slots", "seeds", "load", "ids", "drawn", "top_k", "told")
             kind = "fp32" if wide else "i64" if long else "bf16"
             signature[name] = "*" + ("i32" if is_int else kind)
         else:
@@ -129,6 +129,8 @@ found["dispatch"] = resources(
 found["combine"] = resources(
     expert_exchange._combine_kernel, 16, 1, [], ["num_tokens"], PARTS_OFFSET=8192, HAS_BASE=True,
     **to_experts)
+found["tell"] = resources(peer_words._tell_kernel, 1, 1, [], ["peer", "word", "count"])
+found["await"] = resources(peer_words._await_kernel, 1, 1, [], ["word", "count"])
 found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
 for rows, kernel in ((1, skinny_linear._vector_kernel), (8, skinny_linear._rows_kernel)):
     cut = skinny_linear.skinny_config(rows, 4096, 132) or skinny_linear.SkinnyConfig(64, 256, 4, 4)
@@ -196,6 +198,8 @@ def compiled() -> dict[str, Any]:
         ("dispatch", "atom.global.sys.release.exch.b32"),
         ("dispatch", "ld.global.sys.acquire.b32"),
         ("combine", "ld.global.v4.b32"),
+        ("tell", "atom.global.sys.release.exch.b64"),
+        ("await", "ld.global.sys.acquire.b64"),
         ("combine", "ld.global.sys.acquire.b32"),
         ("linear 1", "cp.async.cg.shared.global"),
         ("linear 8", "cp.async.cg.shared.global"),
