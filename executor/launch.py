@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from rankwright.executor.launch_record import (
     write_record,
 )
 from rankwright.executor.metrics import Metrics
+from rankwright.executor.models.supported import check_supported
+from rankwright.executor.parts import PartsSession, start_parts
 from rankwright.executor.preflight import (
     SCHEDULER_VARIABLES,
     check_machine,
@@ -35,13 +37,14 @@ from rankwright.executor.signals import Signals
 from rankwright.executor.start_checks import check_start
 from rankwright.executor.submit import SUBMITTERS, submit_and_follow
 from rankwright.executor.tokenizer import Tokenizer
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 
 EXIT_OK, EXIT_LAUNCH_FAILED = 0, 5
 
 
 def launch(
-    plan: Plan,
+    plan: Plan | PartsPlan,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -72,7 +75,7 @@ def launch(
     `node_rank`; node 0 serves.
 
     Args:
-        plan: What to run.
+        plan: What to run; one of parts on this machine alone.
         host: Address to serve on.
         port: Port to serve on; 0: a free one, which is printed.
         load_format: 'auto': safetensors; 'dummy': random weights.
@@ -101,12 +104,17 @@ def launch(
         ProbeError: This machine cannot be read.
         MissingToolError: What the back end or the kernels need is not here.
     """
+    parts = parts_of(
+        plan,
+        {"--backend": backend not in ("auto", "local") and backend, "--nnodes": nnodes > 1}
+        | {"--master-port": master_port, "--record-expert-load": record_expert_load},
+    )
     if backend in SUBMITTERS:
-        return submit_and_follow(plan, backend, **submitted)
+        return submit_and_follow(parts[0], backend, **submitted)
     if submitted:
         raise TypeError(f"backend {backend!r} takes no {', '.join(submitted)}")
     options = make_options(
-        plan,
+        parts[0],
         backend=backend,
         load_format=load_format,
         model_path=model_path,
@@ -126,19 +134,21 @@ def launch(
     if drain_s < 0:
         raise ValueError(f"drain_s is {drain_s:g}, must be 0 or more")
     if not force:
-        check_machine(plan, options)
-    options, tokenizer = find_model(plan, options)
-    for note in check_start(plan, options):
+        check_machine(parts[0], options)
+    options, tokenizer = find_model(parts[0], options)
+    for part in parts:
+        check_supported(part)
+    for note in dict.fromkeys(note for part in parts for note in check_start(part, options)):
         _say(f"warning: {note}")
     try:
         if node_rank > 0:
-            asyncio.run(_follow(plan, options, drain_s, agent))
+            asyncio.run(_follow(parts[0], options, drain_s, agent))
             return EXIT_OK
         defaults, notes = read_sampling_defaults(options.model_path)
         for note in notes:
             _say(note)
         with (
-            joined(plan, options) as options,
+            joined(parts[0], options) as options,
             listen(host, port) as listening,
             _recorded(plan, options, listening),
         ):
@@ -150,12 +160,33 @@ def launch(
         return EXIT_LAUNCH_FAILED
 
 
+def parts_of(plan: Plan | PartsPlan, beyond: Mapping[str, object]) -> tuple[Plan, ...]:
+    """Return the plans of one shape that `plan` is of.
+
+    Args:
+        plan: One of parts, or itself one of one shape.
+        beyond: Options that parts cannot have, by name; true where one was given.
+
+    Raises:
+        ValueError: One was.
+    """
+    if isinstance(plan, Plan):
+        return (plan,)
+    given = next((name for name, value in beyond.items() if value), None)
+    if given is not None:
+        raise ValueError(
+            f"{given} is for plans of one shape, this one has {plan.label()}: its parts run side "
+            "by side on this machine; leave it out, or plan with --mixed-shapes never"
+        )
+    return plan.parts
+
+
 class _Launch:
     """One launch on the machine that serves."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | PartsPlan,
         options: RunOptions,
         tokenizer: Tokenizer,
         defaults: dict[str, float | int],
@@ -173,7 +204,7 @@ class _Launch:
         """
         signals = Signals()
         with Progress(self._plan) as progress:
-            async with start(self._plan, self._options, agent) as session:
+            async with self._started(agent) as session:
                 front_end = session.front_end
                 service = Service(
                     front_end,
@@ -197,8 +228,15 @@ class _Launch:
                     server.should_exit = True
                     await http
 
+    def _started(
+        self, agent: Agent | None
+    ) -> contextlib.AbstractAsyncContextManager[Session | PartsSession]:
+        if isinstance(self._plan, PartsPlan):
+            return start_parts(self._plan, self._options, agent)
+        return start(self._plan, self._options, agent)
+
     async def _serve(
-        self, session: Session, service: Service, signals: Signals, drain_s: float
+        self, session: Session | PartsSession, service: Service, signals: Signals, drain_s: float
     ) -> None:
         failure = asyncio.create_task(session.failure())
         try:
@@ -212,7 +250,10 @@ class _Launch:
 
 
 async def _drain(
-    session: Session, signals: Signals, failure: "asyncio.Task[LaunchError]", drain_s: float
+    session: Session | PartsSession,
+    signals: Signals,
+    failure: "asyncio.Task[LaunchError]",
+    drain_s: float,
 ) -> None:
     """Wait for running requests until the time is up or the next signal comes, then end them."""
     front_end = session.front_end
@@ -256,7 +297,9 @@ def url_of(listening: socket.socket) -> str:
 
 
 @contextlib.contextmanager
-def _recorded(plan: Plan, options: RunOptions, listening: socket.socket) -> Iterator[None]:
+def _recorded(
+    plan: Plan | PartsPlan, options: RunOptions, listening: socket.socket
+) -> Iterator[None]:
     """Let `rankwright status` and `stop` know of this launch while it runs.
 
     Not of one inside a job or a pod: there the job is the launch, and it is recorded where it was

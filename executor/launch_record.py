@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.templates.options import default_name
 from rankwright.topology.value import Value
@@ -73,7 +74,7 @@ class LaunchRecord(Value):
 
 
 def make_record(
-    plan: Plan,
+    plan: Plan | PartsPlan,
     backend: Literal["local", "ray", "slurm", "kubernetes"],
     place: ProcessPlace | SlurmPlace | KubernetesPlace,
 ) -> LaunchRecord:
@@ -82,9 +83,9 @@ def make_record(
         id=f"{default_name(plan)}-{secrets.token_hex(2)}",
         backend=backend,
         model=plan.model.name,
-        split=plan.split.label(),
+        split=plan.label(),
         num_ranks=plan.num_gpus,
-        num_replicas=plan.split.dp,
+        num_replicas=plan.num_replicas,
         created_s=time.time(),
         place=place,
     )

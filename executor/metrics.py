@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rankwright.executor.front_end import FrontEnd
+from rankwright.executor.requests import Requests
 
 # Seconds. Steps of about 2 from one decode step of a small model to a queue of minutes, so that a
 # percentile read from the buckets is off by less than that factor.
@@ -18,7 +18,7 @@ _REQUEST_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120,
 class Metrics:
     """Counters and histograms of one server, in a registry of their own."""
 
-    def __init__(self, front_end: FrontEnd) -> None:
+    def __init__(self, front_end: Requests) -> None:
         """Start at zero; gauges are read from `front_end` when asked for."""
         self._registry = CollectorRegistry()
         self._registry.register(_Replicas(front_end))
@@ -115,7 +115,7 @@ class RequestTimer:
 class _Replicas(Collector):
     """What the leaders said last."""
 
-    def __init__(self, front_end: FrontEnd) -> None:
+    def __init__(self, front_end: Requests) -> None:
         self._front_end = front_end
 
     def collect(self) -> Iterator[Metric]:

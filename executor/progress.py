@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 
 # Between lines of a log: often enough to see that it goes on, too seldom to fill the log.
@@ -21,12 +22,14 @@ _HOW_FAR = re.compile(r"(\d+) of (\d+)")
 class Progress:
     """Says on stderr that ranks start, what the first one does, and how long it took."""
 
-    def __init__(self, plan: Plan, *, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, plan: Plan | PartsPlan, *, stream: TextIO | None = None, quiet: bool = False
+    ) -> None:
         """Prepare for `plan`; `quiet` says nothing at all."""
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
-        count = len(plan.ranks)
-        self._what = f"starting {count} rank{'s' * (count > 1)} ({plan.split.label()})"
+        count = plan.num_gpus
+        self._what = f"starting {count} rank{'s' * (count > 1)} ({plan.label()})"
         self._bar: Bar | None = None
         self._started_s = self._printed_s = 0.0
         self._text = ""

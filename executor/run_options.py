@@ -35,6 +35,8 @@ class RunOptions:
         prefix_cache: Share KV blocks of prompts that begin alike.
         record_expert_load: File for how often each expert was chosen; None: not counted.
         force: Run also where a machine is not the one that the plan was made for.
+        part: Number of the part, of a plan of several; None: it is the whole plan.
+        ranks_beside: Ranks of other parts on this machine, which share its CPUs.
     """
 
     backend: BackendName = "local"
@@ -52,6 +54,8 @@ class RunOptions:
     prefix_cache: bool = True
     record_expert_load: Path | None = None
     force: bool = False
+    part: int | None = None
+    ranks_beside: int = 0
 
 
 def worker_arguments(options: RunOptions, plan_path: Path) -> list[str]:

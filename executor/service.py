@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from rankwright.executor.front_end import FrontEnd, ReplicaLostError
+from rankwright.executor.front_end import ReplicaLostError
 from rankwright.executor.http_errors import ApiError
 from rankwright.executor.metrics import Metrics
 from rankwright.executor.openai_api import (
@@ -26,6 +26,7 @@ from rankwright.executor.openai_api import (
     FinishReason,
     Usage,
 )
+from rankwright.executor.requests import Requests
 from rankwright.executor.text_stream import GenerationError, Piece, merge, stream_text
 from rankwright.executor.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ class Service:
         created_s: Unix time, for `/v1/models`.
     """
 
-    front_end: FrontEnd
+    front_end: Requests
     tokenizer: Tokenizer
     model_name: str
     vocab_size: int

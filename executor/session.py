@@ -213,9 +213,11 @@ def start_ranks(
     node = node_order(plan)[options.node_rank]
     ranks = plan.ranks_of_node(node)
     if folder := os.environ.get("RANKWRIGHT_LOG_DIR"):
+        if options.part is not None:  # ranks of every part are numbered from 0
+            folder = os.path.join(folder, f"part-{options.part}")
         keep_logs(ranks, agent.run_dir, folder)
     environment = {
-        **rank_environment(plan, ranks, os.environ),
+        **rank_environment(plan, ranks, os.environ, beside=options.ranks_beside),
         "RANKWRIGHT_FRONT_END": front_end,
         "RANKWRIGHT_AUTHKEY": authkey.hex(),
     }

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rankwright.executor.detokenizer import Detokenizer, StopStrings
-from rankwright.executor.front_end import FrontEnd
 from rankwright.executor.messages import Sampling
 from rankwright.executor.metrics import RequestTimer
+from rankwright.executor.requests import Requests
 from rankwright.executor.tokenizer import Tokenizer
 
 
@@ -27,7 +27,7 @@ class Piece:
 
 
 async def stream_text(
-    front_end: FrontEnd,
+    front_end: Requests,
     tokenizer: Tokenizer,
     prompt: Sequence[int],
     sampling: Sampling,

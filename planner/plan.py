@@ -222,6 +222,15 @@ class Plan(Value):
         if rank.gpu not in {gpu.index for gpu in node.gpus}:
             raise ValueError(f"rank {rank.rank} is on GPU {rank.gpu}, {node.name} has none such")
 
+    @property
+    def num_replicas(self) -> int:
+        """Copies of the model."""
+        return self.split.dp
+
+    def label(self) -> str:
+        """Return the split in a few words: `TP2 DP4`."""
+        return self.split.label()
+
     def nodes_used(self) -> tuple[int, ...]:
         """Machines that hold a rank, ascending."""
         return tuple(sorted({rank.node for rank in self.ranks}))

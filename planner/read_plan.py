@@ -26,13 +26,17 @@ def read_plan(path: str | Path) -> Plan:
             f"plan {str(path)!r} has replicas of different shapes ({plan.label()}), and one shape "
             "is needed here; plan again with --mixed-shapes never"
         )
-    if isinstance(plan, DisaggregatedPlan):
-        raise ValueError(
-            f"plan {str(path)!r} has separate pools for prefill and decode, which the executor of "
-            f"rankwright does not run; `rankwright render {path} --target {plan.engine}` writes it "
-            "for an engine that does"
-        )
-    return plan
+    return _of_one_pool(plan, path)
+
+
+def read_launchable(path: str | Path) -> Plan | PartsPlan:
+    """Return the plan in the file at `path`, of one pool, its replicas alike or not.
+
+    Raises:
+        ValueError: As `read_plan`.
+    """
+    plan = read_any_plan(path)
+    return plan if isinstance(plan, PartsPlan) else _of_one_pool(plan, path)
 
 
 def read_any_plan(path: str | Path) -> Plan | PartsPlan | DisaggregatedPlan:
@@ -54,6 +58,16 @@ def read_any_plan(path: str | Path) -> Plan | PartsPlan | DisaggregatedPlan:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"plan {str(path)!r}: {_first_problem(error)}") from None
+
+
+def _of_one_pool(plan: Plan | DisaggregatedPlan, path: str | Path) -> Plan:
+    if isinstance(plan, DisaggregatedPlan):
+        raise ValueError(
+            f"plan {str(path)!r} has separate pools for prefill and decode, which the executor of "
+            f"rankwright does not run; `rankwright render {path} --target {plan.engine}` writes it "
+            "for an engine that does"
+        )
+    return plan
 
 
 def _kind_of(text: str) -> type[Plan | PartsPlan | DisaggregatedPlan]:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.topology.value import Value
 
@@ -187,7 +188,7 @@ def parse_options(model: type[Options], target: str, given: dict[str, object]) -
         ) from None
 
 
-def default_name(plan: Plan) -> str:
+def default_name(plan: Plan | PartsPlan) -> str:
     """Return a name for the deployment that every target accepts, made from the model's.
 
     `meta-llama/Llama-3.1-405B` becomes `llama-3-1-405b`.

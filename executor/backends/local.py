@@ -213,7 +213,7 @@ def keep_logs(ranks: Sequence[RankPlan], run_dir: Path, folder: str) -> None:
 
 
 def rank_environment(
-    plan: Plan, ranks: Sequence[RankPlan], environment: Mapping[str, str]
+    plan: Plan, ranks: Sequence[RankPlan], environment: Mapping[str, str], *, beside: int = 0
 ) -> dict[str, str]:
     """Return `environment` with what each of `ranks`, all of one machine, needs.
 
@@ -226,7 +226,7 @@ def rank_environment(
     forced = {"RANKWRIGHT_IGNORE_TERM": "1"}
     gpus = plan.cluster.node(ranks[0].node).gpus
     if all(gpu.device == "cpu" for gpu in gpus):
-        ours["OMP_NUM_THREADS"] = str(max(1, num_cpus() // len(ranks)))
+        ours["OMP_NUM_THREADS"] = str(max(1, num_cpus() // (len(ranks) + beside)))
         return {**ours, **environment, **forced}
     # The plan counts GPUs as the driver does. CUDA's own default is fastest first, and it counts
     # anew what CUDA_VISIBLE_DEVICES leaves; the probe has respected that already.

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def processes_of(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def launched(folder: Path, plan: Plan, **extra: Any) -> Iterator[Launched]:
+def launched(folder: Path, plan: Plan | PartsPlan, **extra: Any) -> Iterator[Launched]:
     """Launch `plan` with the options in `extra`; end it with the block."""
     environment = {**os.environ, "TMPDIR": str(folder), **extra.pop("environment", {})}
     plan_path = folder / f"plan-{extra.get('node_rank', 0)}.json"

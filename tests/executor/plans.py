@@ -1,5 +1,6 @@
 """Plans for tests: any split of any small model over CPU ranks, without the planner's search."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from rankwright.cost_model.collectives import Group
@@ -10,6 +11,7 @@ from rankwright.cost_model.prediction import Estimate, Prediction
 from rankwright.cost_model.shards import even_range
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
+from rankwright.planner.parts_plan import AlikePlan, PartsPlan, PartsPrediction
 from rankwright.planner.placement import place_ranks
 from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
 from rankwright.topology.cluster import Cluster, Gpu, Node
@@ -101,6 +103,52 @@ def cpu_plan(
             solve_s=0,
             num_candidates=1,
             binding_constraint="none",
+        ),
+    )
+
+
+def cpu_parts(*plans: Plan, tokens_per_s: Sequence[float] = ()) -> PartsPlan:
+    """Return the plan of `plans` as parts on one machine, each on the CPU ranks after the last's.
+
+    Args:
+        plans: Of one model, each made by `cpu_plan`.
+        tokens_per_s: Predicted of each part; empty: 1 each.
+    """
+    gpus = tuple(gpu for plan in plans for gpu in plan.cluster.nodes[0].gpus)
+    gpus = tuple(gpu.model_copy(update={"index": index}) for index, gpu in enumerate(gpus))
+    cluster = Cluster(nodes=(Node(name="here", gpus=gpus),))
+    parts: list[Plan] = []
+    for plan, speed in zip(plans, tokens_per_s or [1.0] * len(plans), strict=True):
+        first = sum(part.num_gpus for part in parts)
+        ranks = [rank.model_copy(update={"gpu": first + rank.gpu}) for rank in plan.ranks]
+        rate = Estimate(value=speed, low=speed, high=speed)
+        changes = {
+            "cluster": cluster,
+            "cluster_fingerprint": cluster.fingerprint,
+            "ranks": tuple(ranks),
+            "prediction": plan.prediction.model_copy(update={"output_tokens_per_s": rate}),
+        }
+        parts.append(plan.model_copy(update=changes))
+    one = plans[0].prediction
+    return PartsPlan(
+        num_gpus=len(gpus),
+        workload=Workload(),
+        parts=tuple(parts),
+        prediction=PartsPrediction(
+            ttft_s=one.ttft_s,
+            tpot_s=one.tpot_s,
+            output_tokens_per_s=one.output_tokens_per_s,
+            memory_bytes_per_gpu=one.memory_bytes_per_gpu,
+        ),
+        certificate=plans[0].certificate,
+        alike=AlikePlan(
+            label="none",
+            num_gpus=1,
+            batch_size=1,
+            objective_value=1,
+            ttft_s=1,
+            tpot_s=1,
+            verdict="none: made by a test",
         ),
     )
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from rankwright.executor.launch import launch
-from rankwright.planner.plan import Plan
+from rankwright.planner.read_plan import read_launchable
 
 if __name__ == "__main__":
-    plan = Plan.model_validate_json(Path(sys.argv[1]).read_text())
+    plan = read_launchable(Path(sys.argv[1]))
     assert "torch" not in sys.modules, "the parent must not pay for torch"
     try:
         sys.exit(launch(plan, **json.loads(sys.argv[2])))

@@ -8,10 +8,10 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import status
-from rankwright.cli.planning import plan_of
-from rankwright.cost_model.workload import Workload
+from rankwright.cli.planning import launchable, plan_of
 from rankwright.executor.backends.agent import Agent
 from rankwright.planner.make_plan import Pins
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 
 # What a scheduler's manifest decides: `--set` says it where it can be said.
@@ -131,7 +131,8 @@ def run(
     )
     pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp)
     if submits:
-        plan = _planned(model, cluster, load, pins)
+        plan, made_now = plan_of(model, cluster, load, pins=pins)
+        _say_made(plan, made_now)
         from rankwright.cli.render import parse_settings
         from rankwright.executor.submit import submit_and_follow
 
@@ -144,12 +145,15 @@ def run(
         raise typer.Exit(code)
     # It imports PyTorch while we plan and import the server.
     with nullcontext() if backend == "ray" else Agent() as agent:
-        plan = _planned(model, cluster, load, pins)
+        one_machine = backend in ("auto", "local") and nnodes == 1
+        may_mix = one_machine and master_port is None and record_expert_load is None
+        runnable, made_now = launchable(model, cluster, load, pins=pins, may_mix=may_mix)
+        _say_made(runnable, made_now)
         # Here, not at the top: a login node has no rankwright[executor], and `--help` works there.
         from rankwright.executor.launch import launch
 
         code = launch(
-            plan,
+            runnable,
             host=host,
             port=port,
             load_format=load_format,
@@ -172,11 +176,9 @@ def run(
     raise typer.Exit(code)
 
 
-def _planned(model: str, cluster: str, load: Workload, pins: Pins) -> Plan:
-    plan, made_now = plan_of(model, cluster, load, pins=pins)
+def _say_made(plan: Plan | PartsPlan, made_now: bool) -> None:
     if made_now:
-        status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")
-    return plan
+        status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.label()}")
 
 
 def _refuse(context: typer.Context, backend: str, names: tuple[str, ...]) -> None:

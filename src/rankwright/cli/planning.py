@@ -1,9 +1,9 @@
 """From what was typed to a `Plan`: the road that `plan`, `launch`, `generate` and `bench` share."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from rankwright.cli.options import calibrated, check_positive, with_dtypes
 from rankwright.cost_model.dtypes import Dtype
@@ -12,7 +12,7 @@ from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
-from rankwright.planner.read_plan import read_plan
+from rankwright.planner.read_plan import read_launchable, read_plan
 from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.read_cluster import read_cluster
 
@@ -147,16 +147,48 @@ def plan_of(
     return plan_for(value, cluster, workload, pins=pins), True
 
 
-def plan_or_model(text: str) -> Plan | ModelSpec:
+def launchable(
+    text: str,
+    cluster: str,
+    workload: Workload,
+    *,
+    pins: Pins | None = None,
+    may_mix: bool = True,
+) -> "tuple[Plan | PartsPlan, bool]":
+    """Return what `plan_of` does; a plan of unlike replicas where that is better and `may_mix`."""
+    value = plan_or_model(text, read_launchable)
+    if not isinstance(value, ModelSpec):
+        return value, False
+    if may_mix and pins in (None, Pins()):
+        return parts_for(value, cluster, workload), True
+    return plan_for(value, cluster, workload, pins=pins), True
+
+
+P = TypeVar("P")
+
+
+@overload
+def plan_or_model(text: str) -> Plan | ModelSpec: ...
+
+
+@overload
+def plan_or_model(text: str, read: Callable[[Path], P]) -> P | ModelSpec: ...
+
+
+def plan_or_model(text: str, read: Callable[[Path], object] = read_plan) -> object:
     """Return the plan in the file `text`, or the model that `text` names.
 
-    A JSON file with a `split` in it is a plan; `config.json` files have none.
+    A JSON file with a `split`, or pools or parts, in it is a plan; `config.json` files have none.
+
+    Args:
+        text: A file, or what `read_model` takes.
+        read: How plans are read.
     """
     path = Path(text)
     if path.suffix == ".json" and path.name != "config.json":
         if not path.is_file():
             raise ValueError(f"there is no file {text}; `rankwright plan MODEL -o FILE` makes one")
-        return read_plan(path)
+        return read(path)
     if path.is_file():
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -164,5 +196,5 @@ def plan_or_model(text: str) -> Plan | ModelSpec:
         except (TypeError, ValueError):
             is_plan = False
         if is_plan:
-            return read_plan(path)
+            return read(path)
     return read_model(text)
