@@ -42,6 +42,7 @@ PHASES = {
     "cache": "kv_cache",
     "layer": "weights",
     "weights": "weights",
+    "compiler": "wait_for_compiler",
     "graph": "graphs",
     "kernels": "kernels",
     "ready": "last_checks",

@@ -59,7 +59,7 @@ class DecodeGraphs:
         parts: What of each batch this rank computes.
         hidden_size: D.
         dtype: Of activations.
-        device: A CUDA device.
+        device: A CUDA device; on the meta device the steps run and nothing is captured.
         cos_sin_PD: Rotary table.
         drawn_R: Where each step leaves the tokens that it draws; None where ranks are not told.
         on_size: Called after each capture.
@@ -89,15 +89,20 @@ class DecodeGraphs:
         self._lens = torch.zeros(largest, dtype=torch.int32, device=device)
         self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
         self._drawn_R = drawn_R
-        self._host_sets = deque(HostSet(largest, max_blocks) for _ in range(NUM_HOST_SETS))
+        is_real = device.type == "cuda"
+        num_host_sets = NUM_HOST_SETS if is_real else 0
+        self._host_sets = deque(HostSet(largest, max_blocks) for _ in range(num_host_sets))
         self.hidden_BD = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, torch.Tensor] = {}
         self._wide[2].fill_(-1)
-        pool = torch.cuda.graph_pool_handle()
+        pool = torch.cuda.graph_pool_handle() if is_real else None
         # Largest first: smaller graphs then fit into the memory that it left in the pool.
         for size in reversed(sizes):
-            self._capture(size, pool)
+            if is_real:
+                self._capture(size, pool)
+            else:
+                self._run(size)
             on_size(size)
 
     @property

@@ -40,6 +40,25 @@ class Mesh:
 
         Groups are made in the same order on each rank, as `dist.new_group` needs.
         """
+        self._take_place(plan, rank, device)
+        split = plan.split
+        per_replica = split.gpus_per_replica
+        for first in range(0, len(plan.ranks), per_replica):
+            replica = tuple(range(first, first + per_replica))
+            control, results = control_group(replica), control_group(replica)
+            if rank in replica:
+                self.control, self.results = control, results
+            for stage in range(split.pp):
+                self._make_stage_groups(replica, stage)
+        self._control = Control(
+            self.control,
+            rank,
+            one_machine=self._is_one_machine(self.control),
+            spins=device.type == "cuda",
+        )
+
+    def _take_place(self, plan: Plan, rank: int, device: torch.device) -> None:
+        """Set what needs no other rank."""
         split = plan.split
         self.plan = plan
         self.place: RankPlan = plan.ranks[rank]
@@ -60,20 +79,6 @@ class Mesh:
         self._previous = Group((rank,), None)
         self._next = Group((rank,), None)
         self.cp = self.ep = Group((rank,), None)
-        per_replica = split.gpus_per_replica
-        for first in range(0, len(plan.ranks), per_replica):
-            replica = tuple(range(first, first + per_replica))
-            control, results = control_group(replica), control_group(replica)
-            if rank in replica:
-                self.control, self.results = control, results
-            for stage in range(split.pp):
-                self._make_stage_groups(replica, stage)
-        self._control = Control(
-            self.control,
-            rank,
-            one_machine=self._is_one_machine(self.control),
-            spins=device.type == "cuda",
-        )
 
     @property
     def is_one_machine(self) -> bool:

@@ -24,16 +24,14 @@ from rankwright.executor.models.decoder import DecoderStage
 from rankwright.executor.rank_batch import Parts, RankBatch, rank_batch
 from rankwright.executor.stage_link import GroupLink, StageLink
 from rankwright.executor.stage_memory import open_stage_memory
-from rankwright.executor.step_batch import StepBatch, made_up_batch
+from rankwright.executor.step_batch import StepBatch
 from rankwright.executor.token_returns import TokenReturns
+from rankwright.executor.warm_up import warm_up_batches
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rotary import rope_table
 from rankwright.kernels.sampling import sample
 from rankwright.kernels.token_feed import feed_tokens
 from rankwright.planner.plan import Limits, Plan
-
-# Chunk lengths that differ in how a prefill kernel is cut (16, 32, 64 and 128 rows a program).
-WARM_UP_CHUNKS = (2, 17, 33, 65, 512)
 
 
 def _nothing() -> None:
@@ -50,6 +48,7 @@ class Runner:
         dtype: Of weights, activations and cache.
         use_graphs: Capture decode steps as CUDA graphs; ignored on CPUs.
         progress: Called with a short text as loading goes on.
+        before_steps: Called when the weights are loaded, before the first kernel is launched.
     """
 
     def __init__(
@@ -61,6 +60,7 @@ class Runner:
         dtype: torch.dtype,
         use_graphs: bool = True,
         progress: Callable[[str], None] = lambda text: None,
+        before_steps: Callable[[], None] = lambda: None,
     ) -> None:
         spec: ModelSpec = plan.model
         self.mesh = mesh
@@ -119,6 +119,7 @@ class Runner:
             on_layer=lambda index: progress(f"layer {index - first + 1} of {total}"),
         )
         progress("weights loaded")
+        before_steps()
         self.rebalancer: Rebalancer | None = None
         if plan.expert_slots is not None and plan.expert_slots.rebalance_steps is not None:
             every = plan.expert_slots.rebalance_steps
@@ -129,7 +130,7 @@ class Runner:
         self._zeros_R = torch.zeros_like(self._drawn_R)
         self._cold_R = torch.zeros_like(self._drawn_R, dtype=torch.float32)
         self._graphs: DecodeGraphs | None = None
-        if use_graphs and mesh.device.type == "cuda":
+        if use_graphs and mesh.device.type != "cpu":
             most = -(-plan.limits.max_num_seqs // mesh.attention_ranks)
             sizes = capture_sizes(min(most, LARGEST))
             self._graphs = DecodeGraphs(
@@ -167,28 +168,10 @@ class Runner:
     def warm_up(self, limits: Limits) -> None:
         """Run made-up batches, so that no request waits for a kernel to compile.
 
-        Mixed batches of several chunk lengths, as prefill kernels are cut by them, drawn with and
-        without a top-k. They write to the first block of the cache, which holds nothing yet. All
-        ranks of a replica must call this together.
+        They write to the first block of the cache, which holds nothing yet. All ranks of a replica
+        must call this together.
         """
-        ranks = self.mesh.attention_ranks
-        most = min(limits.max_batched_tokens // ranks, limits.max_model_len - 1)
-        kinds: tuple[tuple[int, bool, int], ...] = (
-            (0, False, 0),
-            (1, True, 0),
-            (min(LARGEST, limits.max_num_seqs - 1) // ranks, True, 5),
-        )
-        # With context parallelism, a chunk of each length on each rank in turn.
-        blocks_before = [rank * self._block_tokens for rank in range(self._parts.cp)]
-        chunks = {min(n + before, most) for n in WARM_UP_CHUNKS for before in blocks_before}
-        batches = [
-            made_up_batch(chunk, decodes=decodes, sampled=sampled, top_k=top_k, num_parts=ranks)
-            for chunk in sorted(chunks - {0})
-            for decodes, sampled, top_k in kinds
-            if (decodes + chunk) * ranks <= limits.max_batched_tokens
-            and decodes * ranks < limits.max_num_seqs
-        ]
-        for batch in batches:
+        for batch in warm_up_batches(limits, self._parts):
             self.execute(batch)
         if self.rebalancer is not None:
             self.rebalancer.reset()

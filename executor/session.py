@@ -228,7 +228,21 @@ def start_ranks(
         port = 29500 if options.nnodes > 1 else _free_port()
     rendezvous = Rendezvous(options.nnodes, options.node_rank, options.master_addr, port)
     worker = arguments if forks else [*options.worker, *arguments]
-    return LocalRanks(ranks, agent, rendezvous, environment, worker, forks=forks)
+    compiles = plan_path if compiles_ahead(plan, options, os.environ) else None
+    return LocalRanks(ranks, agent, rendezvous, environment, worker, forks=forks, compiles=compiles)
+
+
+def compiles_ahead(plan: Plan, options: RunOptions, environment: Mapping[str, str]) -> bool:
+    """Whether kernels are compiled beside the start, and not by the rank that first needs them.
+
+    Where `RANKWRIGHT_COMPILE_AHEAD` is 1: it has yet to run on a GPU.
+    """
+    return environment.get("RANKWRIGHT_COMPILE_AHEAD") == "1" and not _on_cpus(plan, options)
+
+
+def _on_cpus(plan: Plan, options: RunOptions) -> bool:
+    gpus = (gpu for node in plan.nodes_used() for gpu in plan.cluster.node(node).gpus)
+    return options.device == "cpu" or all(gpu.device == "cpu" for gpu in gpus)
 
 
 def ranks_fork(plan: Plan, options: RunOptions, environment: Mapping[str, str]) -> bool:
@@ -240,8 +254,7 @@ def ranks_fork(plan: Plan, options: RunOptions, environment: Mapping[str, str]) 
     asked = environment.get("RANKWRIGHT_FORK_RANKS")
     if asked in ("0", "1"):
         return asked == "1"
-    gpus = (gpu for node in plan.nodes_used() for gpu in plan.cluster.node(node).gpus)
-    return options.device == "cpu" or all(gpu.device == "cpu" for gpu in gpus)
+    return _on_cpus(plan, options)
 
 
 def leader_port(options: RunOptions) -> int:

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from rankwright.executor.checkpoint import find_checkpoint
+from rankwright.executor.compile_ahead import wait_for_compiler
 from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.kernel_count import KernelCount
 from rankwright.executor.mesh import Mesh
@@ -125,8 +126,15 @@ def run(
         else SafetensorsSource(folder, dtype, device)
     )
 
+    def wait_for_kernels() -> None:
+        run_dir = os.environ.get("RANKWRIGHT_RUN_DIR")
+        if run_dir is not None and wait_for_compiler(Path(run_dir), progress):
+            progress("compiler done")
+
     with memory_explained(plan, plan.ranks[rank], device, done):
-        runner = Runner(plan, mesh, source, dtype=dtype, progress=progress)
+        runner = Runner(
+            plan, mesh, source, dtype=dtype, progress=progress, before_steps=wait_for_kernels
+        )
         if isinstance(source, SafetensorsSource):
             source.close()
         if device.type == "cuda":

@@ -26,24 +26,32 @@ __all__ = ["DOT_PRECISION", "Backend", "ceil_div", "jit", "next_power_of_two", "
 DOT_PRECISION = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32"}
 
 
-def jit(*, do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+def jit(
+    *, do_not_specialize: tuple[str, ...] = (), any_alignment: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
     """Return `triton.jit`, or a decorator that changes nothing where Triton is not installed.
 
     Args:
         do_not_specialize: Integer arguments that differ from call to call. Triton compiles
             another version for each of "is 1", "divisible by 16" and "other", which a server
             would notice as a pause.
+        any_alignment: Pointers that are a multiple of 16 in some calls only, for which Triton would
+            compile another version, though nothing is loaded from them 16 bytes at a time.
     """
     if triton is None:
         return lambda kernel: kernel
-    return triton.jit(do_not_specialize=list(do_not_specialize))
+    return triton.jit(
+        do_not_specialize=list(do_not_specialize),
+        do_not_specialize_on_alignment=list(any_alignment),
+    )
 
 
 def runs_triton(tensor: torch.Tensor, backend: Backend) -> bool:
     """Return whether the Triton kernel should run.
 
     Args:
-        tensor: Any operand; its device decides when `backend` is "auto".
+        tensor: Any operand; its device decides when `backend` is "auto". On the meta device, which
+            stands for a GPU (`gpu_facts.py`), the kernel is launched as on one.
         backend: "triton" demands the kernel (on the CPU that needs Triton's interpreter, switched
             on by TRITON_INTERPRET=1 before the import), "reference" demands plain PyTorch.
 
@@ -53,7 +61,7 @@ def runs_triton(tensor: torch.Tensor, backend: Backend) -> bool:
     if backend == "reference":
         return False
     if backend == "auto":
-        return tensor.is_cuda and triton is not None
+        return (tensor.is_cuda or tensor.is_meta) and triton is not None
     if backend != "triton":
         raise ValueError(f"backend={backend!r}; expected 'auto', 'triton' or 'reference'")
     if triton is None:

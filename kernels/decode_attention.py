@@ -34,9 +34,9 @@ from rankwright.kernels.decode_config import (
     DecodeConfig,
     decode_config,
     decode_workspace_elements,
-    num_multiprocessors_of,
 )
 from rankwright.kernels.decode_merge import merge_splits, share
+from rankwright.kernels.gpu_facts import gpu_facts
 from rankwright.kernels.paged_cache import check_paged_cache
 
 
@@ -251,7 +251,7 @@ def decode_attention(
             block_tables_BN.shape[1],
             block_tokens,
             k_cache.dtype,
-            num_multiprocessors_of(q_BHD.device),
+            gpu_facts(q_BHD.device).num_multiprocessors,
         )
     if num_splits is not None:
         config = replace(config, num_splits=num_splits)

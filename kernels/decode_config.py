@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
@@ -44,14 +43,6 @@ _MLA_SHAPES = {
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 # The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
 _MAX_SPLITS = 128
-
-
-@lru_cache
-def num_multiprocessors_of(device: torch.device) -> int:
-    """Return the multiprocessors of a device."""
-    if device.type != "cuda":
-        return 4  # the interpreter runs one program at a time; 4 lets its tests meet splits
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def decode_config(

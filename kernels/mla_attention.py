@@ -29,9 +29,9 @@ from rankwright.kernels.decode_config import (
     DecodeConfig,
     decode_workspace_elements,
     mla_decode_config,
-    num_multiprocessors_of,
 )
 from rankwright.kernels.decode_merge import merge_splits, share
+from rankwright.kernels.gpu_facts import gpu_facts
 
 
 def mla_decode_reference(
@@ -212,7 +212,7 @@ def mla_decode_attention(
             block_tables_BN.shape[1],
             block_tokens,
             cache.dtype,
-            num_multiprocessors_of(q_BHC.device),
+            gpu_facts(q_BHC.device).num_multiprocessors,
         )
     needed = decode_workspace_elements(batch, num_heads, latent, config.num_splits)
     workspace = torch.empty(max(needed, 1), dtype=torch.float32, device=q_BHC.device)

@@ -7,11 +7,11 @@ eager step of one shape run the same code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from rankwright.kernels.backend import next_power_of_two
+from rankwright.kernels.gpu_facts import gpu_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +69,6 @@ _MEASURED: dict[tuple[str, int, int, int, int], ExpertsConfig] = {
 }
 
 
-@lru_cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def experts_config(
     *,
     num_tokens: int,
@@ -98,7 +93,7 @@ def experts_config(
     if dtype.itemsize > 2:
         return _FLOAT32
     bucket = next_power_of_two(max(num_tokens, 1))
-    key = (_device_name(device), num_experts, width, hidden_size, bucket)
+    key = (gpu_facts(device).name, num_experts, width, hidden_size, bucket)
     return _MEASURED.get(key) or rule_config(num_tokens * top_k / num_experts)
 
 

@@ -98,7 +98,8 @@ def attend_tiles(
     return acc, total, highest
 
 
-@jit(do_not_specialize=("window", "table_stride"))
+# Tables of prompts stand after those of any number of sequences that decode.
+@jit(do_not_specialize=("window", "table_stride"), any_alignment=("table_ptr",))
 def _prefill_kernel(
     q_ptr,
     k_ptr,

@@ -188,13 +188,15 @@ def sample(
             f"sample: logits {tuple(logits_BV.shape)} with rows of "
             f"{[tuple(row.shape) for row in rows]}; expected [batch, vocabulary] and [batch] each"
         )
-    if not logits_BV.is_cuda:
+    if logits_BV.device.type == "cpu":
         if not bool((temperature_B > 0).any()):
             return logits_BV.argmax(-1)
         if filtered is None:
             filtered = bool(((top_k_B > 0) | (top_p_B < 1)).any())
     # The kernel for filtered rows has not run on a GPU yet, so only who asks for it gets it.
     by_kernel = runs_triton(logits_BV, backend) and (filtered is False or backend == "triton")
+    if not by_kernel and logits_BV.is_meta:
+        return torch.empty(batch, dtype=torch.int64, device="meta")
     if not by_kernel:
         return sample_reference(
             logits_BV, temperature_B, top_k_B, top_p_B, seeds_B, positions_B, filtered is not False

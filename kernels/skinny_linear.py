@@ -10,7 +10,6 @@ takes few enough outputs that one wave of programs fills the GPU, and all of K.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch.nn.functional import linear
@@ -24,6 +23,7 @@ from rankwright.kernels.backend import (
     runs_triton,
     tl,
 )
+from rankwright.kernels.gpu_facts import gpu_facts
 
 # Rows that the kernel takes at most: the least that a tensor-core product has.
 MAX_ROWS = 16
@@ -106,13 +106,6 @@ def _rows_kernel(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=n_mask[:, None] & m_mask[None, :])
 
 
-@lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def skinny_config(num_rows: int, num_outputs: int, num_multiprocessors: int) -> SkinnyConfig | None:
     """Return how a product is best cut, or None where cuBLAS is at least as fast.
 
@@ -161,7 +154,8 @@ def skinny_linear(
     num_outputs = len(weight_NK)
     triton_runs = runs_triton(x_MK, backend)
     if config is None and triton_runs and x_MK.dtype.itemsize == 2:
-        config = skinny_config(num_rows, num_outputs, _num_multiprocessors(x_MK.device))
+        multiprocessors = gpu_facts(x_MK.device).num_multiprocessors
+        config = skinny_config(num_rows, num_outputs, multiprocessors)
     if not triton_runs or config is None or num_rows == 0:
         return _by_torch(x_MK, weight_NK, bias_N, out_MN)
     if num_rows > MAX_ROWS:

@@ -52,6 +52,7 @@ class Order:
         environment: Of the ranks, all of it.
         command: A process a rank; None: ranks are forks of the agent.
         arguments: Of the command, or of the worker in a fork.
+        compiles: Plan whose kernels are compiled beside the start of the ranks; None: ranks do.
     """
 
     rendezvous: Rendezvous
@@ -59,6 +60,7 @@ class Order:
     environment: dict[str, str]
     command: str | None
     arguments: Sequence[str]
+    compiles: str | None = None
 
     def encode(self) -> bytes:
         """Return the order as one line."""

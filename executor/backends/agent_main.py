@@ -44,6 +44,11 @@ def main() -> int:
     os.environ.update(order.environment)
     if order.num_ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
+    if order.compiles is not None:
+        from rankwright.executor.compile_ahead import fork_compiler
+
+        run_dir = Path(os.environ["RANKWRIGHT_RUN_DIR"])
+        fork_compiler(Path(order.compiles), order.rendezvous.node_rank, run_dir)
     try:
         if order.command is None:
             _run_forks(order)

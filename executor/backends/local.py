@@ -43,6 +43,7 @@ class LocalRanks:
         worker: Sequence[str],
         *,
         forks: bool,
+        compiles: Path | None = None,
     ) -> None:
         """Have `agent` start `ranks`, whose files are in its folder.
 
@@ -53,6 +54,7 @@ class LocalRanks:
             environment: Of the ranks.
             worker: Command of a rank, or with `forks` the arguments of our own worker.
             forks: Ranks are forks of the agent.
+            compiles: Plan whose kernels the agent has compiled while ranks start.
         """
         self._ranks = {rank.rank: rank for rank in ranks}
         self._run_dir = agent.run_dir
@@ -70,6 +72,7 @@ class LocalRanks:
                 environment={**environment, "RANKWRIGHT_RUN_DIR": str(agent.run_dir)},
                 command=None if forks else "sh",
                 arguments=list(worker) if forks else shell,
+                compiles=None if compiles is None else str(compiles),
             )
         )
 
