@@ -5,6 +5,7 @@ running.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from rankwright.topology.probe_message import parse_message
 
 # What a task takes from its machine's probe: exit code, standard output, standard error.
 _Answer = tuple[int, str, str]
+_CONNECT_S = 5.0
 _COMMAND = ("-m", "rankwright", "probe", "--json", "--gather", "none")
 
 
@@ -150,6 +152,7 @@ def name_nodes(nodes: Sequence[RayNode]) -> tuple[list[str], list[str]]:
 
 def _connect(ray: Any, address: str) -> None:
     try:
+        _check_answers(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     # Ray raises what it likes here: ConnectionError, RuntimeError, or an error of gRPC.
     except Exception as error:
@@ -158,6 +161,18 @@ def _connect(ray: Any, address: str) -> None:
             f"no Ray cluster answers at {address!r} ({reason}); give its address with "
             "--ray-address or RAY_ADDRESS, or start one with `ray start --head`"
         ) from None
+
+
+def _check_answers(address: str) -> None:
+    """Check that something listens at HOST:PORT: Ray itself tries for ten minutes.
+
+    Raises:
+        OSError: Nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host, min(int(port), 65535)), _CONNECT_S):
+            pass
 
 
 def _ask(ray: Any, nodes: Sequence[RayNode], require_gpu: bool, deadline_s: float) -> list[_Answer]:

@@ -57,9 +57,13 @@ def test_the_address_comes_from_the_environment_and_the_cluster_goes_on(
         ray.shutdown()
 
 
-def test_no_cluster_at_the_address_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["probe", "--gather", "ray", "--ray-address", "there:is:none"]) == 2
-    assert "no Ray cluster answers at 'there:is:none'" in capsys.readouterr().err
+@pytest.mark.timeout(60)  # Ray alone would try the second for ten minutes
+@pytest.mark.parametrize("address", ["there:is:none", "127.0.0.1:1"])
+def test_no_cluster_at_the_address_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    assert main(["probe", "--gather", "ray", "--ray-address", address]) == 2
+    assert f"no Ray cluster answers at {address!r}" in capsys.readouterr().err
 
 
 def row(node_id: str, address: str, gpus: float, *, alive: bool = True) -> dict[str, Any]:

@@ -100,7 +100,10 @@ def run(
     else:
         print_capture(read)
     if output is not None or svg is not None:
-        _write(probe_from_text(text), output, svg)
+        cluster = probe_from_text(text)
+        for note in cluster.notes:
+            status(f"note: {note}")
+        _write(cluster, output, svg)
 
 
 def _show(cluster: Cluster, output: Path | None, svg: Path | None, as_json: bool) -> None:
