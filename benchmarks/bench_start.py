@@ -44,7 +44,8 @@ PHASES = {
     "weights": "weights",
     "compiler": "wait_for_compiler",
     "graph": "graphs",
-    "kernels": "kernels",
+    "batch": "batches",
+    "kernels": "batches",
     "ready": "last_checks",
 }
 # What it says of its Triton kernels, in all.

@@ -8,6 +8,7 @@ Shape letters: B captured batch, N blocks of a table row, D hidden, V vocabulary
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,13 +97,13 @@ class DecodeGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, torch.Tensor] = {}
         self._wide[2].fill_(-1)
-        pool = torch.cuda.graph_pool_handle() if is_real else None
+        capture: Callable[[int], object] = self._run
+        if is_real:
+            # One stream for all: cuBLAS keeps a workspace for each that it has run on.
+            capture = partial(self._capture, torch.cuda.graph_pool_handle(), torch.cuda.Stream())
         # Largest first: smaller graphs then fit into the memory that it left in the pool.
         for size in reversed(sizes):
-            if is_real:
-                self._capture(size, pool)
-            else:
-                self._run(size)
+            capture(size)
             on_size(size)
 
     @property
@@ -126,8 +127,7 @@ class DecodeGraphs:
         out = self._stage.forward(ids_T, self.hidden_BD[:size], context)
         return out if self._stage.head is None else self._stage.logits(out)
 
-    def _capture(self, size: int, pool: Any) -> None:
-        stream = torch.cuda.Stream()
+    def _capture(self, pool: Any, stream: torch.cuda.Stream, size: int) -> None:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Compiles kernels, and lets cuBLAS and NCCL make what may not be made in a capture.
@@ -135,7 +135,7 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self._outputs[size] = self._run(size)
         self._graphs[size] = graph
 

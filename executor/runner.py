@@ -165,14 +165,16 @@ class Runner:
         is_fed_back = self.stage_memory is not None and self.mesh.is_first_stage
         return self.feeds_itself or is_fed_back
 
-    def warm_up(self, limits: Limits) -> None:
+    def warm_up(self, limits: Limits, progress: Callable[[str], None] = lambda text: None) -> None:
         """Run made-up batches, so that no request waits for a kernel to compile.
 
         They write to the first block of the cache, which holds nothing yet. All ranks of a replica
         must call this together.
         """
-        for batch in warm_up_batches(limits, self._parts):
+        batches = list(warm_up_batches(limits, self._parts))
+        for number, batch in enumerate(batches, 1):
             self.execute(batch)
+            progress(f"batch {number} of {len(batches)}, {batch.num_tokens} tokens")
         if self.rebalancer is not None:
             self.rebalancer.reset()
         for load_E in self.stage.expert_loads():

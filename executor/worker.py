@@ -138,8 +138,7 @@ def run(
         if isinstance(source, SafetensorsSource):
             source.close()
         if device.type == "cuda":
-            progress(f"kernels so far: {kernels}")
-            runner.warm_up(plan.limits)
+            runner.warm_up(plan.limits, progress)
             progress(f"kernels of all batches: {kernels}")
             for line in kernels.by_kernel():
                 print(f"  compiled {line}", flush=True)

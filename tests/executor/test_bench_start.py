@@ -17,7 +17,7 @@ warning: GPUs do not share memory
    3.25 s  weights loaded
    4.00 s  graph 1 of 2, batch 2
    6.00 s  graph 2 of 2, batch 1
-   6.00 s  kernels so far: compiled 3 in 1.50 s, read 2 in 0.01 s
+   8.50 s  batch 1 of 1, 8192 tokens
    9.00 s  kernels of all batches: compiled 5 in 3.50 s, read 4 in 0.02 s
   compiled _sample_kernel: 2 in 1.00 s
    9.50 s  ready
@@ -31,7 +31,7 @@ def test_phases_add_up_to_when_the_rank_was_ready() -> None:
         "kv_cache": 1.0,
         "weights": 0.75,
         "graphs": 2.75,
-        "kernels": 3.0,
+        "batches": 3.0,
         "last_checks": 0.5,
     }
     assert sum(found.values()) == 9.5

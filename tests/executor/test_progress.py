@@ -38,13 +38,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_bar_of_the_layers() -> None:
+def test_a_terminal_gets_a_bar_of_layers_and_then_of_graphs() -> None:
     stream = Terminal()
     with Progress(cpu_plan(SPEC, tp=2), stream=stream) as it:
         it.show("   1.50 s  layer 3 of 4")
         assert it._bar is not None
         (task,) = it._bar.tasks
         assert task.percentage == 75
+        it.show("   1.55 s  graph 1 of 4, batch 256")
+        assert task.percentage == 25
         it.show("   1.60 s  ready")
         assert task.fields["said"] == "   1.60 s  ready"
         it.ready("llama")
