@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from rankwright.kernels.backend import jit, next_power_of_two, tl
+from rankwright.kernels.overlap import overlap, take_turn
 
 # Programs of one call at most: each has a word for every rank. 4 on each of an H100's 132
 # multiprocessors keep its links busy, as each waits for one row at a time.
@@ -66,6 +67,7 @@ def _sum_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     program = tl.program_id(0)
     table = table_address.to(tl.pointer_type(tl.int64))
@@ -73,6 +75,7 @@ def _sum_kernel(
     mask = d < DIM
     if HAS_NORM:  # loaded while the peers are on their way
         weight = tl.load(weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    take_turn(OVERLAP)  # a peer is told of parts that are written
     meet(table, words_ptr, epochs_ptr, SIGNAL_WORD, program, RANK, WORLD)
     out_type = out_ptr.dtype.element_ty
     for row_number in range(program, num_tokens, tl.num_programs(0)):
@@ -151,5 +154,6 @@ def sum_parts(
         HAS_NORM=has_norm,
         # 16 bytes a thread and load, as in `rms_norm`.
         num_warps=min(max(block_d // 256, 1), 16),
+        **overlap(out_TD),
     )
     return out_TD

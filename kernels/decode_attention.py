@@ -37,6 +37,7 @@ from rankwright.kernels.decode_config import (
 )
 from rankwright.kernels.decode_merge import merge_splits, share
 from rankwright.kernels.gpu_facts import gpu_facts
+from rankwright.kernels.overlap import overlap, take_turn
 from rankwright.kernels.paged_cache import check_paged_cache
 
 
@@ -82,7 +83,9 @@ def _decode_kernel(
     IS_SPLIT: tl.constexpr,
     MIN_TILES: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    take_turn(OVERLAP)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -305,6 +308,7 @@ def decode_attention(
         HAS_SINKS=sinks_H is not None,
         RETURN_LSE=lse_BH is not None,
         LN_2=math.log(2),
+        **overlap(q_BHD),
     )
     if num_splits > 1:
         merge_splits(

@@ -11,6 +11,7 @@ import torch
 
 from rankwright.kernels.backend import jit, next_power_of_two, tl
 from rankwright.kernels.decode_config import DecodeConfig
+from rankwright.kernels.overlap import overlap, take_turn
 
 
 @jit()
@@ -47,8 +48,10 @@ def _merge_kernel(
     RETURN_LSE: tl.constexpr,
     LN_2: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Write the mean of a row's splits, weighted with their log-sum-exp."""
+    take_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     context = tl.load(context_ptr + row // NUM_HEADS)
     if HAS_WINDOWS:
@@ -138,4 +141,5 @@ def merge_splits(
         RETURN_LSE=lse_BH is not None,
         LN_2=math.log(2),
         num_warps=4,
+        **overlap(out_BHD),
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rankwright.kernels.backend import Backend, ceil_div, jit, next_power_of_two, runs_triton, tl
+from rankwright.kernels.overlap import overlap, take_turn
 
 Scaling = Mapping[str, Any]
 
@@ -188,7 +189,9 @@ def _rotary_and_cache_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    take_turn(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     # Packed heads of this program: query, key and value heads may meet in one tile.
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -353,5 +356,6 @@ def rotary_and_cache(
         BLOCK_R=block_r,
         HAS_NORM=q_norm_D is not None,
         num_warps=2,
+        **overlap(qkv_TC),
     )
     return q_THD

@@ -24,6 +24,7 @@ from rankwright.kernels.backend import (
     tl,
 )
 from rankwright.kernels.gpu_facts import gpu_facts
+from rankwright.kernels.overlap import let_next_come, overlap, wait_for_last
 
 # Rows that the kernel takes at most: the least that a tensor-core product has.
 MAX_ROWS = 16
@@ -52,14 +53,27 @@ def _vector_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Write one row: products in registers, added up across threads once at the end."""
+    """Write one row: products in registers, added up across threads once at the end.
+
+    Where kernels overlap, the first step's weights are on their way before x is there.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     n_mask = n < num_outputs
     w_at = w_ptr + n.to(tl.int64)[:, None] * w_stride + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in tl.range(0, NUM_INPUTS, BLOCK_K, num_stages=STAGES):
+    first = 0
+    if OVERLAP:
+        let_next_come(OVERLAP)
+        inside = k < NUM_INPUTS
+        w = tl.load(w_at, mask=n_mask[:, None] & inside[None, :], other=0.0)
+        wait_for_last(OVERLAP)
+        x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        acc += w.to(tl.float32) * x[None, :]
+        first = BLOCK_K
+    for start in tl.range(first, NUM_INPUTS, BLOCK_K, num_stages=STAGES):
         inside = k < NUM_INPUTS - start
         x = tl.load(x_ptr + start + k, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_at + start, mask=n_mask[:, None] & inside[None, :], other=0.0)
@@ -175,7 +189,7 @@ def skinny_linear(
         _vector_kernel[grid](
             x_MK, weight_NK, bias, out_MN, num_outputs, weight_NK.stride(0),
             **shared, STAGES=config.num_stages, HAS_BIAS=bias_N is not None,
-            num_warps=config.num_warps,
+            num_warps=config.num_warps, **overlap(x_MK),
         )  # fmt: skip
     else:
         _rows_kernel[grid](

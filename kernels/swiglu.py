@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from rankwright.kernels.backend import Backend, ceil_div, jit, runs_triton, tl
+from rankwright.kernels.overlap import overlap, take_turn
 
 
 def swiglu_reference(gate_up_TC: torch.Tensor) -> torch.Tensor:
@@ -18,8 +19,14 @@ def swiglu_reference(gate_up_TC: torch.Tensor) -> torch.Tensor:
 
 @jit()
 def _swiglu_kernel(
-    gate_up_ptr, out_ptr, gate_up_stride, NUM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    gate_up_ptr,
+    out_ptr,
+    gate_up_stride,
+    NUM_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    take_turn(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = f < NUM_COLUMNS
@@ -64,5 +71,6 @@ def swiglu(gate_up_TC: torch.Tensor, *, backend: Backend = "auto") -> torch.Tens
             NUM_COLUMNS=num_columns,
             BLOCK=_BLOCK,
             num_warps=4,
+            **overlap(gate_up_TC),
         )
     return out_TF

@@ -63,11 +63,13 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
 
 found = {}
 found["rms_norm"] = resources(
-    rms_norm._rms_norm_kernel, 16, 1, ["eps"], [], DIM=4096, BLOCK_D=4096, HAS_RESIDUAL=True)
-found["swiglu"] = resources(swiglu._swiglu_kernel, 4, 1, [], [], NUM_COLUMNS=14336, BLOCK=1024)
+    rms_norm._rms_norm_kernel, 16, 1, ["eps"], [], DIM=4096, BLOCK_D=4096, HAS_RESIDUAL=True,
+    OVERLAP=True)
+found["swiglu"] = resources(swiglu._swiglu_kernel, 4, 1, [], [], NUM_COLUMNS=14336, BLOCK=1024,
+    OVERLAP=True)
 found["rotary"] = resources(
     rotary._rotary_and_cache_kernel, 2, 1, ["eps"], [], BLOCK_TOKENS=64, NUM_HEADS=32,
-    NUM_KV_HEADS=8, HALF_DIM=64, BLOCK_H=8, BLOCK_R=64, HAS_NORM=True)
+    NUM_KV_HEADS=8, HALF_DIM=64, BLOCK_H=8, BLOCK_R=64, HAS_NORM=True, OVERLAP=True)
 found["sample"] = resources(
     sampling._sample_kernel, 8, 1, [], [], BLOCK=sampling._BLOCK, **noise.CONSTANTS)
 found["maxima"] = resources(
@@ -80,14 +82,14 @@ cut = dict(
 dims = dict(NUM_HEADS=32, HEAD_DIM=128, BLOCK_D=128)
 found["merge"] = resources(
     decode_merge._merge_kernel, 4, 1, [], ["window", "num_splits"], BLOCK_S=32, CHUNK=16,
-    **cut, **dims)
+    OVERLAP=True, **cut, **dims)
 import torch
 shape = decode_config.decode_config(1, 8, 128, 128, 64, torch.bfloat16, 132)
 paged = dict(GROUP=4, HEAD_OFFSET=0, BLOCK_TOKENS=64, PRECISION="tf32", **dims)
 loose = ["window", "table_stride", "num_splits"]
 found["decode"] = resources(
     decode_attention._decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
-    BLOCK_M=16, IS_SPLIT=True, **cut | {"TILE": shape.tile}, **paged)
+    BLOCK_M=16, IS_SPLIT=True, OVERLAP=True, **cut | {"TILE": shape.tile}, **paged)
 shape = prefill_attention.prefill_config(4096, 128, 64, torch.bfloat16)
 found["prefill"] = resources(
     prefill_attention._prefill_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
@@ -117,7 +119,7 @@ found["mla rotary"] = resources(
     HALF=32, BLOCK_TOKENS=64, BLOCK_H=16, BLOCK_L=512, BLOCK_R=32)
 found["sum of parts"] = resources(
     all_reduce._sum_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
-    SIGNAL_WORD=0, RANK=0, WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
+    SIGNAL_WORD=0, RANK=0, WORLD=2, DIM=4096, BLOCK_D=4096, HAS_NORM=True, OVERLAP=True)
 found["sum in two shots"] = resources(
     two_shot_sum._two_shot_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
     ARRIVALS_OFFSET=8192, SIGNAL_WORD=0, RANK=0, WORLD=4, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
@@ -134,7 +136,9 @@ found["await"] = resources(peer_words._await_kernel, 1, 1, [], ["word", "count"]
 found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
 for rows, kernel in ((1, skinny_linear._vector_kernel), (8, skinny_linear._rows_kernel)):
     cut = skinny_linear.skinny_config(rows, 4096, 132) or skinny_linear.SkinnyConfig(64, 256, 4, 4)
-    more = dict(STAGES=cut.num_stages) if rows == 1 else dict(BLOCK_M=16, PRECISION="tf32")
+    more = dict(BLOCK_M=16, PRECISION="tf32")
+    if rows == 1:
+        more = dict(STAGES=cut.num_stages, OVERLAP=True)
     found[f"linear {rows}"] = resources(
         kernel, cut.num_warps, cut.num_stages, [], ["num_rows"], NUM_INPUTS=4096,
         BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, **more)
@@ -214,6 +218,27 @@ def test_kernel_has_the_instructions_it_was_written_for(
     kernel: str, instruction: str, compiled: dict[str, Any]
 ) -> None:
     assert instruction in compiled[kernel]["ptx"].replace(", ", ",")
+
+
+@pytest.mark.parametrize(
+    "kernel", ["rms_norm", "swiglu", "rotary", "decode", "merge", "sum of parts", "linear 1"]
+)
+def test_kernels_that_overlap_write_only_when_the_one_before_is_done(
+    kernel: str, compiled: dict[str, Any]
+) -> None:
+    before, wait, after = compiled[kernel]["ptx"].partition("griddepcontrol.wait")
+    assert wait
+    assert "griddepcontrol.launch_dependents" in before
+    assert not any(store in before for store in ("st.global", "atom.", "cp.async"))
+    assert "st.global" in after
+
+
+@pytest.mark.parametrize("kernel", ["rms_norm", "sum of parts", "linear 1"])
+def test_weights_are_read_before_the_kernel_before_is_done(
+    kernel: str, compiled: dict[str, Any]
+) -> None:
+    before, _, _ = compiled[kernel]["ptx"].partition("griddepcontrol.wait")
+    assert "ld.global.v4.b32" in before
 
 
 def test_grouped_products_fit_on_a_multiprocessor(compiled: dict[str, Any]) -> None:
