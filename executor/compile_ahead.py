@@ -85,7 +85,7 @@ def kernels_of_node(plan: Plan, node_rank: int) -> list[Launch]:
     for rank in unlike_ranks(plan, plan.ranks_of_node(node_order(plan)[node_rank])):
         gpu = torch.cuda.get_device_properties(rank_device(plan, rank.rank))
         target = GPUTarget("cuda", gpu.major * 10 + gpu.minor, gpu.warp_size)
-        facts = GpuFacts(gpu.name, gpu.multi_processor_count)
+        facts = GpuFacts(gpu.name, gpu.multi_processor_count, (gpu.major, gpu.minor))
         launches = launches_of(plan, rank.rank, facts, target, DTYPES[plan.model.dtype])
         found.update(dict.fromkeys(launches))
     return list(found)

@@ -18,6 +18,7 @@ class GpuFacts:
 
     name: str
     num_multiprocessors: int
+    capability: tuple[int, int] = (0, 0)
 
 
 _stood_in_for: list[GpuFacts] = []
@@ -38,7 +39,7 @@ def gpu_facts(device: torch.device) -> GpuFacts:
     """
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
-        return GpuFacts(found.name, found.multi_processor_count)
+        return GpuFacts(found.name, found.multi_processor_count, (found.major, found.minor))
     if device.type == "meta":
         if not _stood_in_for:
             raise ValueError("a tensor on the meta device stands for no GPU; call stand_in first")

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from rankwright.kernels.backend import jit, tl
+from rankwright.kernels.gpu_facts import gpu_facts
 
 try:
     from triton.language.extra import cuda
@@ -53,13 +54,12 @@ def overlap(tensor: torch.Tensor) -> dict[str, bool]:
     (programmatic dependent launch), so that its start costs nothing and its weights are on their
     way. Elsewhere, and without `RANKWRIGHT_OVERLAP_KERNELS=1`, it begins when that kernel is done.
     """
-    if not tensor.is_cuda or not _may_overlap(tensor.device):
+    if not wanted() or gpu_facts(tensor.device).capability < (9, 0):
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 
 
 @lru_cache
-def _may_overlap(device: torch.device) -> bool:
-    if not hasattr(cuda, "gdc_wait") or os.environ.get("RANKWRIGHT_OVERLAP_KERNELS") != "1":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def wanted() -> bool:
+    """Return whether kernels may overlap, on GPUs that can do that."""
+    return hasattr(cuda, "gdc_wait") and os.environ.get("RANKWRIGHT_OVERLAP_KERNELS") == "1"

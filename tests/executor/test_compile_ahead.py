@@ -41,7 +41,7 @@ for name, model, split in (
         max_batched_tokens=8192, max_model_len=8192, **split,
     )
     launches = launches_of(
-        plan, 0, GpuFacts("NVIDIA H100", 132), GPUTarget("cuda", 90, 32), torch.bfloat16
+        plan, 0, GpuFacts("NVIDIA H100", 132, (9, 0)), GPUTarget("cuda", 90, 32), torch.bfloat16
     )
     assert len(set(launches)) == len(launches)
     found[name] = Counter(launch.name for launch in launches)

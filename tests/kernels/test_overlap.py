@@ -13,7 +13,7 @@ from rankwright.kernels.swiglu import swiglu
 
 
 def test_no_kernel_is_launched_early_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlapping, "_may_overlap", _always)
+    monkeypatch.setattr(overlapping, "wanted", _always)
     assert overlap(torch.empty(1)) == {"OVERLAP": False}
 
 
@@ -44,7 +44,7 @@ def test_a_chain_of_layers_is_the_same_overlapped(
     out_TD = torch.empty_like(x_TD)
     outs = []
     for early in (False, True):
-        monkeypatch.setattr(overlapping, "_may_overlap", [_never, _always][early])
+        monkeypatch.setattr(overlapping, "wanted", [_never, _always][early])
         replay = _captured(run)
         for _ in range(20):
             out_TD.fill_(torch.nan)
@@ -55,11 +55,11 @@ def test_a_chain_of_layers_is_the_same_overlapped(
     assert not torch.isnan(outs[0]).any()
 
 
-def _never(device: torch.device) -> bool:
+def _never() -> bool:
     return False
 
 
-def _always(device: torch.device) -> bool:
+def _always() -> bool:
     return True
 
 
