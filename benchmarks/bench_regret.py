@@ -76,10 +76,13 @@ def main() -> None:
     parser.add_argument("--cluster", help="shorthand, instead of this machine; with --dry-run")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on two CPU ranks")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help="requests of a run for each one in flight"
+    )
     parser.add_argument("--worker", type=Path, help="jobs of one plan; set by this script")
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        work(arguments.worker)
+        work(arguments.worker, arguments.rounds)
         return
     arguments.parts.mkdir(parents=True, exist_ok=True)
     if arguments.tiny:
@@ -149,6 +152,7 @@ def study(scenarios: list[Scenario], cluster: Cluster, arguments: argparse.Names
         "weights": "random",
         "chunk_tokens": CHUNK_TOKENS,
         "length_spread": SPREAD,
+        "rounds": arguments.rounds,
         "summary": summary,
         "rows": rows,
         "runs": [asdict(job) | row for job, row in measured.items()],
@@ -171,6 +175,7 @@ def measure(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(made.num_gpus), __file__),
         *("--parts", str(arguments.parts), "--worker", str(folder)),
+        *("--rounds", str(arguments.rounds)),
     ]
     started = time.monotonic()
     try:
@@ -235,7 +240,7 @@ def _read_parts(folder: Path) -> dict[Job, dict[str, Any]]:
     return found
 
 
-def work(folder: Path) -> None:
+def work(folder: Path, rounds: int) -> None:
     """Be one rank: load it, and on the leader of each replica measure every job."""
     # Torch only here: planning and judging need none.
     import torch
@@ -262,7 +267,7 @@ def work(folder: Path) -> None:
     if device.type == "cuda":
         runner.warm_up(made.limits)
     replica = Replica(made, mesh, runner, 0.0, 0.0, [])
-    rows = run(replica, measure_jobs, jobs)
+    rows = run(replica, measure_jobs, jobs, rounds)
     if mesh.is_leader:
         path = folder / f"replica-{mesh.place.replica}.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
@@ -270,14 +275,14 @@ def work(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def measure_jobs(client: Client, jobs: list[Job]) -> list[dict[str, float]]:
+def measure_jobs(client: Client, jobs: list[Job], rounds: int) -> list[dict[str, float]]:
     """Return the figures of each job, in this replica."""
-    return [_measure_job(client, job) for job in jobs]
+    return [_measure_job(client, job, rounds) for job in jobs]
 
 
-def _measure_job(client: Client, job: Job) -> dict[str, float]:
+def _measure_job(client: Client, job: Job, rounds: int) -> dict[str, float]:
     batch = job.batch_size
-    count = max(ROUNDS * batch, batch + LEAST_REQUESTS)
+    count = max(rounds * batch, batch + LEAST_REQUESTS)
     rng = random.Random(batch)
 
     def near(tokens: int) -> int:
