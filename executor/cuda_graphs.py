@@ -6,15 +6,14 @@ batch is padded to the next captured size: a padding row has context 0 (attends 
 Shape letters: B captured batch, N blocks of a table row, D hidden, V vocabulary.
 """
 
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from rankwright.executor.forward_context import ForwardContext
+from rankwright.executor.graph_inputs import GraphInputs
 from rankwright.executor.models.decoder import DecoderStage
 from rankwright.executor.rank_batch import Parts, RankBatch
 from rankwright.kernels.token_feed import feed_tokens
@@ -22,9 +21,6 @@ from rankwright.kernels.token_feed import feed_tokens
 # Fine steps where one more padding row costs most; between 32 and 256 a GEMM's tile of 16 rows is
 # filled either way.
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-# Sets of host buffers: one that is being filled while copies of the steps before may still wait for
-# the GPU to come to them.
-NUM_HOST_SETS = 3
 # Largest captured batch: past it a step is long enough to hide its launches.
 LARGEST = SIZES[-1]
 
@@ -38,16 +34,6 @@ def capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
     below = [size for size in SIZES if size < max_num_seqs]
     above = [size for size in SIZES if size >= max_num_seqs]
     return tuple(below + above[:1])
-
-
-class HostSet:
-    """Pinned buffers that a batch is copied to the device from, and when that copy is over."""
-
-    def __init__(self, largest: int, max_blocks: int) -> None:
-        self.wide = torch.zeros(3, largest, dtype=torch.int64, pin_memory=True)
-        self.lens = torch.zeros(largest, dtype=torch.int32, pin_memory=True)
-        self.tables = torch.zeros(largest, max_blocks, dtype=torch.int32, pin_memory=True)
-        self.copied = torch.cuda.Event()
 
 
 class DecodeGraphs:
@@ -85,18 +71,12 @@ class DecodeGraphs:
         self._parts = parts
         self._cos_sin_PD = cos_sin_PD
         largest = sizes[-1]
-        # Token ids, positions and slots share a buffer, so that they are one copy.
-        self._wide = torch.zeros(3, largest, dtype=torch.int64, device=device)
-        self._lens = torch.zeros(largest, dtype=torch.int32, device=device)
-        self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
+        self._inputs = GraphInputs(largest, max_blocks, device)
         self._drawn_R = drawn_R
         is_real = device.type == "cuda"
-        num_host_sets = NUM_HOST_SETS if is_real else 0
-        self._host_sets = deque(HostSet(largest, max_blocks) for _ in range(num_host_sets))
         self.hidden_BD = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._outputs: dict[int, torch.Tensor] = {}
-        self._wide[2].fill_(-1)
         capture: Callable[[int], object] = self._run
         if is_real:
             # One stream for all: cuBLAS keeps a workspace for each that it has run on.
@@ -112,16 +92,17 @@ class DecodeGraphs:
         return self._sizes[-1]
 
     def _run(self, size: int) -> torch.Tensor:
+        inputs = self._inputs
         context = ForwardContext(
             num_decodes=size,
-            positions_T=self._wide[1, :size],
-            slots_T=self._wide[2, :size],
-            context_lens_S=self._lens[:size],
-            block_tables_SN=self._tables[:size],
+            positions_T=inputs.wide[1, :size],
+            slots_T=inputs.wide[2, :size],
+            context_lens_S=inputs.lens[:size],
+            block_tables_SN=inputs.tables[:size],
             cos_sin_PD=self._cos_sin_PD,
             parts=self._parts,
         )
-        ids_T = self._wide[0, :size]
+        ids_T = inputs.wide[0, :size]
         if self._drawn_R is not None:
             ids_T = feed_tokens(ids_T, self._drawn_R)
         out = self._stage.forward(ids_T, self.hidden_BD[:size], context)
@@ -141,24 +122,7 @@ class DecodeGraphs:
 
     def fill(self, batch: RankBatch) -> None:
         """Copy a decode batch into the input buffers, without waiting for the device."""
-        count = batch.num_tokens
-        size = self.size_for(count)
-        width = batch.block_tables_SN.shape[1]
-        host = self._host_sets[0]
-        self._host_sets.rotate(-1)
-        host.copied.synchronize()  # the copy of some steps before may still read it
-        wide, lens, tables = host.wide.numpy(), host.lens.numpy(), host.tables.numpy()
-        wide[:, count:size] = np.array([[0], [0], [-1]])
-        wide[0, :count] = batch.token_ids_T
-        wide[1, :count] = batch.positions_T
-        wide[2, :count] = batch.slots_T
-        lens[count:size] = 0
-        lens[:count] = batch.context_lens_S
-        tables[:count, :width] = batch.block_tables_SN
-        self._wide.copy_(host.wide, non_blocking=True)
-        self._lens[:size].copy_(host.lens[:size], non_blocking=True)
-        self._tables[:count].copy_(host.tables[:count], non_blocking=True)
-        host.copied.record()
+        self._inputs.fill(batch, self.size_for(batch.num_tokens))
 
     def replay(self, count: int) -> torch.Tensor:
         """Return the output of the batch that `count` rows are padded to.
