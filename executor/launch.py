@@ -106,11 +106,11 @@ def launch(
     """
     parts = parts_of(
         plan,
-        {"--backend": backend not in ("auto", "local") and backend, "--nnodes": nnodes > 1}
+        {"--backend ray": backend == "ray", "--nnodes": nnodes > 1}
         | {"--master-port": master_port, "--record-expert-load": record_expert_load},
     )
     if backend in SUBMITTERS:
-        return submit_and_follow(parts[0], backend, **submitted)
+        return submit_and_follow(plan, backend, **submitted)
     if submitted:
         raise TypeError(f"backend {backend!r} takes no {', '.join(submitted)}")
     options = make_options(

@@ -14,7 +14,7 @@ from rankwright.executor.follow import EXIT_FAILED, EXIT_OK, follow
 from rankwright.executor.launch_record import LaunchRecord, write_record
 from rankwright.executor.launch_state import Launch
 from rankwright.executor.phase_view import PhaseView
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.options import default_name
 
 # Modules with a `submit(plan, folder, settings)`.
@@ -27,11 +27,11 @@ _LAUNCHES = {
 }
 _FOLDER = "rankwright-jobs"
 
-Submitter = Callable[[Plan, Path, Mapping[str, object]], Launch]
+Submitter = Callable[[OwnPlan, Path, Mapping[str, object]], Launch]
 
 
 def submit_and_follow(
-    plan: Plan,
+    plan: OwnPlan,
     backend: str,
     *,
     folder: Path | None = None,
@@ -85,7 +85,7 @@ def describe_place(record: LaunchRecord) -> str:
     return f"process {place.pid} on {place.host}"
 
 
-def _new_folder(plan: Plan) -> Path:
+def _new_folder(plan: OwnPlan) -> Path:
     """Return a folder that no other launch has."""
     base = Path(_FOLDER) / default_name(plan)
     number = 1

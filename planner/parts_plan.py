@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.prediction import Estimate
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.plan import Certificate, EnvironmentVariable, Plan
+from rankwright.planner.plan import Certificate, EnvironmentVariable, Plan, RankPlan
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.value import Value
 
@@ -97,6 +97,11 @@ class PartsPlan(Value):
         return self.parts[0].cluster_fingerprint
 
     @property
+    def ranks(self) -> tuple[RankPlan, ...]:
+        """Ranks of all parts, part by part, each with its number within its part."""
+        return tuple(rank for part in self.parts for rank in part.ranks)
+
+    @property
     def environment(self) -> tuple[EnvironmentVariable, ...]:
         """Settings of all parts, each once: they follow from the machine, which is one."""
         return tuple(dict.fromkeys(one for part in self.parts for one in part.environment))
@@ -105,6 +110,14 @@ class PartsPlan(Value):
     def num_replicas(self) -> int:
         """Replicas of all parts."""
         return sum(part.split.dp for part in self.parts)
+
+    def nodes_used(self) -> tuple[int, ...]:
+        """Machines that hold a rank: one."""
+        return self.parts[0].nodes_used()
+
+    def ranks_of_node(self, node: int) -> tuple[RankPlan, ...]:
+        """Ranks of all parts on machine `node`."""
+        return tuple(rank for rank in self.ranks if rank.node == node)
 
     def shares(self) -> tuple[float, ...]:
         """Return the share of the tokens that each part makes when all are busy."""
@@ -136,6 +149,10 @@ class PartsPlan(Value):
         """Run all parts on this machine and serve them until stopped; return the exit code."""
         code: int = import_module("rankwright.executor.launch").launch(self, **options)
         return code
+
+
+# What our own executor runs: replicas that are alike, or parts.
+OwnPlan = Plan | PartsPlan
 
 
 def part_label(part: Plan) -> str:

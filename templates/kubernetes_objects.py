@@ -14,7 +14,8 @@ from itertools import groupby
 from pathlib import PurePosixPath
 
 from rankwright import __version__
-from rankwright.planner.plan import EnvironmentVariable, Plan
+from rankwright.planner.parts_plan import OwnPlan, PartsPlan
+from rankwright.planner.plan import EnvironmentVariable
 from rankwright.templates.fill import fill
 from rankwright.templates.kubernetes_flavors import (
     Flavor,
@@ -73,7 +74,7 @@ _HEAD_LABEL = ("app.kubernetes.io/component", "head")
 INTERFACE_VARIABLES = frozenset({"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"})
 
 
-def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
+def kubernetes_files(plan: OwnPlan, options: KubernetesOptions) -> dict[str, str]:
     """Return the objects of `plan` as one YAML file, by file name.
 
     Raises:
@@ -86,6 +87,11 @@ def kubernetes_files(plan: Plan, options: KubernetesOptions) -> dict[str, str]:
     kind = flavor_name(options.flavor, len(shares))
     flavor = check_flavor(kind, groups, options)
     if flavor.on_ray:
+        if isinstance(plan, PartsPlan):
+            raise ValueError(
+                f"Ray Serve runs replicas of one shape, the plan has {plan.label()}; choose "
+                "another flavor, or plan with --mixed-shapes never"
+            )
         check_ray_port(options.port)
     environment, left_out = pod_environment(checked_environment(plan))
     model_mount, model_path, host_path = model_volume(plan, options)
@@ -135,7 +141,7 @@ def startup_failures(shares: tuple[NodeShare, ...]) -> int:
 
 
 def fill_objects(
-    plan: Plan,
+    plan: OwnPlan,
     options: PodOptions,
     name: str,
     extras: Flavor,
@@ -167,7 +173,7 @@ def fill_objects(
         "kubernetes/rankwright.yaml.j2",
         version=__version__,
         model=plan.model.name,
-        split=plan.split.label(),
+        split=plan.label(),
         kubernetes="1.34" if options.device_class else "1.31",
         name=name,
         plan_name=f"{name}-plan-{hashlib.sha256(content.encode()).hexdigest()[:8]}",
@@ -201,7 +207,7 @@ def fill_objects(
     return {KUBERNETES_FILE: objects}
 
 
-def _first_device(plan: Plan) -> str:
+def _first_device(plan: OwnPlan) -> str:
     first = plan.ranks[0]
     gpus = plan.cluster.node(first.node).gpus
     return next(gpu.device for gpu in gpus if gpu.index == first.gpu)
@@ -280,7 +286,7 @@ def pod_environment(
     return tuple(v for v in variables if v.name not in unfit), tuple(sorted(unfit))
 
 
-def model_volume(plan: Plan, options: PodOptions) -> tuple[str, str | None, str | None]:
+def model_volume(plan: OwnPlan, options: PodOptions) -> tuple[str, str | None, str | None]:
     """Return where weights are mounted, the path to launch from, and the folder on the machine."""
     host_path, mount, path = options.model_host_path, "/models", options.model_path
     if options.model_pvc is not None or host_path is not None:

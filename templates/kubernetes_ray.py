@@ -4,7 +4,7 @@ The plan's machines are all workers. Which of them is which, Ray decides: it giv
 ranks a node that has what they ask for.
 """
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.kubernetes_flavors import Group, PodShare
 from rankwright.templates.layout import NodeShare
 from rankwright.templates.ray_share import FRONT_END_CPUS, rank_share
@@ -28,7 +28,7 @@ def ray_head(name: str) -> Group:
 
 
 def ray_workers(
-    plan: Plan, shares: tuple[NodeShare, ...], groups: tuple[Group, ...]
+    plan: OwnPlan, shares: tuple[NodeShare, ...], groups: tuple[Group, ...]
 ) -> tuple[tuple[Group, int], ...]:
     """Return the pods of the plan's machines, one group for all that are alike.
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.topology.cluster import Node
 
 # A GPU rank keeps one thread busy with Python and kernel launches and one with NCCL's proxy or with
@@ -63,7 +63,7 @@ class NodeShare:
         return sum(device != "cpu" for device in self.devices)
 
 
-def node_order(plan: Plan) -> tuple[int, ...]:
+def node_order(plan: OwnPlan) -> tuple[int, ...]:
     """Return the plan's machines by node rank: in the order of their first rank.
 
     Raises:
@@ -78,7 +78,7 @@ def node_order(plan: Plan) -> tuple[int, ...]:
     return tuple(places)
 
 
-def node_shares(plan: Plan, *, told_apart: bool = False) -> tuple[NodeShare, ...]:
+def node_shares(plan: OwnPlan, *, told_apart: bool = False) -> tuple[NodeShare, ...]:
     """Return what each used machine must give, by node rank.
 
     Args:
@@ -104,7 +104,7 @@ def node_shares(plan: Plan, *, told_apart: bool = False) -> tuple[NodeShare, ...
     return shares
 
 
-def _share(plan: Plan, node_rank: int, node: int) -> NodeShare:
+def _share(plan: OwnPlan, node_rank: int, node: int) -> NodeShare:
     gpus = sorted(rank.gpu for rank in plan.ranks_of_node(node))
     held_bytes = math.ceil(plan.prediction.memory_bytes_per_gpu.high) * len(gpus)
     return share_of(plan.cluster.node(node), node_rank, node, gpus, held_bytes)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 
 # The front end as a Ray Serve replica: one Python thread that hands tokens on.
 FRONT_END_CPUS = 1
@@ -16,7 +16,7 @@ class RankShare:
     num_cpus: int
 
 
-def rank_share(plan: Plan, node: int) -> RankShare:
+def rank_share(plan: OwnPlan, node: int) -> RankShare:
     """Return what each rank of machine `node` asks for."""
     machine = plan.cluster.node(node)
     devices = {gpu.index: gpu.device for gpu in machine.gpus}

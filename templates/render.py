@@ -74,6 +74,9 @@ TARGETS: dict[str, Target] = {
 }
 
 
+# Those of our own executor, which starts all parts of a plan with one command.
+PART_TARGETS = {target: TARGETS[target] for target in ("slurm", "kubernetes")}
+
 POOL_TARGETS: dict[str, Target] = {
     target: Target(
         "workers of both pools, and the router in front of them",
@@ -119,11 +122,11 @@ def render(
     on = options.pop("on", None)
     if on is not None and not isinstance(on, str):
         raise ValueError(f"on={on!r} is no scheduler's name")
-    if isinstance(plan, PartsPlan):
+    if isinstance(plan, PartsPlan) and (target in TARGETS and target not in PART_TARGETS):
         raise ValueError(
             f"the plan has replicas of different shapes ({plan.label()}), and target {target!r} "
-            "starts one shape; `rankwright launch` runs this plan on its machine, "
-            "`rankwright plan --mixed-shapes never` makes one for this target"
+            f"starts one shape; render it for {' or '.join(PART_TARGETS)}, or plan with "
+            "--mixed-shapes never"
         )
     if isinstance(plan, DisaggregatedPlan):
         row = _find(target, on, POOL_TARGETS)

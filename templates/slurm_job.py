@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import PurePosixPath
 
 from rankwright import __version__
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan, PartsPlan
 from rankwright.templates.fill import fill
 from rankwright.templates.layout import (
     DRAIN_S,
@@ -56,7 +56,7 @@ class JobFile:
     text: str
 
 
-def plan_file(plan: Plan) -> JobFile:
+def plan_file(plan: OwnPlan) -> JobFile:
     """Return the plan as a file of a job."""
     return JobFile(
         name="plan.json",
@@ -69,7 +69,7 @@ def plan_file(plan: Plan) -> JobFile:
 
 def fill_job(
     template: str,
-    plan: Plan,
+    plan: OwnPlan,
     options: SlurmOptions,
     files: tuple[JobFile, ...],
     shares: tuple[NodeShare, ...] | None = None,
@@ -94,7 +94,7 @@ def fill_job(
     variables: dict[str, object] = {
         "version": __version__,
         "model": plan.model.name,
-        "split": plan.split.label(),
+        "split": plan.label(),
         "on_engine": "",
         "notes": (),
         "size": describe_shares(shares),
@@ -104,6 +104,7 @@ def fill_job(
         "num_components": len(components),
         "step_size": _step_size(len(components), len(shares)),
         "num_nodes": len(shares),
+        "has_parts": isinstance(plan, PartsPlan),
         "has_gpus": shares[0].num_gpus > 0,
         "exclusive": options.exclusive,
         "requeue": options.requeue,
@@ -190,12 +191,12 @@ def _placement(options: SlurmOptions) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in given.items() if value)
 
 
-def _model_mount(plan: Plan, options: SlurmOptions) -> str | None:
+def _model_mount(plan: OwnPlan, options: SlurmOptions) -> str | None:
     local_folder = PurePosixPath(plan.model.name).is_absolute()
     return options.model_path or (plan.model.name if local_folder else None)
 
 
-def _rdma_ports(plan: Plan) -> tuple[str, ...]:
+def _rdma_ports(plan: OwnPlan) -> tuple[str, ...]:
     """Return the ports that the plan names, if it names whole ones of every node."""
     for variable in plan.environment:
         if variable.name == "NCCL_IB_HCA" and re.fullmatch(r"=\w+(,\w+)*", variable.value):

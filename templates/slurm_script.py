@@ -1,13 +1,13 @@
 """A plan as one sbatch script that needs no other file."""
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.layout import needs_force, node_shares, start_budget_s
 from rankwright.templates.options import SlurmOptions
 from rankwright.templates.slurm_job import SLURM_FILE, fill_job, plan_file
 from rankwright.templates.variables import checked_environment
 
 
-def slurm_files(plan: Plan, options: SlurmOptions) -> dict[str, str]:
+def slurm_files(plan: OwnPlan, options: SlurmOptions) -> dict[str, str]:
     """Return the sbatch script of `plan` by file name.
 
     Raises:

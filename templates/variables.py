@@ -2,10 +2,11 @@
 
 import re
 
-from rankwright.planner.plan import EnvironmentVariable, Plan
+from rankwright.planner.parts_plan import OwnPlan
+from rankwright.planner.plan import EnvironmentVariable
 
 
-def checked_environment(plan: Plan) -> tuple[EnvironmentVariable, ...]:
+def checked_environment(plan: OwnPlan) -> tuple[EnvironmentVariable, ...]:
     """Return the plan's variables.
 
     Raises:

@@ -18,7 +18,7 @@ from rankwright.executor.backends.tools import ToolError, check_tool, require, r
 from rankwright.executor.launch_record import KubernetesPlace, LaunchRecord, make_record
 from rankwright.executor.launch_state import LaunchState, ServerState, phase_of, read_server
 from rankwright.executor.log_tail import LogTail
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.kubernetes_flavors import FLAVORS
 from rankwright.templates.kubernetes_objects import KUBERNETES_FILE
 from rankwright.templates.kubernetes_options import KubernetesOptions
@@ -34,7 +34,7 @@ _OWNER = "rankwright"
 _LOG_RESTART_S = 5.0
 
 
-def submit(plan: Plan, folder: Path, settings: Mapping[str, object]) -> "KubernetesLaunch":
+def submit(plan: OwnPlan, folder: Path, settings: Mapping[str, object]) -> "KubernetesLaunch":
     """Render `plan` into `folder` and apply it.
 
     Args:

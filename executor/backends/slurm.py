@@ -14,7 +14,7 @@ from rankwright.executor.backends.tools import ToolError, check_tool, require, r
 from rankwright.executor.launch_record import LaunchRecord, SlurmPlace, make_record
 from rankwright.executor.launch_state import LaunchState, Phase, ask_server, phase_of
 from rankwright.executor.log_tail import LogTail
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.options import SlurmOptions, parse_options
 from rankwright.templates.render import render
 from rankwright.templates.slurm_job import SLURM_FILE
@@ -45,7 +45,7 @@ _PHASES: dict[str, Phase] = {
 }
 
 
-def submit(plan: Plan, folder: Path, settings: Mapping[str, object]) -> "SlurmLaunch":
+def submit(plan: OwnPlan, folder: Path, settings: Mapping[str, object]) -> "SlurmLaunch":
     """Render `plan` into `folder` and submit it.
 
     Args:

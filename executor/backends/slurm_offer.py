@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rankwright.executor.backends.tools import check_tool
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.layout import node_shares
 from rankwright.templates.options import SlurmOptions
 from rankwright.templates.slurm_job import Component, job_components
 
 
-def check_offer(plan: Plan, options: SlurmOptions) -> None:
+def check_offer(plan: OwnPlan, options: SlurmOptions) -> None:
     """Check that Slurm has the machines that `plan` asks for, busy or not.
 
     Raises:

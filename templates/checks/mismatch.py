@@ -3,7 +3,11 @@
 import functools
 import re
 
-from rankwright.planner.plan import Plan
+from pydantic import TypeAdapter
+
+from rankwright.planner.parts_plan import OwnPlan
+
+_OWN_PLAN: TypeAdapter[OwnPlan] = TypeAdapter(OwnPlan)
 
 
 class ManifestMismatchError(AssertionError):
@@ -20,7 +24,7 @@ def expect(what: str, found: object, expected: object) -> None:
         raise ManifestMismatchError(f"{what}: rendered {found!r}, the plan says {expected!r}")
 
 
-def expect_plan(plan: Plan, text: str) -> None:
+def expect_plan(plan: OwnPlan, text: str) -> None:
     """Raise unless `text` is `plan` as JSON."""
     # Both through JSON: a plan built in Python may hold a subclass or -0.0 that compares otherwise.
     if _normal(text) != plan.model_dump_json():
@@ -30,10 +34,10 @@ def expect_plan(plan: Plan, text: str) -> None:
 @functools.lru_cache(maxsize=2)
 def _normal(text: str) -> str:
     """Return a plan's JSON as the plan itself would write it."""
-    return Plan.model_validate_json(text).model_dump_json()
+    return _OWN_PLAN.validate_json(text).model_dump_json()
 
 
-def ranks_by_node(plan: Plan) -> list[int]:
+def ranks_by_node(plan: OwnPlan) -> list[int]:
     """Return how many ranks each machine holds, in the order of their first rank.
 
     That is how launchers number them.
@@ -41,14 +45,14 @@ def ranks_by_node(plan: Plan) -> list[int]:
     return [len(plan.ranks_of_node(n)) for n in dict.fromkeys(rank.node for rank in plan.ranks)]
 
 
-def is_cpu(plan: Plan) -> bool:
+def is_cpu(plan: OwnPlan) -> bool:
     """Return whether the plan is for CPUs."""
     first = plan.ranks[0]
     gpus = {gpu.index: gpu for gpu in plan.cluster.node(first.node).gpus}
     return gpus[first.gpu].device == "cpu"
 
 
-def variables(plan: Plan) -> dict[str, str]:
+def variables(plan: OwnPlan) -> dict[str, str]:
     """Return the environment of the plan."""
     return {variable.name: variable.value for variable in plan.environment}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.checks.mismatch import (
     ManifestMismatchError,
     expect,
@@ -55,7 +55,7 @@ def _refuse_double_keys(node: yaml.Node | None) -> None:
             _refuse_double_keys(value)
 
 
-def check_objects(plan: Plan, text: str) -> None:
+def check_objects(plan: OwnPlan, text: str) -> None:
     """Compare objects with their plan: pods, GPUs of each, launch, environment and the plan itself.
 
     Raises:
@@ -127,7 +127,7 @@ def claimed_gpus(objects: list[dict[str, Any]]) -> dict[str, int]:
     return claims
 
 
-def pod_gpus(plan: Plan, pod: dict[str, Any], claims: dict[str, int]) -> int:
+def pod_gpus(plan: OwnPlan, pod: dict[str, Any], claims: dict[str, int]) -> int:
     """Return the GPUs that a pod asks for, by a limit or a claim.
 
     Raises:
@@ -149,7 +149,7 @@ def pod_gpus(plan: Plan, pod: dict[str, Any], claims: dict[str, int]) -> int:
     return found[0] if found else 0
 
 
-def _check_launch(plan: Plan, pod: dict[str, Any]) -> None:
+def _check_launch(plan: OwnPlan, pod: dict[str, Any]) -> None:
     """The launcher's number of machines, and the environment."""
     (container,) = pod["spec"]["containers"]
     num_nodes = len(ranks_by_node(plan))
@@ -159,7 +159,7 @@ def _check_launch(plan: Plan, pod: dict[str, Any]) -> None:
     _check_environment(plan, pod)
 
 
-def _check_environment(plan: Plan, pod: dict[str, Any]) -> None:
+def _check_environment(plan: OwnPlan, pod: dict[str, Any]) -> None:
     """The plan's environment but for host interfaces."""
     (container,) = pod["spec"]["containers"]
     # As Kubernetes will set them: one dollar for two.

@@ -4,13 +4,13 @@ from typing import Any
 
 import yaml
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.checks.mismatch import ManifestMismatchError, expect, is_cpu
 
 IMPORT_PATH = "rankwright.executor.backends.ray_serve:app"
 
 
-def check_ray_service(plan: Plan, service: dict[str, Any]) -> None:
+def check_ray_service(plan: OwnPlan, service: dict[str, Any]) -> None:
     """Compare a RayService with `plan`, but for the GPUs of its pods.
 
     Raises:
@@ -41,7 +41,7 @@ def check_ray_service(plan: Plan, service: dict[str, Any]) -> None:
         _check_plan_file(spec["template"]["spec"])
 
 
-def _needed(plan: Plan) -> list[tuple[int, int]]:
+def _needed(plan: OwnPlan) -> list[tuple[int, int]]:
     """GPUs and CPUs of each machine's ranks, with one CPU for the front end, wherever it is."""
     needed: list[tuple[int, int]] = []
     for node in {rank.node for rank in plan.ranks}:

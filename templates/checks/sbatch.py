@@ -3,7 +3,7 @@
 import re
 import shlex
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.parts_plan import OwnPlan
 from rankwright.templates.checks.mismatch import (
     ManifestMismatchError,
     expect,
@@ -56,7 +56,7 @@ def slurm_header(script: str) -> dict[str, str]:
     return header
 
 
-def check_job(plan: Plan, script: str) -> None:
+def check_job(plan: OwnPlan, script: str) -> None:
     """Compare what a job asks for: nodes, launchers, GPUs by node and by kind, the plan it carries.
 
     Raises:
@@ -78,7 +78,7 @@ def check_job(plan: Plan, script: str) -> None:
     expect_plan(plan, heredoc(script, "RANKWRIGHT_PLAN"))
 
 
-def _check_types(plan: Plan, types: list[str]) -> None:
+def _check_types(plan: OwnPlan, types: list[str]) -> None:
     """Nodes of one kind are asked for by one name, and those of another kind by another."""
     devices = {
         (rank.node, gpu.device)
@@ -98,7 +98,7 @@ def job_variables(script: str) -> dict[str, str]:
     return {name: value for name, value in exported(script).items() if name not in _OWN}
 
 
-def check_slurm(plan: Plan, script: str) -> None:
+def check_slurm(plan: OwnPlan, script: str) -> None:
     """Compare a job of ours with its plan.
 
     Raises:

@@ -100,8 +100,7 @@ def test_a_rank_that_cannot_start_is_named_with_its_part(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"backend": "ray"}, "--backend is for plans of one shape"),
-        ({"backend": "kubernetes"}, "--backend is for plans of one shape"),
+        ({"backend": "ray"}, "--backend ray is for plans of one shape"),
         ({"nnodes": 2}, "--nnodes is for plans of one shape, this one has TP2 [+] TP1"),
         ({"master_port": 29500}, "--master-port is for plans of one shape"),
         ({"record_expert_load": "loads.json"}, "--record-expert-load is for plans of one shape"),

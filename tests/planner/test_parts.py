@@ -223,5 +223,7 @@ def test_an_explanation_says_what_each_part_does_and_why(mixed: PartsPlan) -> No
 
 
 def test_targets_that_start_one_shape_refuse_it(mixed: PartsPlan) -> None:
-    with pytest.raises(ValueError, match=r"'vllm' starts one shape.*--mixed-shapes never"):
+    with pytest.raises(
+        ValueError, match=r"'vllm' starts one shape; render it for slurm or kubernetes"
+    ):
         mixed.render("vllm")

@@ -8,7 +8,7 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import status
-from rankwright.cli.planning import launchable, plan_of
+from rankwright.cli.planning import launchable
 from rankwright.executor.backends.agent import Agent
 from rankwright.planner.make_plan import Pins
 from rankwright.planner.parts_plan import PartsPlan
@@ -131,7 +131,7 @@ def run(
     )
     pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp)
     if submits:
-        plan, made_now = plan_of(model, cluster, load, pins=pins)
+        plan, made_now = launchable(model, cluster, load, pins=pins)
         _say_made(plan, made_now)
         from rankwright.cli.render import parse_settings
         from rankwright.executor.submit import submit_and_follow
@@ -147,13 +147,13 @@ def run(
     with nullcontext() if backend == "ray" else Agent() as agent:
         one_machine = backend in ("auto", "local") and nnodes == 1
         may_mix = one_machine and master_port is None and record_expert_load is None
-        runnable, made_now = launchable(model, cluster, load, pins=pins, may_mix=may_mix)
-        _say_made(runnable, made_now)
+        plan, made_now = launchable(model, cluster, load, pins=pins, may_mix=may_mix)
+        _say_made(plan, made_now)
         # Here, not at the top: a login node has no rankwright[executor], and `--help` works there.
         from rankwright.executor.launch import launch
 
         code = launch(
-            runnable,
+            plan,
             host=host,
             port=port,
             load_format=load_format,
