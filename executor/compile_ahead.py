@@ -29,6 +29,8 @@ from rankwright.planner.plan import Plan, RankPlan
 from rankwright.planner.read_plan import read_plan
 
 _LOCK = "kernels.lock"
+# A start compiles some 40 kernels, and waits for the slowest in any case.
+_MOST_PROCESSES = 32
 _SET_PARENT_DEATH_SIGNAL = 1  # linux/prctl.h
 
 
@@ -116,9 +118,11 @@ def compile_all(launches: Sequence[Launch], num_processes: int) -> None:
     """Compile `launches` and what calls them, into Triton's cache."""
     # Forks have the modules, and Triton's idea of the GPU.
     context = multiprocessing.get_context("fork")
-    with context.Pool(min(num_processes, len(launches)), _die_with_parent) as pool:
+    with context.Pool(min(num_processes, 1 + len(launches)), _die_with_parent) as pool:
+        driver = pool.apply_async(_compile_driver)
         for _ in pool.imap_unordered(_compile, launches):
             pass
+        driver.get()
 
 
 def compile_kernel(launch: Launch) -> Any:
@@ -133,9 +137,16 @@ def _compile(launch: Launch) -> None:
     CudaLauncher(kernel.src, kernel.metadata)  # a C compiler makes it, once a signature
 
 
+def _compile_driver() -> None:
+    """Have the C compiler make what Triton asks a GPU by."""
+    from triton.backends.nvidia.driver import CudaUtils
+
+    CudaUtils()
+
+
 def _num_processes() -> int:
     """CPUs but one, for the ranks: they mostly wait for the GPU, the disk or this."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    return min(_MOST_PROCESSES, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def _die_with_parent() -> None:

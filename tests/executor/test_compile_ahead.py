@@ -94,6 +94,59 @@ def test_what_a_start_launches_is_known_without_a_gpu(tmp_path: Path) -> None:
     assert " read 1 in " in found["after launch"]
 
 
+# The compiler is forked before anything here touches the GPU, as the agent does it.
+ON_A_GPU = """
+import os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from rankwright.cost_model.read_model import read_config, read_model
+from rankwright.executor.compile_ahead import fork_compiler, wait_for_compiler
+from rankwright.executor.kernel_count import KernelCount
+from rankwright.executor.mesh import Mesh
+from rankwright.executor.runner import Runner
+from rankwright.executor.weights import DummySource
+from tests.executor.plans import cpu_plan
+
+folder, model = Path(sys.argv[1]), sys.argv[2]
+spec = read_model({**read_config(model), "num_hidden_layers": 2})
+plan = cpu_plan(
+    spec, device="h100-sxm", num_blocks=512, block_tokens=64, max_num_seqs=256,
+    max_batched_tokens=8192, max_model_len=8192,
+)
+(folder / "plan.json").write_text(plan.model_dump_json())
+fork_compiler(folder / "plan.json", 0, folder)
+assert wait_for_compiler(folder)
+count = KernelCount()
+device = torch.device("cuda", 0)
+torch.cuda.set_device(device)
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+source = DummySource(torch.bfloat16, device)
+runner = Runner(plan, Mesh(plan, 0, device), source, dtype=torch.bfloat16)
+runner.warm_up(plan.limits)
+print(count)
+for line in count.by_kernel():
+    print(line)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B"])
+def test_after_the_compiler_a_start_on_a_gpu_compiles_nothing(tmp_path: Path, model: str) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    environment["PYTHONPATH"] = f"{ROOT / 'src'}:{ROOT}"
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_GPU, str(tmp_path), model],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "compiled 0 in 0.00 s, read " in done.stdout, done.stdout + done.stderr
+
+
 def test_ranks_wait_for_a_compiler_that_works_and_for_no_other(tmp_path: Path) -> None:
     assert not wait_for_compiler(tmp_path)
     lock = os.open(tmp_path / "kernels.lock", os.O_RDWR | os.O_CREAT)
