@@ -117,6 +117,7 @@ def run_form(arguments: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
+    from bench_engine import floor_bytes
     from replica import describe, name_of, peak_bytes, run, show, start
     from result import write_result
 
@@ -134,7 +135,7 @@ def run_form(arguments: argparse.Namespace) -> None:
     used = replica.mesh.gather_integers(total - free)
     if replica.mesh.is_leader and replica.mesh.place.replica == 0:
         made = predictions(plan, points)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "what": point.kind,
                 "batch": point.batch,
@@ -145,7 +146,17 @@ def run_form(arguments: argparse.Namespace) -> None:
             }
             for point, measured, predicted in zip(points, seconds, made, strict=True)
         ]
-        for row in rows:
+        for row, point in zip(rows, points, strict=True):
+            if point.kind == "decode":
+                # In a pipeline a token passes all stages, one after another.
+                weights, kv = floor_bytes(plan, point.batch)
+                held = point.batch * (point.context + OUTPUT_TOKENS / 2) * kv
+                held /= plan.split.cache_parts
+                floor_s = plan.split.pp * (weights + held) / replica.copy_bytes_per_s
+                row |= {
+                    "floor_ms": floor_s * 1e3,
+                    "share_of_floor": floor_s * 1e3 / row["measured_ms"],
+                }
             show(row)
         content = {
             **describe(replica, arguments.model),
