@@ -84,6 +84,8 @@ def kernels_of_node(plan: Plan, node_rank: int) -> list[Launch]:
     from rankwright.executor.worker import DTYPES, rank_device
 
     found: dict[Launch, None] = {}
+    if torch.version.hip is not None:
+        return []  # Triton's names of AMD's GPUs have not been tried
     for rank in unlike_ranks(plan, plan.ranks_of_node(node_order(plan)[node_rank])):
         gpu = torch.cuda.get_device_properties(rank_device(plan, rank.rank))
         target = GPUTarget("cuda", gpu.major * 10 + gpu.minor, gpu.warp_size)
@@ -116,6 +118,8 @@ def unlike_ranks(plan: Plan, ranks: Iterable[RankPlan]) -> list[RankPlan]:
 
 def compile_all(launches: Sequence[Launch], num_processes: int) -> None:
     """Compile `launches` and what calls them, into Triton's cache."""
+    if not launches:
+        return
     # Forks have the modules, and Triton's idea of the GPU.
     context = multiprocessing.get_context("fork")
     with context.Pool(min(num_processes, 1 + len(launches)), _die_with_parent) as pool:
