@@ -59,15 +59,54 @@ def engine_kubernetes_files(
     """
     engine = ENGINES[target]
     check_engine_fits(engine, plan)
+    config = None if engine.config is None else engine.config(plan)
+    return engine_objects(
+        plan,
+        options,
+        options.name or default_name(plan),
+        target=target,
+        flavor=options.flavor,
+        config=None if config is None else config_text(engine, plan, config),
+        failures=startup_failures(node_shares(plan, told_apart=options.gpu_types is not None)),
+    )
+
+
+def engine_objects(
+    plan: Plan,
+    options: EngineKubernetesOptions,
+    name: str,
+    *,
+    target: str,
+    flavor: str,
+    config: str | None,
+    failures: int,
+    role: str = "",
+    flags: tuple[tuple[str, ...], ...] = (),
+    **own: object,
+) -> dict[str, str]:
+    """Return the objects of the engine's servers, as one YAML file, by file name.
+
+    Args:
+        plan: What they serve.
+        options: What was said about pods.
+        name: Of the deployment.
+        target: Name of the engine.
+        flavor: Of `FLAVORS`, or "auto".
+        config: What stands in the engine's configuration file, if it has one.
+        failures: How often a startup probe may fail.
+        role: What the servers are for, where there are others.
+        flags: Words of the command besides those of the plan.
+        own: Further values of the template.
+
+    Raises:
+        ValueError: The flavor cannot express a part of the plan.
+    """
+    engine = ENGINES[target]
     places = replica_places(plan)
     nodes_each = nodes_of_a_replica(places)
-    span = engine.span(plan, nodes_each) if nodes_each > 1 else None
-    shares = node_shares(plan, told_apart=options.gpu_types is not None)
-    kind = flavor_name(options.flavor, nodes_each)
+    kind = flavor_name(flavor, nodes_each)
     types = gpu_labels(plan, options.gpu_types)
     check_pods(engine, kind, options, places, types)
-    name = options.name or default_name(plan)
-    config = None if engine.config is None else engine.config(plan)
     environment, left_out = pod_environment(engine_environment(engine, plan))
     model_mount, model_path, host_path = model_volume(plan, options)
     share = pod_share(plan, len(places[0].gpus))
@@ -79,10 +118,10 @@ def engine_kubernetes_files(
         pod_groups(name, kind, nodes_each, share, types),
         app=target,
         engine=engine,
-        engine_words=pod_words(engine, plan, options.port, model_path, config is not None),
-        span=span,
-        on_engine=f" on {engine.title} {engine.version}",
-        config_files={} if config is None else {CONFIG_FILE: config_text(engine, plan, config)},
+        engine_words=pod_words(engine, plan, options.port, model_path, config is not None, flags),
+        span=engine.span(plan, nodes_each) if nodes_each > 1 else None,
+        on_engine=f" on {engine.title} {engine.version}{role and f', for {role}'}",
+        config_files={} if config is None else {CONFIG_FILE: config},
         size=size_in_words(len(types), nodes_each, share.num_gpus),
         notes=(*engine.notes(plan), *pod_notes(options, left_out, host_path)),
         needs=FLAVORS[kind].needs,
@@ -96,7 +135,8 @@ def engine_kubernetes_files(
         max_replicas=1,
         model_mount=model_mount,
         model_host_path=host_path,
-        startup_failures=startup_failures(shares),
+        startup_failures=failures,
+        **own,
     )
 
 

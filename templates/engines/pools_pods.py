@@ -10,21 +10,13 @@ from rankwright import __version__
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
 from rankwright.planner.plan import Plan
 from rankwright.templates.engines.engine import Engine
-from rankwright.templates.engines.places import nodes_of_a_replica, replica_places
 from rankwright.templates.engines.pods import (
     MOUNT,
-    check_pods,
-    gpu_labels,
-    pod_groups,
-    pod_share,
-    pod_words,
-    size_in_words,
+    engine_objects,
 )
 from rankwright.templates.engines.pool_engine import POOL_ENGINES, Role
 from rankwright.templates.engines.render_engine import (
-    CONFIG_FILE,
     config_text,
-    engine_environment,
 )
 from rankwright.templates.engines.render_pools import (
     ROUTER_FILE,
@@ -35,13 +27,8 @@ from rankwright.templates.engines.render_pools import (
 )
 from rankwright.templates.engines.table import ENGINES
 from rankwright.templates.fill import fill
-from rankwright.templates.kubernetes_flavors import FLAVORS, for_name
 from rankwright.templates.kubernetes_objects import (
     KUBERNETES_FILE,
-    fill_objects,
-    model_volume,
-    pod_environment,
-    pod_notes,
     startup_failures,
 )
 from rankwright.templates.kubernetes_options import PoolKubernetesOptions
@@ -91,45 +78,19 @@ def _name(plan: DisaggregatedPlan, options: PoolKubernetesOptions) -> str:
 def _pool_objects(
     pool: Pool, options: PoolKubernetesOptions, target: str, whole: str, failures: int
 ) -> str:
-    engine, extra, plan, role = ENGINES[target], POOL_ENGINES[target], pool.plan, pool.role
-    name, other = f"{whole}-{role}", "decode" if role == "prefill" else "prefill"
-    places = replica_places(plan)
-    nodes_each = nodes_of_a_replica(places)
-    types = gpu_labels(plan, options.gpu_types)
-    check_pods(engine, _KIND, options, places, types)
-    environment, left_out = pod_environment(engine_environment(engine, plan))
-    model_mount, model_path, host_path = model_volume(plan, options)
-    share = pod_share(plan, len(places[0].gpus))
-    config = _config(engine, plan, role, target)
+    engine, extra, role = ENGINES[target], POOL_ENGINES[target], pool.role
+    other = "decode" if role == "prefill" else "prefill"
     addresses = [key for key, value in extra.side_variables if value == "$address"]
-    files = fill_objects(
-        plan,
+    files = engine_objects(
+        pool.plan,
         options,
-        name,
-        for_name(FLAVORS[_KIND], name),
-        pod_groups(name, _KIND, nodes_each, share, types),
-        app=target,
-        engine=engine,
-        engine_words=pod_words(
-            engine, plan, options.port, model_path, config is not None, extra.flags.get(role, ())
-        ),
-        span=engine.span(plan, nodes_each) if nodes_each > 1 else None,
-        on_engine=f" on {engine.title} {engine.version}, for {role}",
-        config_files={} if config is None else {CONFIG_FILE: config},
-        size=size_in_words(len(types), nodes_each, share.num_gpus),
-        notes=(*engine.notes(plan), *pod_notes(options, left_out, host_path)),
-        needs=FLAVORS[_KIND].needs,
-        num_nodes=nodes_each,
-        num_replicas=len(types),
+        f"{whole}-{role}",
+        target=target,
         flavor=_KIND,
-        image=options.image or engine.image,
-        run_as_user=options.run_as_user,
-        health=engine.health,
-        environment=environment,
-        max_replicas=1,
-        model_mount=model_mount,
-        model_host_path=host_path,
-        startup_failures=failures,
+        config=_config(engine, pool.plan, role, target),
+        failures=failures,
+        role=role,
+        flags=extra.flags.get(role, ()),
         peers=(f"{whole}-{other}",),
         address_variable=addresses[0] if addresses else None,
     )

@@ -182,7 +182,7 @@ def test_filtered_draws_follow_the_renormalised_softmax(
     assert chi_square(counts, probability) < limit(max(len(kept) - 1, 1))
 
 
-@pytest.mark.parametrize(("backend", "draws"), [("triton", 6), ("reference", 2000)])
+@pytest.mark.parametrize(("backend", "draws"), [("triton", 12), ("reference", 2000)])
 def test_ties_with_the_kth_are_kept_and_top_p_zero_is_greedy(
     backend: Any, draws: int, device: str
 ) -> None:
@@ -190,10 +190,11 @@ def test_ties_with_the_kth_are_kept_and_top_p_zero_is_greedy(
     tied = sample(logits, **rows(draws, device, top_k=2), backend=backend)
     assert set(tied.tolist()) <= {1, 2, 3}
     assert len(set(tied.tolist())) > 1
-    best = sample(logits, **rows(draws, device, top_p=0.0), backend=backend)
+    few = draws // 4
+    best = sample(logits[:few], **rows(few, device, top_p=0.0), backend=backend)
     assert set(best.tolist()) == {1}
     # Of equal tokens top-p keeps the first by id: two of them reach 0.6 of three.
-    some = sample(logits, **rows(draws, device, top_k=2, top_p=0.6), backend=backend)
+    some = sample(logits[:few], **rows(few, device, top_k=2, top_p=0.6), backend=backend)
     assert set(some.tolist()) <= {1, 2}
 
 
@@ -254,7 +255,7 @@ def is_on_the_edge(logits: torch.Tensor, options: dict[str, Any], row: int, toke
 
 
 def test_kept_tokens_are_those_of_transformers_also_by_the_kernel(device: str) -> None:
-    draws = 3
+    draws = 2
     for top_k, top_p in ((7, 1.0), (0, 0.55), (3000, 0.3)):
         logits = 4 * torch.randn(5000)
         kept = kept_by_transformers(logits, top_k, top_p)
@@ -264,10 +265,10 @@ def test_kept_tokens_are_those_of_transformers_also_by_the_kernel(device: str) -
 
 
 def test_filtered_draws_do_not_depend_on_the_batch(device: str) -> None:
-    logits = (2 * torch.randn(3, 5000, device=device)).bfloat16()
-    options = filters(3, device)
+    logits = (2 * torch.randn(2, 5000, device=device)).bfloat16()
+    options = filters(2, device)
     out = sample(logits, **options, filtered=True, backend="triton")
-    for b in range(3):
+    for b in range(2):
         alone = {key: value[b : b + 1] for key, value in options.items()}
         one = sample(logits[b : b + 1], **alone, filtered=True, backend="triton")
         assert torch.equal(one, out[b : b + 1])

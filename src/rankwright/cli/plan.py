@@ -8,7 +8,7 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import print_json, status
-from rankwright.cli.planning import parts_for, plan_for, pools_for
+from rankwright.cli.planning import Asked, parts_for, plan_for, pools_for
 from rankwright.cost_model.read_model import read_model
 from rankwright.planner.make_plan import Pins
 from rankwright.planner.parts_plan import PartsPlan
@@ -131,50 +131,25 @@ def run(
                 for pair in pins.describe().split()
             }
         )
-        pools = pools_for(
-            spec,
-            cluster,
-            load,
-            engine=engine,
-            time_limit_s=time_limit,
-            calibration=calibration,
-            memory_budget_gb=memory_budget,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            top=top,
-        )
+    asked = Asked.read(
+        spec,
+        cluster,
+        load,
+        memory_budget_gb=memory_budget,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        time_limit_s=time_limit,
+        calibration=calibration,
+    )
+    if disaggregate:
+        pools = pools_for(asked, engine=engine, top=top)
         _give(pools, output, as_json=as_json, explain=explain)
         return
     is_plain = engine == "rankwright" and pins == Pins() and not (rows or pareto or report)
     if mixed_shapes == "auto" and is_plain and expert_slots is None:
-        best = parts_for(
-            spec,
-            cluster,
-            load,
-            time_limit_s=time_limit,
-            calibration=calibration,
-            memory_budget_gb=memory_budget,
-            dtype=dtype,
-            kv_dtype=kv_dtype,
-            top=top,
-        )
-        _give(best, output, as_json=as_json, explain=explain)
+        _give(parts_for(asked, top=top), output, as_json=as_json, explain=explain)
         return
-    plan = plan_for(
-        spec,
-        cluster,
-        load,
-        pins=pins,
-        engine=engine,
-        pareto=pareto,
-        time_limit_s=time_limit,
-        trace=rows,
-        calibration=calibration,
-        memory_budget_gb=memory_budget,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        top=top,
-    )
+    plan = plan_for(asked, pins=pins, engine=engine, pareto=pareto, trace=rows, top=top)
     if expert_slots is not None:
         from rankwright.planner.expert_load import read_expert_loads  # few plans have slots
         from rankwright.planner.expert_slots import with_expert_slots

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
@@ -14,6 +15,7 @@ from rankwright.planner.make_plan import Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_launchable, read_plan
 from rankwright.planner.solver import TIME_LIMIT_S
+from rankwright.topology.cluster import Cluster
 from rankwright.topology.read_cluster import read_cluster
 
 if TYPE_CHECKING:
@@ -22,117 +24,117 @@ if TYPE_CHECKING:
     from rankwright.planner.parts_plan import PartsPlan
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What every planner is given, read and checked.
+
+    Attributes:
+        model: With the dtypes that were asked for.
+        cluster: With what was measured on it.
+        workload: What is to be served.
+        memory_budget_bytes: Of each GPU; None: all that is free.
+        time_limit_s: How long the solver may take.
+    """
+
+    model: ModelSpec
+    cluster: Cluster
+    workload: Workload
+    memory_budget_bytes: int | None
+    time_limit_s: float
+
+    @classmethod
+    def read(
+        cls,
+        model: ModelSpec,
+        cluster: str,
+        workload: Workload,
+        *,
+        memory_budget_gb: float | None = None,
+        dtype: Dtype | None = None,
+        kv_dtype: Dtype | None = None,
+        time_limit_s: float = TIME_LIMIT_S,
+        calibration: Path | None = None,
+    ) -> "Asked":
+        """Return it for the cluster that `cluster` names.
+
+        It uses `calibration`, or where that is None what `rankwright calibrate` left for these
+        GPUs.
+
+        Raises:
+            ValueError: An input is unsound; names the option or the field.
+            ProbeError: `cluster` is "auto" and this machine cannot be read.
+        """
+        check_positive("--memory-budget", memory_budget_gb, " GB")
+        check_positive("--time-limit", time_limit_s, " s")
+        machines = calibrated(read_cluster(cluster), calibration)
+        return cls(
+            with_dtypes(model, dtype, kv_dtype),
+            machines,
+            workload,
+            None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+            time_limit_s,
+        )
+
+
 def plan_for(
-    model: ModelSpec,
-    cluster: str,
-    workload: Workload,
+    asked: Asked,
     *,
     pins: Pins | None = None,
-    memory_budget_gb: float | None = None,
-    dtype: Dtype | None = None,
-    kv_dtype: Dtype | None = None,
     top: int = 1,
     engine: str = "rankwright",
     pareto: bool = False,
-    time_limit_s: float = TIME_LIMIT_S,
-    calibration: Path | None = None,
     trace: Sequence["TraceRow"] = (),
 ) -> Plan:
-    """Return the plan for `model` on the cluster that `cluster` names.
-
-    It uses `calibration`, or where that is None what `rankwright calibrate` left for these GPUs.
+    """Return the plan of replicas that are alike.
 
     Raises:
         ValueError: An input is unsound; names the option or the field.
         NoFeasiblePlanError: Nothing fits.
-        ProbeError: `cluster` is "auto" and this machine cannot be read.
     """
-    check_positive("--memory-budget", memory_budget_gb, " GB")
-    check_positive("--time-limit", time_limit_s, " s")
-    machines = calibrated(read_cluster(cluster), calibration)
     return make_plan(
-        with_dtypes(model, dtype, kv_dtype),
-        machines,
-        workload,
-        memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+        asked.model,
+        asked.cluster,
+        asked.workload,
+        memory_budget_bytes=asked.memory_budget_bytes,
         pins=pins,
         top=top,
         engine=engine,
         pareto=pareto,
-        time_limit_s=time_limit_s,
+        time_limit_s=asked.time_limit_s,
         trace=trace,
     )
 
 
-def parts_for(
-    model: ModelSpec,
-    cluster: str,
-    workload: Workload,
-    *,
-    memory_budget_gb: float | None = None,
-    dtype: Dtype | None = None,
-    kv_dtype: Dtype | None = None,
-    top: int = 1,
-    time_limit_s: float = TIME_LIMIT_S,
-    calibration: Path | None = None,
-) -> "Plan | PartsPlan":
-    """Return the plan, of unlike replicas where those serve clearly more; as `plan_for`.
-
-    Raises:
-        ValueError: An input is unsound; names the option or the field.
-        NoFeasiblePlanError: Nothing fits.
-        ProbeError: `cluster` is "auto" and this machine cannot be read.
-    """
+def parts_for(asked: Asked, *, top: int = 1) -> "Plan | PartsPlan":
+    """Return the plan, of unlike replicas where those serve clearly more; raises as `plan_for`."""
     from rankwright.planner.make_parts import plan_parts
 
-    check_positive("--memory-budget", memory_budget_gb, " GB")
-    check_positive("--time-limit", time_limit_s, " s")
     return plan_parts(
-        with_dtypes(model, dtype, kv_dtype),
-        calibrated(read_cluster(cluster), calibration),
-        workload,
-        memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+        asked.model,
+        asked.cluster,
+        asked.workload,
+        memory_budget_bytes=asked.memory_budget_bytes,
         top=top,
-        time_limit_s=time_limit_s,
+        time_limit_s=asked.time_limit_s,
     )
 
 
-def pools_for(
-    model: ModelSpec,
-    cluster: str,
-    workload: Workload,
-    *,
-    memory_budget_gb: float | None = None,
-    dtype: Dtype | None = None,
-    kv_dtype: Dtype | None = None,
-    top: int = 2,
-    engine: str = "rankwright",
-    time_limit_s: float = TIME_LIMIT_S,
-    calibration: Path | None = None,
-) -> "DisaggregatedPlan":
-    """Return the plan with separate pools for prefill and decode; as `plan_for`.
-
-    Raises:
-        ValueError: An input is unsound; names the option or the field.
-        NoFeasiblePlanError: Nothing fits.
-        ProbeError: `cluster` is "auto" and this machine cannot be read.
-    """
+def pools_for(asked: Asked, *, top: int = 2, engine: str = "rankwright") -> "DisaggregatedPlan":
+    """Return the plan with separate pools for prefill and decode; raises as `plan_for`."""
     from rankwright.planner.disaggregate import DEFAULT_ENGINE, plan_disaggregated
 
-    check_positive("--memory-budget", memory_budget_gb, " GB")
-    check_positive("--time-limit", time_limit_s, " s")
     assumed: tuple[str, ...] = ()
     if engine == "rankwright":
         engine = DEFAULT_ENGINE
         assumed = (f"engine: {engine}, since rankwright's own executor does not run pools",)
     return plan_disaggregated(
-        with_dtypes(model, dtype, kv_dtype),
-        calibrated(read_cluster(cluster), calibration),
-        workload,
-        memory_budget_bytes=None if memory_budget_gb is None else int(memory_budget_gb * 1e9),
+        asked.model,
+        asked.cluster,
+        asked.workload,
+        memory_budget_bytes=asked.memory_budget_bytes,
         engine=engine,
         top=top,
-        time_limit_s=time_limit_s,
+        time_limit_s=asked.time_limit_s,
         assumptions=assumed,
     )
 
@@ -144,7 +146,7 @@ def plan_of(
     value = plan_or_model(text)
     if isinstance(value, Plan):
         return value, False
-    return plan_for(value, cluster, workload, pins=pins), True
+    return plan_for(Asked.read(value, cluster, workload), pins=pins), True
 
 
 def launchable(
@@ -159,9 +161,10 @@ def launchable(
     value = plan_or_model(text, read_launchable)
     if not isinstance(value, ModelSpec):
         return value, False
+    asked = Asked.read(value, cluster, workload)
     if may_mix and pins in (None, Pins()):
-        return parts_for(value, cluster, workload), True
-    return plan_for(value, cluster, workload, pins=pins), True
+        return parts_for(asked), True
+    return plan_for(asked, pins=pins), True
 
 
 P = TypeVar("P")
