@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench_kernels import begin, graph_us
+from kernel_timing import begin, graph_us
 from rankwright.kernels.moe_configs import ExpertsConfig, Tile, experts_config
 from rankwright.kernels.moe_experts import Experts, run_experts, run_experts_reference
 from rankwright.kernels.moe_routing import RoutingRule, route

@@ -255,6 +255,7 @@ def decode_attention(
             block_tokens,
             k_cache.dtype,
             gpu_facts(q_BHD.device).num_multiprocessors,
+            q_BHD.device,
         )
     if num_splits is not None:
         config = replace(config, num_splits=num_splits)

@@ -9,17 +9,22 @@ import torch
 
 from rankwright.kernels.backend import ceil_div
 from rankwright.kernels.limits import padded_head_dim
+from rankwright.kernels.tuned import tuned_rows
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """How the kernel is cut and compiled: `tile` tokens a loop iteration, `min_tiles` a split."""
+    """How the kernel is cut and compiled: `tile` tokens a loop iteration, `min_tiles` a split.
+
+    Splits are as many as fill the GPU with `programs` on each multiprocessor.
+    """
 
     tile: int
     num_warps: int
     num_stages: int
     num_splits: int = 1
     min_tiles: int = 1
+    programs: int = 2
 
 
 # (padded head dim, bytes a value), for sm_90. A program keeps (num_stages - 1) tiles of keys and
@@ -40,7 +45,6 @@ _MLA_SHAPES = {
     2: DecodeConfig(tile=32, num_warps=8, num_stages=3),
     4: DecodeConfig(tile=16, num_warps=8, num_stages=2),
 }
-_PROGRAMS_PER_MULTIPROCESSOR = 2
 # The merge reads S x D floats a head, one program a head: 64 KB at 128 splits of dimension 128.
 _MAX_SPLITS = 128
 
@@ -53,16 +57,22 @@ def decode_config(
     block_tokens: int,
     dtype: torch.dtype,
     num_multiprocessors: int,
+    device: torch.device | None = None,
 ) -> DecodeConfig:
     """Return the launch configuration of a geometry: the same for every step of a CUDA graph.
+
+    What was measured on `device` (`tuned.py`) comes before the table above.
 
     Splits fill the GPU: the fewest whose programs come in waves at least 95 % as full as the best
     number's. (FlashAttention-2's `num_splits_heuristic` asks for 85 %, which is 29 splits of a
     sequence with 8 key/value heads on an H100: a context of 8192 tokens then takes rounds of 5
     tiles, of 32 splits 4.)
     """
-    shape = _SHAPES[padded_head_dim(head_dim), dtype.itemsize]
-    return _with_splits(shape, batch * num_kv_heads, max_blocks, block_tokens, num_multiprocessors)
+    key = padded_head_dim(head_dim), dtype.itemsize
+    shape = _SHAPES[key]
+    if device is not None and (row := tuned_rows(device, "decode").get(key)):
+        shape = DecodeConfig(**row)
+    return with_splits(shape, batch * num_kv_heads, max_blocks, block_tokens, num_multiprocessors)
 
 
 def mla_decode_config(
@@ -70,19 +80,20 @@ def mla_decode_config(
 ) -> DecodeConfig:
     """Return the launch configuration of latent attention, whose programs take blocks of heads."""
     shape = _MLA_SHAPES[dtype.itemsize]
-    return _with_splits(shape, programs, max_blocks, block_tokens, num_multiprocessors)
+    return with_splits(shape, programs, max_blocks, block_tokens, num_multiprocessors)
 
 
-def _with_splits(
+def with_splits(
     shape: DecodeConfig,
     programs: int,
     max_blocks: int,
     block_tokens: int,
     num_multiprocessors: int,
 ) -> DecodeConfig:
+    """Return `shape` with as many splits as fill the GPU; `programs` are there without."""
     tile = min(shape.tile, block_tokens)
     programs = max(programs, 1)
-    slots = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR
+    slots = num_multiprocessors * shape.programs
     # Past four waves the last, partly filled one no longer matters.
     limit = 1 if programs >= 4 * slots else max(4, ceil_div(slots, programs))
     limit = max(1, min(limit, _MAX_SPLITS, ceil_div(max_blocks * block_tokens, tile)))

@@ -15,11 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
 
 from rankwright.kernels.attention_plain import (
+    attend_cudnn,
     attend_sdpa,
     one_by_one,
     prefill_attention_reference,
@@ -27,8 +29,9 @@ from rankwright.kernels.attention_plain import (
 from rankwright.kernels.backend import DOT_PRECISION, jit, next_power_of_two, runs_triton, tl
 from rankwright.kernels.limits import padded_head_dim
 from rankwright.kernels.paged_cache import check_paged_cache
+from rankwright.kernels.tuned import tuned_rows
 
-PrefillBackend = Literal["auto", "triton", "reference", "sdpa"]
+PrefillBackend = Literal["auto", "triton", "reference", "sdpa", "cudnn"]
 
 
 @jit()
@@ -212,10 +215,20 @@ _SHAPES: dict[tuple[int, int], PrefillConfig] = {
 
 
 def prefill_config(
-    max_queries: int, head_dim: int, block_tokens: int, dtype: torch.dtype
+    max_queries: int,
+    head_dim: int,
+    block_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
 ) -> PrefillConfig:
-    """Return the launch configuration for chunks of up to `max_queries` tokens."""
-    config = _SHAPES[padded_head_dim(head_dim), dtype.itemsize]
+    """Return the launch configuration for chunks of up to `max_queries` tokens.
+
+    What was measured on `device` (`tuned.py`) comes before the table above.
+    """
+    key = padded_head_dim(head_dim), dtype.itemsize
+    config = _SHAPES[key]
+    if device is not None and (row := tuned_rows(device, "prefill").get(key)):
+        config = PrefillConfig(**row)
     config = replace(config, tile=min(config.tile, block_tokens))
     block_m = min(config.block_m, max(16, next_power_of_two(max_queries)))
     if block_m < config.block_m:
@@ -266,6 +279,20 @@ def _check_lengths(
         )
 
 
+def whole_prompts_backend(
+    q_THD: torch.Tensor, query_starts: Sequence[int], context_lens: Sequence[int]
+) -> PrefillBackend:
+    """Return what is fastest for these prompts, where it was measured; Triton else."""
+    key = padded_head_dim(q_THD.shape[2]), q_THD.dtype.itemsize
+    row = tuned_rows(q_THD.device, "whole_prompts").get(key)
+    if row is None or min(context_lens, default=0) < row["from_tokens"]:
+        return "auto"
+    lengths = [stop - start for start, stop in pairwise(query_starts)]
+    if lengths != list(context_lens):
+        return "auto"
+    return "cudnn" if row["is_cudnn"] else "sdpa"
+
+
 def prefill_attention(
     q_THD: torch.Tensor,
     k_cache: torch.Tensor,
@@ -298,8 +325,10 @@ def prefill_attention(
         head_offset: Place of the first query head in the group of the first key/value head.
         sinks_H: One more score a head, not scaled, that no value belongs to (gpt-oss).
         config: Overrides `prefill_config` (for tuning).
-        backend: "sdpa" copies each sequence's keys and values out of the cache and calls PyTorch;
-            "auto" runs it on the CPU and Triton on a GPU; else see `runs_triton`.
+        backend: "sdpa" and "cudnn" copy each sequence's keys and values out of the cache and call
+            PyTorch, "cudnn" only its kernel of that name, for whole prompts; "auto" runs "sdpa" on
+            the CPU, and on a GPU Triton, or for long whole prompts what was measured to be faster
+            there (`tuned.py`); else see `runs_triton`.
 
     Raises:
         ValueError: When shapes or lengths disagree.
@@ -314,11 +343,14 @@ def prefill_attention(
     if backend == "auto" and not runs_triton(q_THD, backend):
         # PyTorch's own attention knows no sinks.
         backend = "sdpa" if sinks_H is None else "reference"
-    if backend == "sdpa":
+    elif backend == "auto" and config is None and sinks_H is None and window is None:
+        backend = whole_prompts_backend(q_THD, query_starts, context_lens)
+    if backend == "sdpa" or backend == "cudnn":
         if sinks_H is not None:
-            raise ValueError("prefill_attention: backend 'sdpa' has no sinks; use 'reference'")
+            raise ValueError(f"prefill_attention: backend '{backend}' has no sinks; use 'triton'")
+        attend = attend_cudnn if backend == "cudnn" else attend_sdpa
         return one_by_one(
-            attend_sdpa, q_THD, k_cache, v_cache, block_tables_BN,
+            attend, q_THD, k_cache, v_cache, block_tables_BN,
             query_starts, context_lens, scale, window, group, head_offset,
         )  # fmt: skip
     if not runs_triton(q_THD, backend):
@@ -337,7 +369,7 @@ def prefill_attention(
     block_tokens = k_cache.shape[2]
     if config is None:
         longest = max(query_starts[b + 1] - query_starts[b] for b in range(len(context_lens)))
-        config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype)
+        config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype, q_THD.device)
     work = prefill_work(tuple(query_starts), tuple(context_lens), config.block_m, q_THD.device)
     _prefill_kernel[(num_heads, len(work))](
         q_THD,

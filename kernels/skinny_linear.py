@@ -1,15 +1,19 @@
 """`y = x W^T + b` for few rows of x: reading W is the whole cost.
 
-Shapes: M rows, K inputs, N outputs.
+Shapes: M rows, K inputs, N outputs, S splits.
 
 cuBLAS splits K where N alone does not fill the GPU, and adds the parts up in a second kernel; and
-its tiles of 64 outputs and more leave multiprocessors idle when N is some thousands. Here a program
-takes few enough outputs that one wave of programs fills the GPU, and all of K.
+its tiles of 64 outputs and more leave multiprocessors idle when N is some thousands. Here one row
+is multiplied without tensor cores, by programs of few enough outputs that one wave of them fills
+the GPU. Of 2 to 16 rows each program takes more outputs, so that x is read less often, and a part
+of K where that would leave multiprocessors idle; the last program to finish a tile adds its parts
+up, in the order of the parts, so that results do not depend on which that is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch.nn.functional import linear
@@ -25,19 +29,29 @@ from rankwright.kernels.backend import (
 )
 from rankwright.kernels.gpu_facts import gpu_facts
 from rankwright.kernels.overlap import let_next_come, overlap, wait_for_last
+from rankwright.kernels.tuned import tuned_rows
 
-# Rows that the kernel takes at most: the least that a tensor-core product has.
+# Rows that the kernel takes at most. Fewer have a tile of as many too: Hopper's matrix instruction,
+# which reads W from shared memory itself, takes no fewer from Triton.
 MAX_ROWS = 16
+# Rows are rounded up to these: a product of 2 to 8 reads as much as one of 8.
+ROW_BUCKETS = (1, 8, 16)
+# Tiles of outputs that can be split: each has a word that counts its finished parts.
+_MAX_SPLIT_TILES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class SkinnyConfig:
-    """How the kernel is cut: outputs of a program, inputs of a step, and what it runs on."""
+    """How the kernel is cut: outputs of a program, inputs of a step, and what it runs on.
+
+    More than one split are for more than one row.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    num_splits: int = 1
 
 
 @jit()
@@ -84,55 +98,96 @@ def _vector_kernel(
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n_mask)
 
 
-@jit()
+@jit(do_not_specialize=("num_rows",))
 def _rows_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     out_ptr,
+    partial_ptr,
+    finished_ptr,
     num_rows,
     num_outputs,
+    num_inputs,
+    split_inputs,
     x_stride,
     w_stride,
-    NUM_INPUTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write up to `BLOCK_M` rows: W's rows stand where a product usually has those of x."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     n_mask, m_mask = n < num_outputs, m < num_rows
     w_at = w_ptr + n.to(tl.int64)[:, None] * w_stride + k[None, :]
     x_at = x_ptr + m[None, :] * x_stride + k[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in tl.range(0, NUM_INPUTS, BLOCK_K):
-        inside = k < NUM_INPUTS - start
-        w = tl.load(w_at + start, mask=n_mask[:, None] & inside[None, :], other=0.0)
-        x = tl.load(x_at + start, mask=m_mask[None, :] & inside[:, None], other=0.0)
+    first = split * split_inputs
+    stop = tl.minimum(first + split_inputs, num_inputs)
+    for start in tl.range(first, stop, BLOCK_K):
+        if WHOLE_STEPS:
+            w = tl.load(w_at + start, mask=n_mask[:, None], other=0.0)
+            x = tl.load(x_at + start, mask=m_mask[None, :], other=0.0)
+        else:
+            inside = k < stop - start
+            w = tl.load(w_at + start, mask=n_mask[:, None] & inside[None, :], other=0.0)
+            x = tl.load(x_at + start, mask=m_mask[None, :] & inside[:, None], other=0.0)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    at = m[None, :] * num_outputs + n[:, None]
+    mask = n_mask[:, None] & m_mask[None, :]
+    if IS_SPLIT:
+        part_size = tl.cast(num_rows, tl.int64) * num_outputs
+        tl.store(partial_ptr + split * part_size + at, acc, mask=mask)
+        tl.debug_barrier()  # all of this part is written before it counts as finished
+        before = tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if before != tl.num_programs(1) - 1:
+            return
+        tl.store(finished_ptr + tile, 0)  # for the next product
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for part in range(0, tl.num_programs(1)):
+            acc += tl.load(partial_ptr + part * part_size + at, mask=mask, other=0.0)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-    out_at = out_ptr + m[None, :] * num_outputs + n[:, None]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=n_mask[:, None] & m_mask[None, :])
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def skinny_config(num_rows: int, num_outputs: int, num_multiprocessors: int) -> SkinnyConfig | None:
+@lru_cache
+def _finished_words(device: torch.device) -> torch.Tensor:
+    """Return int32 zeros that split products count with, and leave at zero.
+
+    One product of a device runs at a time: a rank computes on one stream.
+    """
+    return torch.zeros(_MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+
+
+def skinny_config(
+    num_rows: int, num_inputs: int, num_outputs: int, device: torch.device
+) -> SkinnyConfig | None:
     """Return how a product is best cut, or None where cuBLAS is at least as fast.
 
-    One row, bfloat16, on an H100 (copy 2.98 TB/s), cuBLAS and this kernel, us: 20.7 and 19.0 on
-    6,144 outputs of 4,096 inputs; 16.4 and 13.6 on 4,096 of 4,096; 81.9 and 76.3 on 28,672 of
-    4,096; 44.3 and 40.8 on 4,096 of 14,336; 14.1 and 10.9 on 3,072 of 4,096; 25.4 and 21.7 on 4,096
-    of 7,168.
-    Of 8 rows the kernel takes up to 14 % less there; but on two H200 steps of 8 rows were 0.4 ms
-    longer than what cuBLAS would have let expect, so it gets none by itself.
+    What was measured on this GPU (`tuned.py`) comes first, by rows rounded up to 1, 8 or 16.
+
+    Without: one row, bfloat16, on an H100 (copy 2.98 TB/s), cuBLAS and this kernel, us: 20.7 and
+    19.0 on 6,144 outputs of 4,096 inputs; 16.4 and 13.6 on 4,096 of 4,096; 81.9 and 76.3 on 28,672
+    of 4,096; 44.3 and 40.8 on 4,096 of 14,336; 14.1 and 10.9 on 3,072 of 4,096; 25.4 and 21.7 on
+    4,096 of 7,168. Of 8 rows, unsplit, it took up to 14 % less there; but on two H200 steps of 8
+    rows were 0.4 ms longer than what cuBLAS would have let expect, so none are taken unmeasured.
     """
+    bucket = next((bucket for bucket in ROW_BUCKETS if num_rows <= bucket), None)
+    if bucket is None:
+        return None
+    if row := tuned_rows(device, "linear").get((bucket, num_inputs, num_outputs)):
+        return SkinnyConfig(**row)
     if num_rows != 1:
         return None
-    if num_outputs >= 96 * num_multiprocessors:
+    if num_outputs >= 96 * gpu_facts(device).num_multiprocessors:
         return SkinnyConfig(block_n=4, block_k=1024, num_warps=8, num_stages=3)
     return SkinnyConfig(block_n=8, block_k=512, num_warps=4, num_stages=3)
 
@@ -168,8 +223,7 @@ def skinny_linear(
     num_outputs = len(weight_NK)
     triton_runs = runs_triton(x_MK, backend)
     if config is None and triton_runs and x_MK.dtype.itemsize == 2:
-        multiprocessors = gpu_facts(x_MK.device).num_multiprocessors
-        config = skinny_config(num_rows, num_outputs, multiprocessors)
+        config = skinny_config(num_rows, num_inputs, num_outputs, x_MK.device)
     if not triton_runs or config is None or num_rows == 0:
         return _by_torch(x_MK, weight_NK, bias_N, out_MN)
     if num_rows > MAX_ROWS:
@@ -181,24 +235,51 @@ def skinny_linear(
     if out_MN is None:
         out_MN = torch.empty((num_rows, num_outputs), dtype=x_MK.dtype, device=x_MK.device)
     assert out_MN.is_contiguous()
-    grid = (ceil_div(num_outputs, config.block_n),)
-    block_k = min(config.block_k, max(16, next_power_of_two(num_inputs)))
-    shared = {"NUM_INPUTS": num_inputs, "BLOCK_N": config.block_n, "BLOCK_K": block_k}
     bias = x_MK if bias_N is None else bias_N
-    if num_rows == 1:
-        _vector_kernel[grid](
-            x_MK, weight_NK, bias, out_MN, num_outputs, weight_NK.stride(0),
-            **shared, STAGES=config.num_stages, HAS_BIAS=bias_N is not None,
-            num_warps=config.num_warps, **overlap(x_MK),
-        )  # fmt: skip
-    else:
-        _rows_kernel[grid](
-            x_MK, weight_NK, bias, out_MN, num_rows, num_outputs, x_MK.stride(0),
-            weight_NK.stride(0), **shared, BLOCK_M=MAX_ROWS, HAS_BIAS=bias_N is not None,
-            PRECISION=DOT_PRECISION[x_MK.dtype], num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )  # fmt: skip
+    block_k = min(config.block_k, max(16, next_power_of_two(num_inputs)))
+    if num_rows > 1:
+        config = replace(config, block_k=block_k)
+        _launch_rows(x_MK, weight_NK, bias, out_MN, config, has_bias=bias_N is not None)
+        return out_MN
+    _vector_kernel[(ceil_div(num_outputs, config.block_n),)](
+        x_MK, weight_NK, bias, out_MN, num_outputs, weight_NK.stride(0),
+        NUM_INPUTS=num_inputs, BLOCK_N=config.block_n, BLOCK_K=block_k, STAGES=config.num_stages,
+        HAS_BIAS=bias_N is not None, num_warps=config.num_warps, **overlap(x_MK),
+    )  # fmt: skip
     return out_MN
+
+
+def _launch_rows(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias: torch.Tensor,
+    out_MN: torch.Tensor,
+    config: SkinnyConfig,
+    *,
+    has_bias: bool,
+) -> None:
+    num_rows, num_inputs = x_MK.shape
+    num_outputs = len(weight_NK)
+    tiles = ceil_div(num_outputs, config.block_n)
+    steps = ceil_div(num_inputs, config.block_k)
+    wanted = config.num_splits if tiles <= _MAX_SPLIT_TILES else 1
+    split_inputs = ceil_div(steps, wanted) * config.block_k
+    num_splits = ceil_div(num_inputs, split_inputs)
+    partial = finished = out_MN
+    if num_splits > 1:
+        partial = torch.empty(
+            (num_splits, num_rows, num_outputs), dtype=torch.float32, device=out_MN.device
+        )
+        finished = _finished_words(out_MN.device)
+    _rows_kernel[(tiles, num_splits)](
+        x_MK, weight_NK, bias, out_MN, partial, finished, num_rows, num_outputs, num_inputs,
+        split_inputs, x_MK.stride(0), weight_NK.stride(0),
+        BLOCK_M=MAX_ROWS,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        WHOLE_STEPS=num_inputs % config.block_k == 0, IS_SPLIT=num_splits > 1,
+        HAS_BIAS=has_bias, PRECISION=DOT_PRECISION[x_MK.dtype],
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
 
 
 def _by_torch(

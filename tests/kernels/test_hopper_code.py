@@ -36,7 +36,7 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         moe = kernel.__module__.rpartition(".")[2].startswith(("moe", "expert"))
         ints = (
             "words epochs table work context windows token tokens pairs counts counted replicas "
-            "block_slots starts"
+            "block_slots starts finished"
         ).split()
         floats_of = (
             "partial lse merged_lse cos_sin temperature best weights pair_weights correction "
@@ -134,14 +134,15 @@ found["combine"] = resources(
 found["tell"] = resources(peer_words._tell_kernel, 1, 1, [], ["peer", "word", "count"])
 found["await"] = resources(peer_words._await_kernel, 1, 1, [], ["word", "count"])
 found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
-for rows, kernel in ((1, skinny_linear._vector_kernel), (8, skinny_linear._rows_kernel)):
-    cut = skinny_linear.skinny_config(rows, 4096, 132) or skinny_linear.SkinnyConfig(64, 256, 4, 4)
-    more = dict(BLOCK_M=16, PRECISION="tf32")
-    if rows == 1:
-        more = dict(STAGES=cut.num_stages, OVERLAP=True)
-    found[f"linear {rows}"] = resources(
-        kernel, cut.num_warps, cut.num_stages, [], ["num_rows"], NUM_INPUTS=4096,
-        BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, **more)
+cut = skinny_linear.skinny_config(1, 4096, 4096, torch.device("cpu"))
+found["linear 1"] = resources(
+    skinny_linear._vector_kernel, cut.num_warps, cut.num_stages, [], [], NUM_INPUTS=4096,
+    BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, STAGES=cut.num_stages,
+    OVERLAP=True)
+for name, split in (("linear 16", False), ("linear 16 split", True)):
+    found[name] = resources(
+        skinny_linear._rows_kernel, 4, 4, [], ["num_rows"], BLOCK_M=16, BLOCK_N=64, BLOCK_K=128,
+        WHOLE_STEPS=True, IS_SPLIT=split, HAS_BIAS=False, PRECISION="tf32")
 found["count"] = resources(moe_align._count_kernel, 4, 1, [], ["num_pairs"], BLOCK=1024)
 found["place"] = resources(
     moe_align._place_kernel, 4, 1, [], ["num_pairs", "max_blocks"], NUM_SLOTS=128, BLOCK_S=128,
@@ -206,8 +207,11 @@ def compiled() -> dict[str, Any]:
         ("await", "ld.global.sys.acquire.b64"),
         ("combine", "ld.global.sys.acquire.b32"),
         ("linear 1", "cp.async.cg.shared.global"),
-        ("linear 8", "cp.async.cg.shared.global"),
-        ("linear 8", "mma"),
+        ("linear 16", "cp.async.cg.shared.global"),
+        ("linear 16", "wgmma.mma_async"),
+        ("linear 16 split", "cp.async.cg.shared.global"),
+        ("linear 16 split", "wgmma.mma_async"),
+        ("linear 16 split", "atom.global.gpu.acq_rel.add"),
         ("gate_up 16", "cp.async.cg.shared.global"),
         ("down 16", "cp.async.cg.shared.global"),
         ("gate_up 128", "wgmma.mma_async"),

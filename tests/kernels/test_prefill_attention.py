@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from rankwright.kernels.prefill_attention import PrefillConfig, prefill_attention, prefill_config
+from rankwright.kernels.prefill_attention import (
+    PrefillConfig,
+    prefill_attention,
+    prefill_config,
+    whole_prompts_backend,
+)
+from rankwright.kernels.tuned import rows_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = PrefillConfig(block_m=16, tile=16, num_warps=4, num_stages=2)
@@ -111,6 +117,36 @@ def test_references_equal_one_call_a_token(
 ) -> None:
     case = Case(*CHUNKS[chunk], 6, 2, 32, torch.float32, "cpu")
     assert_close(case.run(backend, window=window), case.token_by_token(window))
+
+
+def test_whole_prompts_by_cudnn_equal_one_call_a_token(device: str, assert_close: Close) -> None:
+    # Beyond the prompts the pool is NaN, and lengths are padded to what cuDNN plans for.
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    case = Case([37, 513], [37, 513], 6, 2, 64, dtype, device)
+    assert_close(case.run("cudnn"), case.token_by_token())
+    with pytest.raises(ValueError, match="5 queries of 53 tokens"):
+        Case([5], [53], 6, 2, 64, dtype, device).run("cudnn")
+
+
+def test_long_whole_prompts_run_on_what_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row = {"shape": [64, 4], "config": {"from_tokens": 30, "is_cudnn": 1}}
+    table = {"whole_prompts": [row]}
+    monkeypatch.setattr(
+        "rankwright.kernels.prefill_attention.tuned_rows", lambda _, kind: rows_of(table, kind)
+    )
+
+    def chosen(lengths: list[int], contexts: list[int], dim: int = 64) -> str:
+        case = Case(lengths, contexts, 2, 1, dim, torch.float32, "cpu")
+        return whole_prompts_backend(case.q, case.starts, case.contexts)
+
+    assert chosen([30, 31], [30, 31]) == "cudnn"
+    row["config"] = {"from_tokens": 30, "is_cudnn": 0}
+    assert chosen([30, 31], [30, 31]) == "sdpa"
+    assert chosen([30, 29], [30, 29]) == "auto"
+    assert chosen([30], [40]) == "auto"
+    assert chosen([30], [30], dim=128) == "auto"
 
 
 @pytest.mark.parametrize("window", [None, 7])

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from rankwright.kernels.skinny_linear import (
     skinny_config,
     skinny_linear,
 )
+from rankwright.kernels.tuned import rows_of
 
 CONFIG = SkinnyConfig(block_n=16, block_k=32, num_warps=4, num_stages=2)
+SPLIT = replace(CONFIG, num_splits=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,10 +51,48 @@ def test_strided_rows_and_weights_are_read_as_they_stand(
     assert_close(out, linear(x[:, ::2], weight[:, :40]))
 
 
-def test_more_than_one_row_stays_with_cublas_unless_a_cut_is_given() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "bias"),
+    [(2, 96, 16, False), (7, 96, 33, True), (9, 131, 50, True), (16, 33, 9, False)],
+)
+def test_products_in_splits_equal_those_of_torch_time_after_time(
+    dtype: torch.dtype,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    device: str,
+    assert_close: Callable[..., None],
+) -> None:
+    for _ in range(2):  # the words that count must be left at zero
+        x = torch.randn(rows, inputs, device=device).to(dtype)
+        weight = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).to(dtype)
+        b = torch.randn(outputs, device=device).to(dtype) if bias else None
+        expected = linear(x.double(), weight.double(), None if b is None else b.double())
+        found = skinny_linear(x, weight, b, config=SPLIT, backend="triton")
+        assert_close(found, expected.to(dtype))
+        assert torch.equal(skinny_linear(x, weight, b, config=SPLIT, backend="triton"), found)
+
+
+def test_more_than_one_row_stays_with_cublas_where_none_was_measured() -> None:
+    cpu = torch.device("cpu")
     for outputs in (3072, 28672):
-        assert skinny_config(1, outputs, 132) is not None
-        assert skinny_config(2, outputs, 132) is None
+        assert skinny_config(1, 4096, outputs, cpu) is not None
+        assert skinny_config(2, 4096, outputs, cpu) is None
+
+
+def test_what_was_measured_is_taken_for_its_rows_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"block_n": 64, "block_k": 128, "num_warps": 4, "num_stages": 5, "num_splits": 3}
+    table = {"linear": [{"shape": [8, 4096, 6144], "config": config}]}
+    monkeypatch.setattr(
+        "rankwright.kernels.skinny_linear.tuned_rows", lambda _, kind: rows_of(table, kind)
+    )
+    device = torch.device("cpu")
+    for rows in (2, 5, 8):
+        assert skinny_config(rows, 4096, 6144, device) == SkinnyConfig(64, 128, 4, 5, 3)
+    for shape in ((9, 4096, 6144), (8, 4096, 4096), (17, 4096, 6144)):
+        assert skinny_config(*shape, device) is None
 
 
 def test_wrong_shapes_and_too_many_rows_are_named(device: str) -> None:
