@@ -79,6 +79,11 @@ class StageModels:
             self._models[key] = kind, model  # keeping the kind keeps its id from being used again
         return self._models[key][1]
 
+    def forget(self) -> None:
+        """Drop every model that was kept."""
+        self._models.clear()
+        self._boundaries.clear()
+
     def pipeline(
         self,
         replicas: Replicas,

@@ -20,6 +20,7 @@ for `m` micro-batches in flight: in a pipeline one long step holds up the whole 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log, sqrt
 
 from rankwright.cost_model.ops import StepTokens
@@ -81,8 +82,15 @@ def find_flow(workload: Workload, slots: int, chunk_tokens: int) -> Flow:
         slots: Sequences of one micro-batch (`b`).
         chunk_tokens: Tokens of one step at most, decoding ones included.
     """
-    new = prompt_tokens(workload)
-    decode_steps = workload.output_tokens - 1
+    new, input_tokens = prompt_tokens(workload), workload.input_tokens
+    return _flow_of(new, input_tokens, workload.output_tokens, slots, chunk_tokens)
+
+
+@lru_cache(maxsize=4096)  # a search asks for a few hundred flows, tens of thousands of times
+def _flow_of(
+    new: int, input_tokens: int, output_tokens: int, slots: int, chunk_tokens: int
+) -> Flow:
+    decode_steps = output_tokens - 1
     chunk = max(1, chunk_tokens - slots)
     prompt_steps = ceil(new / chunk)
     requests = slots / (prompt_steps + decode_steps)
@@ -93,8 +101,8 @@ def find_flow(workload: Workload, slots: int, chunk_tokens: int) -> Flow:
     else:
         share, per_step = requests * prompt_steps, new / prompt_steps
     decoding = requests * decode_steps
-    context = workload.input_tokens + workload.output_tokens / 2
-    prefill_context = workload.input_tokens - new / 2
+    context = input_tokens + output_tokens / 2
+    prefill_context = input_tokens - new / 2
     return Flow(
         requests=requests,
         plain=StepTokens(decode=decoding, decode_context=context),

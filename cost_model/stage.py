@@ -3,6 +3,8 @@
 A `StageModel` times the layers of one kind of stage; `step.Pipeline` puts stages one after another.
 """
 
+from collections import Counter
+from itertools import accumulate, pairwise
 from math import log2
 
 from rankwright.cost_model.collectives import (
@@ -35,6 +37,20 @@ class LayerKinds:
             if run.layer not in self.kinds:
                 self.kinds.append(run.layer)
             self.of_layer += [self.kinds.index(run.layer)] * run.count
+        self._cuts: dict[tuple[int, ...], tuple[tuple[tuple[int, int], ...], ...]] = {}
+
+    def of_stages(self, stage_layers: tuple[int, ...]) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Return, for each stage, how many layers it has of each kind: (kind, count).
+
+        Args:
+            stage_layers: Layers of each stage, in the model's order.
+        """
+        if stage_layers not in self._cuts:
+            ends = list(accumulate(stage_layers, initial=0))
+            self._cuts[stage_layers] = tuple(
+                tuple(Counter(self.of_layer[start:end]).items()) for start, end in pairwise(ends)
+            )
+        return self._cuts[stage_layers]
 
 
 class StageModel:
@@ -97,7 +113,8 @@ class StageModel:
             )
             for layer in layers.kinds
         ]
-        self._launches: dict[tuple[int, bool], int] = {}  # by kind of layer, and with decoding
+        # By kind of layer, with decoding, and ops of attention.
+        self._launches: dict[tuple[int, bool, int], int] = {}
         self._cache: dict[tuple[int, StepTokens], float] = {}
         # By kind of layer, all tokens, and tokens that a rank attends for.
         self._others_s: dict[tuple[int, float, float], float] = {}
@@ -115,23 +132,29 @@ class StageModel:
                 others_s = self._rates.seconds(layer.other_ops(mine))
                 others_s += self._exchange_s(mine, kind=kind)
                 self._others_s[key] = others_s
-            seconds = others_s + self._rates.seconds(layer.attention_ops(mine))
+            attention = layer.attention_ops(mine)
+            seconds = others_s + self._rates.seconds(attention)
             if self._context.size > 1:
                 seconds += self._context_s(kind, tokens)[0]
-            seconds = max(seconds, self._eager_s(kind, mine))
+            seconds = max(seconds, self._eager_s(kind, mine, len(attention)))
             self._cache[kind, tokens] = seconds
         return seconds
 
-    def _eager_s(self, kind: int, tokens: StepTokens) -> float:
+    def _eager_s(self, kind: int, tokens: StepTokens, attention_ops: int) -> float:
         """Return the seconds in which the host launches a layer of a step with prompts.
 
         Decoding replays graphs; steps with prompts are of any size and run without. The host is
         ahead of the GPU unless kernels are shorter than their launches.
+
+        Args:
+            kind: Of layer.
+            tokens: What a rank computes.
+            attention_ops: How many ops its attention has: all that tokens change in the launches.
         """
         launch_s = self._rates.efficiency.eager_launch_s
         if not tokens.prefill or not launch_s:
             return 0.0
-        key = (kind, tokens.decode > 0)
+        key = (kind, tokens.decode > 0, attention_ops)
         launches = self._launches.get(key)
         if launches is None:
             launches = sum(op.launches for op in self._layers[kind].ops(tokens))
@@ -150,7 +173,8 @@ class StageModel:
         if self._context.size > 1:
             name = "context ring" if self._is_ring and tokens.prefill else "context exchange"
             parts.append(link_part(name, *self._context_s(kind, tokens)))
-        host_s = self._eager_s(kind, mine) - sum(part.seconds for part in parts)
+        attention_ops = len(self._layers[kind].attention_ops(mine))
+        host_s = self._eager_s(kind, mine, attention_ops) - sum(part.seconds for part in parts)
         if host_s > 0:
             parts.append(
                 Part(name="launches", seconds=host_s, bound="launch", source=self.provenance)

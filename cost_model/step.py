@@ -4,7 +4,6 @@ A `stage.StageModel` times the layers of one kind of stage; a `Pipeline` puts st
 another. With one stage and one micro-batch the pipeline's round is simply the step.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,11 +29,15 @@ class Pipeline:
     _times: dict[StepTokens, tuple[list[float], float]] = field(
         default_factory=dict[StepTokens, tuple[list[float], float]], compare=False, repr=False
     )
+    # What `_find_alike` returns, once it was asked for.
+    _firsts: list[list[int]] = field(default_factory=list[list[int]], compare=False, repr=False)
 
     def stage_s(self, stage: int, tokens: StepTokens) -> float:
         """Return the seconds that `stage` is busy with one micro-batch."""
         model = self.stages[stage]
-        seconds = sum(count * model.layer_s(kind, tokens) for kind, count in self.kinds[stage])
+        seconds = 0.0
+        for kind, count in self.kinds[stage]:
+            seconds += count * model.layer_s(kind, tokens)
         if stage == 0:
             seconds += model.first_s(tokens)
         if stage == len(self.stages) - 1:
@@ -78,24 +81,33 @@ class Pipeline:
 
     def _busy_s(self, tokens: StepTokens) -> tuple[list[float], float]:
         """Return the seconds of each stage and of all hand-overs; stages that are alike once."""
-        if tokens not in self._times:
-            last = len(self.stages) - 1
-            alike: dict[tuple[object, ...], float] = {}
+        times = self._times.get(tokens)
+        if times is None:
+            if not self._firsts:
+                self._firsts.extend(self._find_alike())
             busy: list[float] = []
-            for stage, (model, kinds) in enumerate(zip(self.stages, self.kinds, strict=True)):
-                key = (id(model), kinds, stage == 0, stage == last)
-                if key not in alike:
-                    alike[key] = self.stage_s(stage, tokens)
-                busy.append(alike[key])
-            sent: dict[tuple[int, int], float] = {}
-            sends = 0.0
-            for stage, group in enumerate(self.boundaries):
-                pair = (id(self.stages[stage]), id(group))
-                if pair not in sent:
-                    sent[pair] = self.send_s(stage, tokens)
-                sends += sent[pair]
-            self._times[tokens] = busy, sends
-        return self._times[tokens]
+            for stage, like in enumerate(self._firsts[0]):
+                busy.append(self.stage_s(stage, tokens) if like == stage else busy[like])
+            sent: list[float] = []
+            for stage, like in enumerate(self._firsts[1]):
+                sent.append(self.send_s(stage, tokens) if like == stage else sent[like])
+            times = self._times[tokens] = busy, sum(sent)
+        return times
+
+    def _find_alike(self) -> tuple[list[int], list[int]]:
+        """Return, of each stage and of each boundary, the first that costs what it costs."""
+        last = len(self.stages) - 1
+        stages: dict[tuple[object, ...], int] = {}
+        like = [
+            stages.setdefault((id(model), kinds, stage == 0, stage == last), stage)
+            for stage, (model, kinds) in enumerate(zip(self.stages, self.kinds, strict=True))
+        ]
+        pairs: dict[tuple[int, int], int] = {}
+        like_sends = [
+            pairs.setdefault((id(self.stages[stage]), id(group)), stage)
+            for stage, group in enumerate(self.boundaries)
+        ]
+        return like, like_sends
 
     def parts(self, stage: int, tokens: StepTokens, repeat: float = 1) -> tuple[Part, ...]:
         """Return the terms of one step of `stage`, each summed over its layers and `repeat`."""
@@ -122,12 +134,7 @@ def make_pipeline(
     boundaries: tuple[Group, ...] = (),
 ) -> Pipeline:
     """Return the pipeline whose stages have `stage_layers` layers each, in the model's order."""
-    start = 0
-    kinds: list[tuple[tuple[int, int], ...]] = []
-    for count in stage_layers:
-        kinds.append(tuple(Counter(layers.of_layer[start : start + count]).items()))
-        start += count
-    return Pipeline(stages, tuple(kinds), boundaries)
+    return Pipeline(stages, layers.of_stages(stage_layers), boundaries)
 
 
 def _merge(weighted: Sequence[tuple[float, Part]]) -> tuple[Part, ...]:

@@ -189,13 +189,15 @@ class _Search:
         """
         num_stages = len(self._stages)
         reach, next_s = [0], inf
+        start = 0
         for index in range(num_stages):
-            start = reach[-1]
             end, more_s = self._end(index, start, stage_s, num_stages - 1 - index)
-            next_s = min(next_s, more_s)
+            if more_s < next_s:
+                next_s = more_s
             if end <= start:
                 return None, -1.0
             reach.append(end)
+            start = end
         return (reach if reach[-1] == self._num_layers else None), next_s
 
     def even_cut(self, reach: Sequence[int], stage_s: float) -> tuple[int, ...] | None:
@@ -244,14 +246,17 @@ class _Search:
 
     def _end(self, index: int, start: int, stage_s: float, stages_after: int) -> tuple[int, float]:
         """Return where a stage that starts at `start` must end, and the time for one layer more."""
+        # Comparisons instead of min and max: a large search asks this a million times.
         total, extra_s = self._seconds[index], self._stages[index].extra_s
         latest = self._num_layers - stages_after
         for sums, room in self._bounds[index]:
-            latest = min(latest, bisect_right(sums, sums[start] + room) - 1)
-        end = min(bisect_right(total, total[start] + stage_s * _ROUNDING - extra_s) - 1, latest)
+            most = bisect_right(sums, sums[start] + room) - 1
+            if most < latest:
+                latest = most
+        end = bisect_right(total, total[start] + stage_s * _ROUNDING - extra_s) - 1
         if end >= latest:
-            return end, inf
-        return end, total[max(end, start) + 1] - total[start] + extra_s
+            return latest, inf
+        return end, total[(end if end > start else start) + 1] - total[start] + extra_s
 
     def _start(self, index: int, end: int, stage_s: float) -> int:
         """Return the first layer from which a stage that ends at `end` stays within its limits."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 
 from rankwright.cost_model.efficiency import device_class
-from rankwright.cost_model.layout import SlotKind
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas, StageModels
@@ -21,15 +20,15 @@ from rankwright.cost_model.serving import (
     serve_closed,
     serve_open,
 )
-from rankwright.cost_model.stage import StageModel
 from rankwright.cost_model.step import Pipeline
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import StageCosts, balance_both, balance_layers
 from rankwright.planner.candidate import Candidate, Constraint
+from rankwright.planner.homes import Home, Stage, find_home
 from rankwright.planner.memory_table import MemoryTable
 from rankwright.planner.pools import Pool, find_pools
 from rankwright.planner.shapes import Pins, Shape
-from rankwright.topology.cluster import Cluster, Gpu
+from rankwright.topology.cluster import Cluster
 
 MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
 MAX_BATCH_CPU = 32  # a few cores are busy long before
@@ -70,7 +69,6 @@ class Evaluator:
         self.models = StageModels(model, cluster, engine)
         self.memory = MemoryTable(model, memory_budget_bytes)
         self._dp = pins.dp if pins else None
-        self._known_cuts: dict[tuple[object, ...], list[_Cut]] = {}
         self._sizes: dict[tuple[object, ...], list[int]] = {}
         self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
         self.is_cpu = all(device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus)
@@ -83,18 +81,35 @@ class Evaluator:
     def candidates(self, shape: Shape) -> Iterator[Candidate]:
         """Yield `shape` at every batch level, chunk and pool."""
         levels = self.batch_levels(shape)
+        known: dict[tuple[object, ...], list[_Cut]] = {}  # pools inside machines and over them
         for pool in find_pools(shape):
+            home = find_home(shape, pool, self.models, self.memory)
+            pipelines: dict[tuple[int, ...], list[Pipeline]] = {}
             for batch_size in levels:
                 fits = False
                 for chunk in self.chunk_levels(batch_size, shape.pp):
-                    cuts = self._cuts(shape, pool, batch_size, chunk)
+                    key = (home.kinds, batch_size, chunk)
+                    if key not in known:
+                        known[key] = self._cuts(home, batch_size, chunk)
+                    cuts = known[key]
                     for cut in cuts:
-                        yield from self._evaluate(shape, pool, batch_size, chunk, cut)
+                        if cut.layers not in pipelines:
+                            pipelines[cut.layers] = [
+                                self.pipeline(group, cut.layers, shape) for group in pool.replicas
+                            ]
+                        serve = pipelines[cut.layers]
+                        yield from self._evaluate(shape, pool, batch_size, chunk, cut, serve)
                     if not cuts[0].fits:
                         break  # stays as evidence; larger chunks fit no better
                     fits = True
                 if not fits:
                     break  # likewise larger batches
+
+    def forget(self) -> None:
+        """Drop the times that were kept; what is asked for again is worked out again."""
+        self.models.forget()
+        self._layer_seconds.clear()
+        self._sizes.clear()
 
     def batch_levels(self, shape: Shape) -> list[int]:
         """Return powers of two, and what the workload's concurrency comes to for a replica."""
@@ -169,9 +184,14 @@ class Evaluator:
         return levels[: len(useful) + 1] or [2 * slots]
 
     def _evaluate(
-        self, shape: Shape, pool: Pool, batch_size: int, chunk: int, cut: "_Cut"
+        self,
+        shape: Shape,
+        pool: Pool,
+        batch_size: int,
+        chunk: int,
+        cut: "_Cut",
+        pipelines: list[Pipeline],
     ) -> Iterator[Candidate]:
-        pipelines = [self.pipeline(group, cut.layers, shape) for group in pool.replicas]
         for count in self._replica_levels(pool):
             states = [self._serve(pipeline, batch_size, chunk, count) for pipeline in pipelines]
             serving = tuple(
@@ -183,12 +203,14 @@ class Evaluator:
             if any(state is None for state in states):
                 broken.append("rate")
             limits = self.workload
-            ttft_s = max(state.ttft_at_s(limits.percentile) for state in serving)
-            tpot_s = max(state.tpot_s for state in serving)
-            if limits.ttft_limit_s is not None and ttft_s > limits.ttft_limit_s:
-                broken.append("ttft")
-            if limits.tpot_limit_s is not None and tpot_s > limits.tpot_limit_s:
-                broken.append("tpot")
+            if limits.ttft_limit_s is not None:
+                ttft_s = max(state.ttft_at_s(limits.percentile) for state in serving)
+                if ttft_s > limits.ttft_limit_s:
+                    broken.append("ttft")
+            if limits.tpot_limit_s is not None:
+                tpot_s = max(state.tpot_s for state in serving)
+                if tpot_s > limits.tpot_limit_s:
+                    broken.append("tpot")
             yield Candidate(
                 shape,
                 pool,
@@ -231,32 +253,27 @@ class Evaluator:
             chunk_tokens=chunk,
         )
 
-    def _cuts(self, shape: Shape, pool: Pool, batch_size: int, chunk: int) -> "list[_Cut]":
+    def _cuts(self, home: Home, batch_size: int, chunk: int) -> "list[_Cut]":
         """Return the stages that can be best; where memory allows none, those without its limit.
 
         Several where steps with prompts and steps without are balanced by different ones.
         """
-        kinds = tuple(id(kind) for group in pool.replicas for kind in group.stages)
-        key = (*shape.degrees, batch_size, chunk, kinds)
-        if key not in self._known_cuts:
-            slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
-            flow = find_flow(self.workload, slots, chunk)
-            costs = self.stage_costs(shape, pool, batch_size, chunk, flow.mixed)
-            if shape.pp > 1 and flow.mixed_share < 1 and flow.plain.decode:
-                plain = self.stage_costs(shape, pool, batch_size, chunk, flow.plain)
-                cuts = balance_both(costs, plain)
-            else:
-                best = balance_layers(costs)
-                cuts = [] if best is None else [best]
-            fits = bool(cuts)
-            if not fits:
-                free = balance_layers([replace(stage, budget_bytes=inf) for stage in costs])
-                assert free is not None, "without a memory limit every shape has a cut"
-                cuts = [free]
-            self._known_cuts[key] = [
-                _Cut(layers, fits, *_fullest(costs, layers)) for layers in cuts
-            ]
-        return self._known_cuts[key]
+        pp = home.shape.pp
+        slots = ceil(batch_size / micro_batches_of(pp, batch_size))
+        flow = find_flow(self.workload, slots, chunk)
+        costs = self._stage_costs(home, batch_size, chunk, flow.mixed)
+        if pp > 1 and flow.mixed_share < 1 and flow.plain.decode:
+            plain = self._stage_costs(home, batch_size, chunk, flow.plain)
+            cuts = balance_both(costs, plain)
+        else:
+            best = balance_layers(costs)
+            cuts = [] if best is None else [best]
+        fits = bool(cuts)
+        if not fits:
+            free = balance_layers([replace(stage, budget_bytes=inf) for stage in costs])
+            assert free is not None, "without a memory limit every shape has a cut"
+            cuts = [free]
+        return [_Cut(layers, fits, *_fullest(costs, layers)) for layers in cuts]
 
     def stage_costs(
         self, shape: Shape, pool: Pool, batch_size: int, chunk: int, tokens: StepTokens
@@ -272,43 +289,33 @@ class Evaluator:
             chunk: Tokens of one step at most, which size its buffers.
             tokens: Of the step that is timed.
         """
-        hardest: dict[tuple[int, ...], _Hardest] = {}
-        alike: dict[tuple[object, ...], StageCosts] = {}
-        costs: list[StageCosts] = []
-        for stage in range(shape.pp):
-            kinds = tuple(group.stages[stage] for group in pool.replicas)
-            key = tuple(map(id, kinds))
-            if key not in hardest:
-                hardest[key] = self._hardest(shape, kinds, tokens)
-            ends = (stage == 0, stage == shape.pp - 1, *key)
-            if ends not in alike:
-                alike[ends] = self._costs_of(shape, stage, hardest[key], batch_size, chunk, tokens)
-            costs.append(alike[ends])
-        return costs
+        home = find_home(shape, pool, self.models, self.memory)
+        return self._stage_costs(home, batch_size, chunk, tokens)
 
-    def _costs_of(
-        self,
-        shape: Shape,
-        stage: int,
-        hardest: "_Hardest",
-        batch_size: int,
-        chunk: int,
-        tokens: StepTokens,
-    ) -> StageCosts:
-        extra_s = 0.0
-        if stage == 0:
-            extra_s += max(model.first_s(tokens) for model in hardest.models)
-        if stage == shape.pp - 1:
-            extra_s += max(model.last_s(tokens) for model in hardest.models)
-        else:
-            extra_s += max(model.handover_s for model in hardest.models)
-        return StageCosts(
-            hardest.layer_s,
-            extra_s,
-            self._layer_bytes(shape, batch_size),
-            self.memory.extra_bytes(shape, stage, batch_size, chunk, hardest.gpu),
-            hardest.budget_bytes,
-        )
+    def _stage_costs(
+        self, home: Home, batch_size: int, chunk: int, tokens: StepTokens
+    ) -> list[StageCosts]:
+        shape = home.shape
+        layer_bytes = self._layer_bytes(shape, batch_size)
+        costs: list[StageCosts] = []
+        for stage in home.stages:
+            extra_s = 0.0
+            if stage.index == 0:
+                extra_s += max([model.first_s(tokens) for model in stage.models])
+            if stage.index == shape.pp - 1:
+                extra_s += max([model.last_s(tokens) for model in stage.models])
+            else:
+                extra_s += max([model.handover_s for model in stage.models])
+            costs.append(
+                StageCosts(
+                    self._layer_s(stage, tokens),
+                    extra_s,
+                    layer_bytes,
+                    self.memory.extra_bytes(shape, stage.index, batch_size, chunk, stage.gpu),
+                    stage.budget_bytes,
+                )
+            )
+        return [costs[index] for index in home.of_stage]
 
     def _layer_bytes(self, shape: Shape, batch_size: int) -> list[int]:
         """Return the bytes of each layer with its part of the cache; one list for equal asks."""
@@ -321,35 +328,18 @@ class Evaluator:
             ]
         return self._sizes[key]
 
-    def _hardest(self, shape: Shape, kinds: tuple[SlotKind, ...], tokens: StepTokens) -> "_Hardest":
-        distinct = {id(kind): kind for kind in kinds}.values()
-        models = [
-            self.models.stage(kind, shape.ep, shape.attention, shape.cp, shape.cp_exchange)
-            for kind in distinct
-        ]
-        gpu = min((kind.gpu for kind in distinct), key=self.memory.budget_bytes)
-        return _Hardest(models, gpu, self.memory.budget_bytes(gpu), self._layer_s(models, tokens))
-
-    def _layer_s(self, models: list[StageModel], tokens: StepTokens) -> list[float]:
-        """Return the seconds of each layer on the slowest of `models`; one list for equal asks."""
-        key = (tokens, *map(id, models))
-        if key not in self._layer_seconds:
+    def _layer_s(self, stage: Stage, tokens: StepTokens) -> list[float]:
+        """Return the seconds of each layer on the slowest of its GPUs; one list for equal asks."""
+        key = (tokens, stage.model_ids)
+        seconds = self._layer_seconds.get(key)
+        if seconds is None:
             by_kind = [
-                max(model.layer_s(kind, tokens) for model in models)
+                max([model.layer_s(kind, tokens) for model in stage.models])
                 for kind in range(len(self.models.layers.kinds))
             ]
-            self._layer_seconds[key] = [by_kind[kind] for kind in self.models.layers.of_layer]
-        return self._layer_seconds[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _Hardest:
-    """The slowest layers and the smallest GPU of the kinds of slot that a stage may be on."""
-
-    models: list[StageModel]
-    gpu: Gpu
-    budget_bytes: int
-    layer_s: list[float]
+            seconds = [by_kind[kind] for kind in self.models.layers.of_layer]
+            self._layer_seconds[key] = seconds
+        return seconds
 
 
 @dataclass(frozen=True, slots=True)

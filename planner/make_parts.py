@@ -1,19 +1,22 @@
 """Plans replicas that need not be alike, where they serve more than the best of alike ones."""
 
+from typing import TYPE_CHECKING
+
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.bind_parts import bind_parts
 from rankwright.planner.make_plan import needs_simulation, plan_of_search, prepare
 from rankwright.planner.part_bound import most_tokens_per_s
-from rankwright.planner.part_columns import Columns, find_columns
-from rankwright.planner.part_program import PartsChoice, choose_parts
-from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
 from rankwright.planner.solver import TIME_LIMIT_S, NoIncumbentError
-from rankwright.planner.twins import Twins
 from rankwright.topology.cluster import Cluster
+
+if TYPE_CHECKING:
+    from rankwright.planner.part_columns import Columns
+    from rankwright.planner.part_program import PartsChoice
+    from rankwright.planner.parts_plan import PartsPlan
+    from rankwright.planner.twins import Twins
 
 # What unlike replicas must serve more than alike ones to be worth several engines and a router that
 # weighs. The bar for the cost model's own error of a step is 6 % in the mean: of a smaller lead
@@ -35,7 +38,7 @@ def plan_parts(
     allow_pipeline: bool = True,
     time_limit_s: float = TIME_LIMIT_S,
     assumptions: tuple[str, ...] = (),
-) -> Plan | PartsPlan:
+) -> "Plan | PartsPlan":
     """Return the best plan, of unlike replicas where those serve over 5 % more.
 
     They are looked for on one machine of up to 16 GPUs, for throughput without a request rate and
@@ -72,7 +75,7 @@ def plan_parts(
     return with_parts(search, plan)
 
 
-def with_parts(search: Search, plan: Plan) -> Plan | PartsPlan:
+def with_parts(search: Search, plan: Plan) -> "Plan | PartsPlan":
     """Return a plan of unlike replicas if it serves over 5 % more than `plan`, else `plan`.
 
     Args:
@@ -85,6 +88,10 @@ def with_parts(search: Search, plan: Plan) -> Plan | PartsPlan:
     most = most_tokens_per_s(search)
     if most is not None and most <= enough:
         return plan
+    # Loaded here: on most machines the bound shows that there is nothing to look for.
+    from rankwright.planner.bind_parts import bind_parts
+    from rankwright.planner.twins import Twins
+
     twins = Twins(search.cluster.nodes[0])
     if twins.num_kinds > MOST_KINDS:
         return plan
@@ -95,11 +102,14 @@ def with_parts(search: Search, plan: Plan) -> Plan | PartsPlan:
     return bind_parts(search, twins, columns, choice, plan)
 
 
-def best_parts(search: Search, twins: Twins) -> tuple[Columns, PartsChoice] | None:
+def best_parts(search: Search, twins: "Twins") -> "tuple[Columns, PartsChoice] | None":
     """Return the best mix of replicas, and the columns it is of; None where none keeps the limits.
 
     None, too, where the solver's time was over first: the plan of alike replicas stands then.
     """
+    from rankwright.planner.part_columns import find_columns
+    from rankwright.planner.part_program import choose_parts
+
     columns = find_columns(search, twins)
     try:
         choice = choose_parts(

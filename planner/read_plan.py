@@ -4,13 +4,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from rankwright.planner.disaggregated_plan import DisaggregatedPlan
-from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.topology.cluster import Cluster
+
+if TYPE_CHECKING:
+    from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+    from rankwright.planner.parts_plan import PartsPlan
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -21,6 +24,10 @@ def read_plan(path: str | Path) -> Plan:
             replicas, or it contradicts itself; one line that names the field.
     """
     plan = read_any_plan(path)
+    if isinstance(plan, Plan):
+        return plan
+    from rankwright.planner.parts_plan import PartsPlan
+
     if isinstance(plan, PartsPlan):
         raise ValueError(
             f"plan {str(path)!r} has replicas of different shapes ({plan.label()}), and one shape "
@@ -29,17 +36,21 @@ def read_plan(path: str | Path) -> Plan:
     return _of_one_pool(plan, path)
 
 
-def read_launchable(path: str | Path) -> Plan | PartsPlan:
+def read_launchable(path: str | Path) -> "Plan | PartsPlan":
     """Return the plan in the file at `path`, of one pool, its replicas alike or not.
 
     Raises:
         ValueError: As `read_plan`.
     """
     plan = read_any_plan(path)
+    if isinstance(plan, Plan):
+        return plan
+    from rankwright.planner.parts_plan import PartsPlan
+
     return plan if isinstance(plan, PartsPlan) else _of_one_pool(plan, path)
 
 
-def read_any_plan(path: str | Path) -> Plan | PartsPlan | DisaggregatedPlan:
+def read_any_plan(path: str | Path) -> "Plan | PartsPlan | DisaggregatedPlan":
     """Return the plan in the file at `path`, of one pool or of two, of like replicas or unlike.
 
     Raises:
@@ -60,27 +71,34 @@ def read_any_plan(path: str | Path) -> Plan | PartsPlan | DisaggregatedPlan:
         raise ValueError(f"plan {str(path)!r}: {_first_problem(error)}") from None
 
 
-def _of_one_pool(plan: Plan | DisaggregatedPlan, path: str | Path) -> Plan:
-    if isinstance(plan, DisaggregatedPlan):
-        raise ValueError(
-            f"plan {str(path)!r} has separate pools for prefill and decode, which the executor of "
-            f"rankwright does not run; `rankwright render {path} --target {plan.engine}` writes it "
-            "for an engine that does"
-        )
-    return plan
+def _of_one_pool(plan: "Plan | DisaggregatedPlan", path: str | Path) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    raise ValueError(
+        f"plan {str(path)!r} has separate pools for prefill and decode, which the executor of "
+        f"rankwright does not run; `rankwright render {path} --target {plan.engine}` writes it "
+        "for an engine that does"
+    )
 
 
-def _kind_of(text: str) -> type[Plan | PartsPlan | DisaggregatedPlan]:
+def _kind_of(text: str) -> "type[Plan | PartsPlan | DisaggregatedPlan]":
     try:
         fields = json.loads(text)
     except ValueError:
         return Plan  # what is wrong with it is said by who reads it as a plan
+    # The rarer kinds are loaded where a file is one: `plan`, which only writes, does without.
     if isinstance(fields, dict) and "prefill" in fields:
+        from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+
         return DisaggregatedPlan
-    return PartsPlan if isinstance(fields, dict) and "parts" in fields else Plan
+    if isinstance(fields, dict) and "parts" in fields:
+        from rankwright.planner.parts_plan import PartsPlan
+
+        return PartsPlan
+    return Plan
 
 
-def write_plan(plan: Plan | PartsPlan | DisaggregatedPlan, path: str | Path) -> None:
+def write_plan(plan: "Plan | PartsPlan | DisaggregatedPlan", path: str | Path) -> None:
     """Write `plan` to `path`: to a temporary file beside it, then renamed.
 
     Raises:

@@ -6,12 +6,14 @@ how a binding constraint is shown to bind, and how a suggested change is shown t
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidate import Candidate
 from rankwright.planner.candidates import Evaluator
 from rankwright.planner.ilp import Choice, choose
+from rankwright.planner.prune import prune
 from rankwright.planner.shapes import Illegal, Pins, Shape, Shapes, find_shapes
 from rankwright.planner.solver import TIME_LIMIT_S
 from rankwright.topology.cluster import Cluster
@@ -67,11 +69,19 @@ class Search:
     @cached_property
     def candidates(self) -> list[Candidate]:
         """Every shape at every batch level."""
-        return [
-            candidate
-            for shape in self.shapes.legal
-            for candidate in self.evaluator.candidates(shape)
-        ]
+        found: list[Candidate] = []
+        # Shapes come by the GPUs of a stage, and those of other widths share no times: dropping
+        # them halves the memory that a search over racks takes.
+        for _, shapes in groupby(self.shapes.legal, lambda shape: (shape.tp, shape.cp)):
+            for shape in shapes:
+                found += self.evaluator.candidates(shape)
+            self.evaluator.forget()
+        return found
+
+    @cached_property
+    def _columns(self) -> list[Candidate]:
+        """The candidates that none of their shape beats in all, whichever shapes are left out."""
+        return prune(self.candidates, self.workload)
 
     @property
     def illegal(self) -> tuple[Illegal, ...]:
@@ -94,7 +104,7 @@ class Search:
         """
         allowed = [
             candidate
-            for candidate in self.candidates
+            for candidate in (self.candidates if barred else self._columns)
             if candidate.shape.label() not in without and candidate.identity not in barred
         ]
         return choose(

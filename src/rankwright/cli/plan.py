@@ -11,7 +11,6 @@ from rankwright.cli.output import print_json, status
 from rankwright.cli.planning import Asked, parts_for, plan_for, pools_for
 from rankwright.cost_model.read_model import read_model
 from rankwright.planner.make_plan import Pins
-from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import write_plan
 from rankwright.planner.solver import TIME_LIMIT_S
@@ -19,6 +18,7 @@ from rankwright.planner.solver import TIME_LIMIT_S
 if TYPE_CHECKING:
     from rankwright.cost_model.trace import TraceRow
     from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+    from rankwright.planner.parts_plan import PartsPlan
 
 
 def run(
@@ -187,7 +187,10 @@ def _give(
         from rankwright.cli.plan_page import print_plan
 
         print_plan(plan, explain=explain)
-    elif isinstance(plan, PartsPlan):
+        return
+    from rankwright.planner.parts_plan import PartsPlan
+
+    if isinstance(plan, PartsPlan):
         from rankwright.cli.parts_page import print_parts
 
         print_parts(plan, explain=explain)
