@@ -79,15 +79,16 @@ def check_weights(folder: Path) -> tuple[Path, ...]:
         try:
             weight_map = cast("dict[str, str]", json.loads(index.read_text())["weight_map"])
             names = sorted(set(weight_map.values()))
+            paths = [folder / name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is malformed ({error!r}); download it again") from None
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise ValueError(
                 f"{folder} lacks {len(missing)} of {len(names)} weight files, first {missing[0]}; "
                 "download them again"
             )
-        return tuple(folder / name for name in names)
+        return tuple(paths)
     files = tuple(sorted(folder.glob("*.safetensors")))
     if files:
         return files

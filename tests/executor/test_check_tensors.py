@@ -155,6 +155,60 @@ def test_a_bad_checkpoint_is_named(
     assert str(path.parent) in str(caught.value)
 
 
+QUANTISED = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [16, 16],
+}
+MATRIX = "model.layers.0.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("quantised", "name", "scale", "message"),
+    [
+        (
+            QUANTISED,
+            MATRIX,
+            torch.ones(2, 2),
+            r"scales of .* have shape \(2, 2\), .* asks for 3 x 5",
+        ),
+        (QUANTISED, MATRIX, torch.ones(4, 4, dtype=torch.int32), "is stored as I32; expected one"),
+        (QUANTISED, "model.norm.weight", torch.ones(1), "reads only matrices in 8 bits"),
+        (None, MATRIX, torch.ones(1), "has no quantization_config that says what its scales are"),
+    ],
+)
+def test_scales_that_fit_nothing_are_named(
+    files: list[Path],
+    quantised: dict[str, Any] | None,
+    name: str,
+    scale: torch.Tensor,
+    message: str,
+) -> None:
+    config = dict(FAMILY_CONFIGS["deepseek v3"]) | (
+        {"quantization_config": quantised} if quantised else {}
+    )
+    (files[0].parent / "config.json").write_text(json.dumps(config))
+    path = next(path for path in files if name in read_header(path))
+    stored = {name: load_file(path)[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(load_file(path) | stored, path)
+    with pytest.raises(ValueError, match=message):
+        check_tensors(SPEC, files)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "shape"), [([0, 8], [3]), ([4, 12], [2]), ([0, 8], [-2]), ([8, 0], [2])]
+)
+def test_a_header_that_contradicts_itself_is_named(
+    tmp_path: Path, offsets: list[int], shape: list[int]
+) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(max(0, offsets[1])))
+    with pytest.raises(ValueError, match="contradicts itself: tensor 'a'"):
+        read_header(path)
+
+
 @pytest.mark.parametrize(
     "header",
     [b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}', b"{nothing", b"[" * 5000],

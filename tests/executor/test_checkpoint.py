@@ -62,7 +62,7 @@ def test_every_file_of_the_index_must_be_there(tmp_path: Path) -> None:
     assert [path.name for path in check_weights(tmp_path)] == ["1.safetensors", "2.safetensors"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_malformed_index_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="is malformed"):
