@@ -51,6 +51,7 @@ class Evaluator:
         pins: Pins | None = None,
         engine: str = "rankwright",
         every_level: bool = False,
+        num_sharing: int = 1,
     ) -> None:
         """Prepare.
 
@@ -62,9 +63,12 @@ class Evaluator:
             pins: `dp` is looked at here, the other degrees are `find_shapes`'s.
             engine: Whose efficiency constants to use.
             every_level: Whether to look at small batches too where large ones are asked for.
+            num_sharing: Unlike replicas, at most, that the requests in flight may be shared by:
+                batches that are a part of them are looked at too.
         """
         self.model = model
         self._every_level = every_level
+        self._num_sharing = num_sharing
         self.workload = workload
         self.models = StageModels(model, cluster, engine)
         self.memory = MemoryTable(model, memory_budget_bytes)
@@ -123,6 +127,7 @@ class Evaluator:
             counts = {self._dp} if self._dp else {*range(1, min(room, 64) + 1), room}
             exact = {ceil(concurrency / count) for count in counts}
             levels = {level for level in levels if level < min(exact)}
+            exact |= {max(1, concurrency // count) for count in range(2, self._num_sharing + 1)}
             levels |= {min(level, most) for level in exact}
         elif self.workload.objective == "latency" and self.workload.request_rate is None:
             levels = {1}

@@ -13,6 +13,9 @@ from rankwright.planner.candidate import Candidate
 from rankwright.planner.search import Search
 from rankwright.planner.twins import Counts, Gpus, Twins, part_of
 
+# Equal shares of the requests in flight that batches are looked at for: halves, thirds, quarters.
+MOST_SHARING = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -65,7 +68,7 @@ def find_columns(search: Search, twins: Twins) -> Columns:
         gpus = twins.first(counts)
         alike = twins.signature(gpus)
         if alike not in priced:
-            alone = search.changed(cluster=part_of(search.cluster, gpus))
+            alone = search.changed(cluster=part_of(search.cluster, gpus), num_sharing=MOST_SHARING)
             able = list(whole_replicas(alone))
             candidates += len(able)
             illegal |= {one.label for one in alone.illegal}

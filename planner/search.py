@@ -33,6 +33,7 @@ class Search:
         engine: Whose efficiency constants to use.
         time_limit_s: Of each solve.
         every_level: Whether to look at small batches too where only large ones can be best.
+        num_sharing: Unlike replicas, at most, that the requests in flight may be shared by.
     """
 
     model: ModelSpec
@@ -43,6 +44,7 @@ class Search:
     allow_pipeline: bool = True
     engine: str = "rankwright"
     every_level: bool = False
+    num_sharing: int = 1
     time_limit_s: float = TIME_LIMIT_S
 
     @cached_property
@@ -56,6 +58,7 @@ class Search:
             pins=self.pins,
             engine=self.engine,
             every_level=self.every_level,
+            num_sharing=self.num_sharing,
         )
 
     @cached_property

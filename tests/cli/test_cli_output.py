@@ -10,7 +10,9 @@ import pytest
 
 from rankwright.cli import COMMANDS, main
 from rankwright.cost_model.prediction import Prediction
+from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
+from rankwright.planner.read_plan import read_any_plan
 from rankwright.topology.cluster import Cluster
 
 TOPO = """\
@@ -121,6 +123,32 @@ def test_plan_prints_split_ranks_memory_and_proof(capsys: pytest.CaptureFixture[
 def _without_solve_time(text: str) -> str:
     assert re.search(r"optimal, [\d.]+ s\)", text)
     return re.sub(r"optimal, [\d.]+ s\)", "optimal)", text)
+
+
+def test_unlike_cards_get_a_plan_of_parts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "plan.json")
+    cards = ("--cluster", "2xrtx4090+2xrtx3090", "--tpot", "50")
+    out = ok(capsys, "plan", "meta-llama/Llama-3.1-8B", *cards, "-o", path)
+    assert "2 x TP1 + TP2, 4 GPUs" in out
+    assert re.search(r"unlike replicas serve \d+\.\d% more", out)
+    assert "--mixed-shapes never" in out
+    assert isinstance(read_any_plan(path), PartsPlan)
+    assert "#SBATCH --gpus-per-node=4" in ok(capsys, "render", path, "--target", "slurm")
+    assert main(["launch", path, "--nnodes", "2"]) == 2
+    assert "--nnodes is for plans of one shape" in capsys.readouterr().err
+    assert main(["bench", path]) == 2
+    assert "plan again with --mixed-shapes never" in capsys.readouterr().err
+
+
+def test_the_fullest_rank_is_shown_beside_its_own_card(capsys: pytest.CaptureFixture[str]) -> None:
+    pins = ("--cluster", "1xa100-sxm+1xl4", "--tp", "1", "--pp", "2", "--dp", "1")
+    out = ok(capsys, "plan", "meta-llama/Llama-3.1-8B", *pins)
+    found = re.search(r"total +([\d.]+) GB +of ([\d.]+) GB that may be used", out)
+    assert found is not None, out
+    held, capacity = map(float, found.groups())
+    assert 25 < held < capacity < 90  # more than the L4 has, on the A100
 
 
 def test_pins_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

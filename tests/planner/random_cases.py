@@ -24,10 +24,17 @@ class Case:
     cluster: Cluster
     workload: Workload
     memory_budget_bytes: int | None
+    num_sharing: int = 1
 
     def search(self) -> Search:
         """Return the planner's search of it."""
-        return Search(self.model, self.cluster, self.workload, self.memory_budget_bytes)
+        return Search(
+            self.model,
+            self.cluster,
+            self.workload,
+            self.memory_budget_bytes,
+            num_sharing=self.num_sharing,
+        )
 
     def describe(self) -> str:
         """Return the problem in one line."""

@@ -8,6 +8,7 @@ from random import Random
 from tests.planner.exhaustive import whole_replicas
 from tests.planner.random_cases import Case, random_case
 
+from rankwright.planner.part_columns import MOST_SHARING
 from rankwright.planner.twins import part_of
 from rankwright.topology.cluster import Cluster, Link
 from rankwright.topology.shorthand import parse_cluster
@@ -56,7 +57,8 @@ def best_mix(case: Case) -> float:
     rates: dict[tuple[int, ...], dict[int, float]] = {}
     for size in range(1, len(gpus) + 1):
         for chosen in combinations(gpus, size):
-            alone = replace(case, cluster=part_of(case.cluster, chosen))
+            part = part_of(case.cluster, chosen)
+            alone = replace(case, cluster=part, num_sharing=MOST_SHARING)
             best: dict[int, float] = {}
             for batch, state in whole_replicas(alone):
                 best[batch] = max(best.get(batch, 0.0), state.requests_per_s)

@@ -12,6 +12,7 @@ from rankwright.cli.output import (
     seconds,
     table,
 )
+from rankwright.cost_model.memory import rank_memory
 from rankwright.planner.explain import explain as explain_plan
 from rankwright.planner.plan import Certificate, ParetoPoint, Plan
 
@@ -102,12 +103,28 @@ def places_of(plan: Plan, ranks: list[int]) -> str:
 
 
 def _capacity_bytes(plan: Plan) -> int:
-    """Memory of the smallest GPU that the plan uses."""
+    """Memory of the smallest GPU of the stage whose ranks hold most, which is what is shown."""
+    fullest = max(range(plan.split.pp), key=lambda stage: _stage_bytes(plan, stage))
     capacity: list[int] = []
     for rank in plan.ranks:
+        if rank.stage != fullest:
+            continue
         node = plan.cluster.node(rank.node)
         capacity += [gpu.memory_bytes for gpu in node.gpus if gpu.index == rank.gpu]
     return min(capacity)
+
+
+def _stage_bytes(plan: Plan, stage: int) -> int:
+    limits, cache = plan.limits, plan.kv_cache
+    parts = rank_memory(
+        plan.model,
+        plan.split,
+        stage=stage,
+        kv_tokens=cache.num_blocks * cache.block_tokens,
+        max_batched_tokens=max(limits.max_batched_tokens, limits.max_num_seqs),
+        max_num_seqs=limits.max_num_seqs,
+    )
+    return sum(part.bytes for part in parts)
 
 
 def _certificate(certificate: Certificate) -> Table:
