@@ -75,12 +75,24 @@ def test_the_agent_does_not_ask_cuda_for_gpus(monkeypatch: pytest.MonkeyPatch) -
     assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
 
 
+def test_the_agent_starts_before_the_planner_is_imported() -> None:
+    program = (
+        "import sys, rankwright.cli.launch as _, rankwright.cli.generate as _\n"
+        "print([name for name in ('pulp', 'rankwright.planner.make_plan') if name in sys.modules])"
+    )
+    assert printed_by(program) == "[]"
+
+
 def test_what_a_rank_on_cpus_imports_leaves_out_what_only_compilers_need() -> None:
     program = (
         "import sys, rankwright.executor.worker as _\n"
         "print([name for name in ('torch._dynamo', 'sympy', 'transformers', 'torch._inductor')"
         " if name in sys.modules])"
     )
+    assert printed_by(program) == "[]"
+
+
+def printed_by(program: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
@@ -88,4 +100,4 @@ def test_what_a_rank_on_cpus_imports_leaves_out_what_only_compilers_need() -> No
         text=True,
         check=True,
     )
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()

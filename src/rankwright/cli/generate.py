@@ -9,9 +9,7 @@ import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import print_json, seconds, status
-from rankwright.cli.planning import plan_of
 from rankwright.executor.backends.agent import Agent
-from rankwright.planner.make_plan import Pins
 
 
 def run(
@@ -70,6 +68,10 @@ def run(
     streams = len(prompt) == 1 and not as_json
     # It imports PyTorch while we plan.
     with nullcontext() if backend == "ray" else Agent() as agent:
+        # Here, not at the top: it takes half of the time until an agent can be started.
+        from rankwright.cli.planning import plan_of
+        from rankwright.planner.make_plan import Pins
+
         plan, made_now = plan_of(model, cluster, load, pins=Pins(tp=tp, pp=pp, ep=ep, dp=dp))
         if made_now:
             status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.split.label()}")

@@ -1,18 +1,20 @@
 """`rankwright launch`: start the ranks of a plan and serve them over HTTP."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rankwright.cli import options
 from rankwright.cli.output import status
-from rankwright.cli.planning import launchable
+from rankwright.cost_model.workload import Workload
 from rankwright.executor.backends.agent import Agent
-from rankwright.planner.make_plan import Pins
-from rankwright.planner.parts_plan import PartsPlan
-from rankwright.planner.plan import Plan
+
+if TYPE_CHECKING:
+    from rankwright.planner.parts_plan import PartsPlan
+    from rankwright.planner.plan import Plan
 
 # What a scheduler's manifest decides: `--set` says it where it can be said.
 _OURS = (
@@ -129,10 +131,9 @@ def run(
     load = options.workload(
         isl=isl, osl=osl, concurrency=concurrency, ttft_ms=ttft, tpot_ms=tpot, objective=objective
     )
-    pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp)
+    make_plan = partial(_planned, model, cluster, load, tp=tp, pp=pp, ep=ep, dp=dp)
     if submits:
-        plan, made_now = launchable(model, cluster, load, pins=pins)
-        _say_made(plan, made_now)
+        plan = make_plan()
         from rankwright.cli.render import parse_settings
         from rankwright.executor.submit import submit_and_follow
 
@@ -143,12 +144,11 @@ def run(
             given.setdefault("model_path", str(model_path.absolute()))
         code = submit_and_follow(plan, backend, folder=job_dir, settings=given, detach=detach)
         raise typer.Exit(code)
-    # It imports PyTorch while we plan and import the server.
+    # It imports PyTorch while we import the planner, plan, and import the server.
     with nullcontext() if backend == "ray" else Agent() as agent:
         one_machine = backend in ("auto", "local") and nnodes == 1
         may_mix = one_machine and master_port is None and record_expert_load is None
-        plan, made_now = launchable(model, cluster, load, pins=pins, may_mix=may_mix)
-        _say_made(plan, made_now)
+        plan = make_plan(may_mix=may_mix)
         # Here, not at the top: a login node has no rankwright[executor], and `--help` works there.
         from rankwright.executor.launch import launch
 
@@ -176,9 +176,26 @@ def run(
     raise typer.Exit(code)
 
 
-def _say_made(plan: Plan | PartsPlan, made_now: bool) -> None:
+def _planned(
+    model: str,
+    cluster: str,
+    load: Workload,
+    *,
+    tp: int | None,
+    pp: int | None,
+    ep: int | None,
+    dp: int | None,
+    may_mix: bool = False,
+) -> "Plan | PartsPlan":
+    # Here, not at the top: it takes half of the time until an agent can be started.
+    from rankwright.cli.planning import launchable
+    from rankwright.planner.make_plan import Pins
+
+    pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp)
+    plan, made_now = launchable(model, cluster, load, pins=pins, may_mix=may_mix)
     if made_now:
         status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.label()}")
+    return plan
 
 
 def _refuse(context: typer.Context, backend: str, names: tuple[str, ...]) -> None:
