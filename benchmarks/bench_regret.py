@@ -31,6 +31,7 @@ from rankwright.planner.read_plan import read_plan, write_plan
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.probe import probe
 from rankwright.topology.shorthand import parse_cluster
+from regret_rules import rules_of_thumb
 from regret_scenarios import (
     CHUNK_TOKENS,
     Job,
@@ -42,7 +43,6 @@ from regret_scenarios import (
     option_of,
     pins_of,
     plan,
-    rules_of_thumb,
     summarise,
 )
 from result import RESULTS, write_result

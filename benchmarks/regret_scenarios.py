@@ -169,25 +169,6 @@ def option_of(made: Plan, scenario: Scenario) -> Option:
     return Option(made.split.label(), made.split, batch)
 
 
-def rules_of_thumb(
-    scenario: Scenario, model: ModelSpec, cluster: Cluster
-) -> dict[str, Option | None]:
-    """Return what common guides would run.
-
-    TP over all GPUs, whatever the model; and the tree of vLLM's guide (docs, distributed serving):
-    one GPU each where the model fits one, tensor parallelism over the machine where it does not.
-    """
-    whole = Pins(tp=cluster.num_gpus, pp=1, dp=1, cp=1, attention="tp")
-    copies = Pins(tp=1, pp=1, dp=cluster.num_gpus, cp=1)
-    tensor = plan(scenario, model, cluster, whole, limited=False)
-    copied = plan(scenario, model, cluster, copies, limited=False)
-    tree = copied or tensor
-    return {
-        "TP over all GPUs": option_of(tensor, scenario) if tensor else None,
-        "one GPU if it fits, else TP": option_of(tree, scenario) if tree else None,
-    }
-
-
 def score(scenario: Scenario, row: Mapping[str, Any] | None) -> float | None:
     """Return how good a measured run is, more being better; None where it was not or is too slow.
 
