@@ -48,6 +48,10 @@ class CacheRoom:
         sequence.num_cached = len(known) * self.block_tokens
         return True
 
+    def is_full(self, sequence: Sequence) -> bool:
+        """Whether another token of it needs another block."""
+        return sequence.num_cached >= len(sequence.blocks) * self.block_tokens
+
     def missing(self, sequence: Sequence, count: int) -> int:
         """Return how many blocks its part lacks to hold `count` more tokens of it."""
         return self._needed(sequence, count) - self.pools[sequence.part].num_free

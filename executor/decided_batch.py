@@ -1,9 +1,11 @@
 """Writes down what the scheduler decided, as the batch that ranks read."""
 
+from itertools import chain
+
 import numpy as np
 
 from rankwright.executor.sequence import Sequence
-from rankwright.executor.step_batch import StepBatch, from_row
+from rankwright.executor.step_batch import Int32, StepBatch, from_row
 
 
 def decided_batch(
@@ -22,19 +24,17 @@ def decided_batch(
     rows: list[int] = []
     sampled: list[Sequence] = []
     for sequence, count in entries:
-        if sequence.in_flight:
+        pending = sequence.num_pending
+        if pending:
             tokens.append(from_row(sequence.drawn_row))
         else:
             tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + count]
         sequence.num_cached += count
-        if sequence.num_cached == sequence.num_tokens:
+        if sequence.num_cached == len(sequence.tokens) + pending:
             sequence.drawn_step, sequence.drawn_row = step, len(sampled)
             sampled.append(sequence)
             rows.append(len(tokens) - 1)
-    width = max(len(sequence.blocks) for sequence, _ in entries)
-    tables = np.zeros((len(entries), width), dtype=np.int32)
-    for index, (sequence, _) in enumerate(entries):
-        tables[index, : len(sequence.blocks)] = sequence.blocks
+    tables = _padded([sequence.blocks for sequence, _ in entries])
     sampling = [sequence.sampling for sequence in sampled]
     batch = StepBatch(
         step=step,
@@ -52,3 +52,13 @@ def decided_batch(
         sample_positions_R=np.array([sequence.num_tokens for sequence in sampled], np.int64),
     )
     return batch, sampled
+
+
+def _padded(rows: list[list[int]]) -> Int32:
+    """Return the rows with zeros behind the shorter ones."""
+    lens = np.array([len(row) for row in rows])
+    out = np.zeros((len(rows), lens.max()), dtype=np.int32)
+    # All at once: an assignment a row takes three times as long for 256 rows of 17.
+    values = np.fromiter(chain.from_iterable(rows), dtype=np.int32, count=lens.sum())
+    out[np.arange(out.shape[1]) < lens[:, None]] = values
+    return out

@@ -140,11 +140,12 @@ def rank_batch(batch: StepBatch, parts: Parts, *, max_gathered_blocks: int = 1) 
     """
     if parts.is_whole:
         starts = np.cumsum(batch.query_lens_S[batch.num_decodes :])
+        positions = batch.positions()
         return RankBatch(
             num_decodes=batch.num_decodes,
             token_ids_T=batch.token_ids_T,
-            positions_T=batch.positions(),
-            slots_T=batch.slots(parts.block_tokens),
+            positions_T=positions,
+            slots_T=batch.slots(parts.block_tokens, positions),
             context_lens_S=batch.context_lens_S,
             block_tables_SN=batch.block_tables_SN,
             sample_rows_R=batch.sample_rows_R,

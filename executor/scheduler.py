@@ -139,7 +139,7 @@ class Scheduler:
             if not self._decodes(sequence) or not budgets[sequence.part]:
                 continue
             # Victims are younger, so none of those chosen already.
-            if not self._reserve(sequence, 1, keep=[]):
+            if self.room.is_full(sequence) and not self._reserve(sequence, 1, keep=[]):
                 # Who could give it blocks is in flight: issue no more until they are back, or the
                 # younger ones would run on while it waits.
                 break
@@ -152,24 +152,27 @@ class Scheduler:
 
     def _decodes(self, sequence: Sequence) -> bool:
         """Whether its next token is to be computed from one that is known, or will be in time."""
-        if sequence.num_tokens - sequence.num_cached != 1 or (
-            sequence.num_tokens == sequence.num_prompt
-        ):
+        # Asked of every sequence in every step: properties would take most of the time.
+        pending = sequence.num_pending
+        num_tokens = len(sequence.tokens) + pending
+        if num_tokens - sequence.num_cached != 1 or num_tokens == sequence.num_prompt:
             return False
-        if not sequence.in_flight:
+        if not pending:
             return True
         return (
-            sequence.num_pending <= self.ahead
+            pending <= self.ahead
             # One of each batch that goes round the stages: its turn has come.
             and sequence.drawn_step == self.num_steps - self.depth
             # It will have reached its length: nothing to go on with.
-            and sequence.num_tokens < sequence.max_tokens
+            and num_tokens < sequence.max_tokens
         )
 
     def _prefill_chunks(
         self, budgets: list[int], *, keep: list[Sequence]
     ) -> list[tuple[Sequence, int]]:
         chunks: list[tuple[Sequence, int]] = []
+        if not self.waiting and len(keep) == len(self.running):
+            return chunks  # all of them decode
         oldest = {sequence.part: sequence for sequence in reversed(self.running)}
         for sequence in list(self.running):
             if not sequence.blocks:
@@ -251,7 +254,8 @@ class Scheduler:
         entries = [(sequence, 1) for sequence in decodes] + chunks
         decided = decided_batch(self.num_steps, entries, num_decodes=len(decodes))
         for sequence, _ in entries:
-            self.room.know(sequence)
+            if sequence.num_cached >= (sequence.num_known + 1) * self.room.block_tokens:
+                self.room.know(sequence)
         for sequence in decided[1]:
             sequence.num_pending += 1
         self.num_steps += 1
@@ -279,10 +283,10 @@ class Scheduler:
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason:
         sampling = sequence.sampling
-        if sequence.num_output >= sampling.min_tokens and (
+        if (
             token in sampling.stop_token_ids
             or (token in self.eos_token_ids and not sampling.ignore_eos)
-        ):
+        ) and sequence.num_output >= sampling.min_tokens:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_tokens else None
 

@@ -6,6 +6,7 @@ A token id below zero stands for a token that an earlier step draws (`from_row`)
 or in a pipeline that of one round before, as many steps as there are stages.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -88,9 +89,15 @@ class StepBatch:
         offset = np.arange(self.num_tokens) - np.repeat(starts, self.query_lens_S)
         return np.repeat(first, self.query_lens_S) + offset
 
-    def slots(self, block_tokens: int) -> Int64:
-        """Return where each token's key and value go: block * block_tokens + offset, [T]."""
-        positions = self.positions()
+    def slots(self, block_tokens: int, positions: Int64 | None = None) -> Int64:
+        """Return where each token's key and value go: block * block_tokens + offset, [T].
+
+        Args:
+            block_tokens: Tokens of a block.
+            positions: What `positions` returns, where it is known.
+        """
+        if positions is None:
+            positions = self.positions()
         sequence = np.repeat(np.arange(self.num_sequences), self.query_lens_S)
         blocks = self.block_tables_SN[sequence, positions // block_tokens].astype(np.int64)
         return blocks * block_tokens + positions % block_tokens
@@ -122,7 +129,7 @@ class StepBatch:
         fields: dict[str, npt.NDArray[np.generic]] = {}
         for name, shape, dtype in _ARRAYS:
             extent = [sizes[letter] for letter in shape]
-            array = np.frombuffer(data, dtype=dtype, count=int(np.prod(extent)), offset=offset)
+            array = np.frombuffer(data, dtype=dtype, count=math.prod(extent), offset=offset)
             fields[name] = array.reshape(extent)
             offset += array.nbytes
         return cls(step=step, num_decodes=num_decodes, **fields)  # type: ignore[arg-type]
