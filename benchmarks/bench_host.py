@@ -129,7 +129,8 @@ def tell_us(message: bytes) -> float:
         writer.write(message)
     there = ours.recv()
     reader.join()
-    return statistics.median(b - a for a, b in zip(sent, there, strict=True)) * 1e6
+    late_s = [float(b - a) for a, b in zip(sent, there, strict=True)]
+    return statistics.median(late_s) * 1e6
 
 
 def main() -> None:
