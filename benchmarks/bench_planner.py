@@ -6,6 +6,7 @@
 `optimal` draws problems (up to 8 GPUs, mixed kinds and unequal islands among them; dense and MoE
 models of up to 12 layers; limits, budgets, every objective) and compares the integer program, by
 HiGHS and by CBC, with every legal plan evaluated one by one (`tests/planner/exhaustive.py`).
+Unequal shares are dealt in few units there, so that all of them can be tried.
 `fast` runs `rankwright plan` from the shell and notes the CPU seconds and the peak memory of the
 process, the interpreter and all imports included, beside those of a Python that does nothing.
 """
@@ -23,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.planner.exhaustive import exhaustive
+from tests.planner.exhaustive_shares import few_units
 from tests.planner.random_cases import random_case
 
 from rankwright.cost_model.legality import has_experts
@@ -53,14 +55,15 @@ MOST_MB = 200
 def compare(seed: int) -> dict[str, Any]:
     """Return how the two solvers and the exhaustive search ended on one problem."""
     case = random_case(seed)
-    search = case.search()
-    started = time.process_time()
-    highs = search.best(settle=False)
-    planned_s = time.process_time() - started
-    with patch("rankwright.planner.solver.find_spec", return_value=None):  # as without HiGHS
-        cbc = search.best(settle=False)
-    started = time.process_time()
-    best = exhaustive(case)
+    with few_units():
+        search = case.search()
+        started = time.process_time()
+        highs = search.best(settle=False)
+        planned_s = time.process_time() - started
+        with patch("rankwright.planner.solver.find_spec", return_value=None):  # as without HiGHS
+            cbc = search.best(settle=False)
+        started = time.process_time()
+        best = exhaustive(case)
     return {
         "seed": seed,
         "case": case.describe(),

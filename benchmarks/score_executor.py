@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from executor_points import OUTPUT_TOKENS, decode_s, pipeline_of, prompt_s, recorded_cluster
-from rankwright.cost_model.predict import choose_replicas, fullest_rank
+from rankwright.cost_model.fullest import fullest_rank
+from rankwright.cost_model.predict import choose_replicas
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload

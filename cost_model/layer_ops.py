@@ -13,7 +13,13 @@ from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.ops import Op, OpKind, StepTokens
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
-from rankwright.cost_model.shards import column_range, even_range, head_ranges, range_size
+from rankwright.cost_model.shards import (
+    Shares,
+    column_range,
+    even_range,
+    head_ranges,
+    range_size,
+)
 from rankwright.cost_model.split import AttentionSplit
 from rankwright.cost_model.tiles import PRODUCT_ROWS, prefill_flops
 
@@ -46,7 +52,7 @@ def expert_imbalance(ep: int) -> float:
 
 
 class LayerModel:
-    """What the fullest rank computes in one layer, as a function of the step's tokens.
+    """What one rank computes in one layer, as a function of the step's tokens.
 
     What does not depend on tokens is worked out once, because the planner asks for thousands of
     steps of the same layer.
@@ -63,6 +69,8 @@ class LayerModel:
         attention: AttentionSplit = "tp",
         fused_norms: bool = False,
         tile_keys: float = 0.0,
+        tp_rank: int = 0,
+        shares: Shares | None = None,
     ) -> None:
         """Prepare one layer.
 
@@ -75,6 +83,8 @@ class LayerModel:
             attention: `dp` when each rank attends for its own share of the sequences.
             fused_norms: Whether norms cost no kernel of their own.
             tile_keys: Of attention of prompts; see `tiles.prefill_flops`.
+            tp_rank: Whose part; of equal shares rank 0's is the fullest.
+            shares: Of the ranks, where they are unequal.
         """
         self._cp = cp
         self._tile_keys = tile_keys
@@ -83,9 +93,20 @@ class LayerModel:
         self._ep = ep
         self._width = BITS[spec.dtype] / 8
         self._attention_ranks = tp if attention == "dp" else 1
-        query, kv = head_ranges(layer.attention, 1 if attention == "dp" else tp, 0)
+        heads_tp, heads_rank = (1, 0) if attention == "dp" else (tp, tp_rank)
+        query, kv = head_ranges(layer.attention, heads_tp, heads_rank, shares)
         self._queries, self._kv_heads = range_size(query), range_size(kv)
-        tensors = tuple(layer_tensors(layer, spec.hidden_size, tp=tp, ep=ep, attention=attention))
+        tensors = tuple(
+            layer_tensors(
+                layer,
+                spec.hidden_size,
+                tp=tp,
+                ep=ep,
+                attention=attention,
+                tp_rank=tp_rank,
+                shares=shares,
+            )
+        )
         heads, block = layer.attention, layer.feed_forward
         launches = 3 if heads.kind == "mla" else 1
         self._qkv = _product(
@@ -98,7 +119,9 @@ class LayerModel:
         width = block.intermediate_size if block.kind == "dense" else block.shared_intermediate_size
         # Shared experts of attention DP are whole on each rank, for its own tokens.
         self._mlp_of_own = block.kind == "moe" and attention == "dp"
-        self._columns = range_size(column_range(width, 1 if self._mlp_of_own else tp, 0))
+        cut, part = (1, 0) if self._mlp_of_own else (tp, tp_rank)
+        dense_sizes = shares.columns if shares and block.kind == "dense" else None
+        self._columns = range_size(column_range(width, cut, part, dense_sizes))
         self._mlp: _Product | None = None
         if self._columns:
             kind = "mlp" if block.kind == "dense" else "shared"
@@ -109,8 +132,16 @@ class LayerModel:
         if block.kind == "moe":
             names = ("expert gate", "expert up", "expert down")
             self._experts = _product(spec, "experts", tensors, names, 2)
-            self._local_experts = range_size(even_range(block.num_experts, ep, 0))
-            self._expert_columns = range_size(column_range(block.intermediate_size, tp // ep, 0))
+            ep_rank, moe_tp_rank = divmod(tp_rank, tp // ep)
+            self._local_experts = range_size(even_range(block.num_experts, ep, ep_rank))
+            self._expert_columns = range_size(
+                column_range(
+                    block.intermediate_size,
+                    tp // ep,
+                    moe_tp_rank,
+                    shares.columns if shares else None,
+                )
+            )
         # Rotary and KV write; activation; the two norms; the norm of query and key heads.
         self._launches = 2 + (0 if fused_norms else 2) + (1 if heads.qk_norm else 0)
 
@@ -130,7 +161,39 @@ class LayerModel:
     def other_ops(self, tokens: StepTokens) -> tuple[Op, ...]:
         """Return the ops but for attention itself: these depend on `tokens.total` and `rows`."""
         rows = self.rows(tokens)
-        ops = [self._qkv.op(rows, self._width), self._output.op(rows, self._width)]
+        feed_forward, activated = self._feed_forward(tokens, rows)
+        # Two norms read hidden and residual and write both; rotary and KV write pass over the
+        # heads; the activation reads gate and up and writes their product.
+        values = tokens.total * 8 * self._spec.hidden_size + self._rotated(rows) + 3 * activated
+        norms = self._norms(values, self._launches)
+        projections = (self._qkv.op(rows, self._width), self._output.op(rows, self._width))
+        return (*projections, *feed_forward, norms)
+
+    def phase_ops(self, tokens: StepTokens) -> tuple[list[Op], list[Op]]:
+        """Return the ops before each of the layer's two sums over ranks.
+
+        All of `ops`: attention with its projections, and the feed-forward block, each with its
+        norm. In a sum ranks wait for the slowest, so that each half lasts as long as on that one.
+        """
+        rows = self.rows(tokens)
+        feed_forward, activated = self._feed_forward(tokens, rows)
+        norm = tokens.total * 4 * self._spec.hidden_size
+        last = self._launches // 2
+        attention = [self._qkv.op(rows, self._width), self._output.op(rows, self._width)]
+        attention += self.attention_ops(tokens)
+        attention.append(self._norms(norm + self._rotated(rows), self._launches - last))
+        return attention, [*feed_forward, self._norms(norm + 3 * activated, last)]
+
+    def _norms(self, values: float, launches: int) -> Op:
+        return Op("norms", "elementwise", 0, values * self._width, launches, self._spec.dtype)
+
+    def _rotated(self, rows: float) -> float:
+        """Return the values that rotary embedding and the write of keys and values pass over."""
+        return rows * 3 * (self._queries + 2 * self._kv_heads) * self._layer.attention.head_dim
+
+    def _feed_forward(self, tokens: StepTokens, rows: float) -> tuple[list[Op], float]:
+        """Return the products of the feed-forward block, and the values that it activates."""
+        ops: list[Op] = []
         activated = 0.0
         if self._mlp is not None:
             taken = rows if self._mlp_of_own else tokens.total
@@ -141,17 +204,7 @@ class LayerModel:
             pairs, expert_op = self._expert_op(self._experts, tokens.total)
             ops.append(expert_op)
             activated += pairs * self._expert_columns
-        # Two norms read hidden and residual and write both; rotary and KV write pass over the
-        # heads; the activation reads gate and up and writes their product.
-        heads = self._layer.attention
-        values = (
-            tokens.total * 8 * self._spec.hidden_size
-            + rows * 3 * (self._queries + 2 * self._kv_heads) * heads.head_dim
-            + 3 * activated
-        )
-        name: OpKind = "elementwise"
-        ops.append(Op("norms", name, 0, values * self._width, self._launches, self._spec.dtype))
-        return tuple(ops)
+        return ops, activated
 
     def _attended(self, tokens: StepTokens) -> tuple[float, float]:
         """Return the sequences and the prompt tokens that the fullest rank attends for.
@@ -265,9 +318,16 @@ def embedding_op(spec: ModelSpec, tokens: StepTokens) -> Op:
     return Op("embedding", "elementwise", 0, size, 1, spec.dtype)
 
 
-def logits_op(spec: ModelSpec, tokens: StepTokens, *, tp: int) -> Op:
+def logits_op(
+    spec: ModelSpec,
+    tokens: StepTokens,
+    *,
+    tp: int,
+    tp_rank: int = 0,
+    shares: Shares | None = None,
+) -> Op:
     """Return the final norm and head of the last stage, for tokens that are sampled from."""
-    rows = range_size(column_range(spec.vocab_size, tp, 0))
+    rows = range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
     group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
     head = Tensor("head", group, rows, spec.hidden_size)
     weights = tensor_bytes(head, spec.weight_dtypes)

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rankwright.cost_model.collectives import Group, Place, all_gather_s, find_group
+from rankwright.cost_model.shards import Shares
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
 from rankwright.topology.graph import islands_of_node
 from rankwright.topology.groups import cut_node
 from rankwright.topology.levels import block_sizes, cut_runs, distance
+
+# GPUs whose free memory differs by less are of one kind: what other processes hold comes and goes.
+_EQUAL_MEMORY = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,8 @@ class SlotKind:
         nodes: Machines of this kind, in order.
         gpu: The slowest and smallest of their GPUs, which sets the pace of all.
         group: The links inside a slot; the slowest slot's.
+        members: The GPU of each rank of a slot, where they are of several kinds; else empty.
+        shares: Parts of the model that the ranks hold; None: equal ones.
     """
 
     gpus: tuple[tuple[int, ...], ...]
@@ -35,6 +41,8 @@ class SlotKind:
     nodes: tuple[range, ...]
     gpu: Gpu
     group: Group
+    members: tuple[Gpu, ...] = ()
+    shares: Shares | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -223,7 +231,27 @@ def alike_machines(cluster: Cluster) -> list[tuple[Node, list[range]]]:
 
 
 def _gpu_key(gpu: Gpu) -> tuple[object, ...]:
-    return (gpu.device, gpu.memory_bytes, memory_bytes_per_s(gpu), flops_per_s(gpu, "bfloat16"))
+    return (gpu.memory_bytes, *speed_of(gpu))
+
+
+def alike_ranks(members: Sequence[Gpu]) -> list[list[int]]:
+    """Return the ranks on GPUs of equal speed and about equal memory, together."""
+    kinds: list[list[int]] = []
+    for rank, gpu in enumerate(members):
+        for ranks in kinds:
+            other = members[ranks[0]]
+            least, most = sorted((gpu.memory_bytes, other.memory_bytes))
+            if speed_of(gpu) == speed_of(other) and least >= _EQUAL_MEMORY * most:
+                ranks.append(rank)
+                break
+        else:
+            kinds.append([rank])
+    return kinds
+
+
+def speed_of(gpu: Gpu) -> tuple[object, ...]:
+    """Return what GPUs that take equal times for equal work have in common."""
+    return (gpu.device, memory_bytes_per_s(gpu), flops_per_s(gpu, "bfloat16"))
 
 
 def _cut_node(node: Node, tp: int) -> list[tuple[tuple[int, ...], ...]]:
@@ -253,9 +281,9 @@ def _cut_node(node: Node, tp: int) -> list[tuple[tuple[int, ...], ...]]:
             alike.setdefault((key, "joined"), []).extend(slots)
         taken = {index for slot in slots for index in slot}
         rest.extend(index for index in members if index not in taken)
-    slots = cut_node(node, tp, rest)
-    if slots:
-        alike.setdefault("mixed", []).extend(slots)
+    for slot in cut_node(node, tp, rest):
+        mix = tuple(_gpu_key(by_index[index]) for index in slot)
+        alike.setdefault(("mixed", mix), []).append(slot)
     return [tuple(slots) for slots in alike.values()]
 
 
@@ -271,8 +299,17 @@ def _slot_kind(
         for slot in gpus
         for nodes in _unlike_slots(cluster, runs, nodes_per_slot)
     ]
-    members = [gpu for gpu in node.gpus if any(gpu.index in slot for slot in gpus)]
-    return SlotKind(gpus, nodes_per_slot, tuple(runs), _slowest(members), _worst(groups))
+    by_index = {gpu.index: gpu for gpu in node.gpus}
+    members = tuple(by_index[index] for index in gpus[0]) * nodes_per_slot
+    is_mixed = len(alike_ranks(members)) > 1
+    return SlotKind(
+        gpus,
+        nodes_per_slot,
+        tuple(runs),
+        _slowest(members),
+        _worst(groups),
+        members if is_mixed else (),
+    )
 
 
 def _unlike_slots(cluster: Cluster, runs: list[range], nodes_per_slot: int) -> list[list[int]]:
@@ -307,7 +344,7 @@ def _worst(groups: list[Group]) -> Group:
     )
 
 
-def _slowest(gpus: list[Gpu]) -> Gpu:
+def _slowest(gpus: Sequence[Gpu]) -> Gpu:
     """Return a GPU with the least of everything that any of `gpus` has."""
     slow = min(gpus, key=memory_bytes_per_s)
     if len({_gpu_key(gpu) for gpu in gpus}) == 1:

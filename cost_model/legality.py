@@ -23,6 +23,7 @@ class Forms:
         attention_dp: Models whose attention it can replicate: any, those with experts, or none.
         hybrid_experts: Whether experts may be cut in both ways at once (`1 < ep < tp`).
         context_parallel: Whether it cuts contexts over ranks.
+        unlike_shares: Whether ranks of a TP group may hold unequal parts, as their GPUs are.
         source: Where this is said.
     """
 
@@ -30,16 +31,19 @@ class Forms:
     attention_dp: Literal["any", "experts", "none"]
     hybrid_experts: bool
     context_parallel: bool
+    unlike_shares: bool
     source: str
 
 
-_SGLANG = Forms(False, "experts", True, False, "docs.sglang.ai, server arguments")
+_SGLANG = Forms(False, "experts", True, False, False, "docs.sglang.ai, server arguments")
 FORMS: dict[str, Forms] = {
-    "rankwright": Forms(True, "any", True, True, "executor/models/supported.py"),
-    "vllm": Forms(False, "experts", False, False, "docs.vllm.ai, data and expert parallel pages"),
+    "rankwright": Forms(True, "any", True, True, True, "executor/models/supported.py"),
+    "vllm": Forms(
+        False, "experts", False, False, False, "docs.vllm.ai, data and expert parallel pages"
+    ),
     "sglang": _SGLANG,
     "sglang-mixed": _SGLANG,
-    "trtllm": Forms(False, "experts", True, False, "TensorRT-LLM, parallel strategy page"),
+    "trtllm": Forms(False, "experts", True, False, False, "TensorRT-LLM, parallel strategy page"),
 }
 
 
@@ -79,6 +83,42 @@ def ep_is_legal(model: ModelSpec, tp: int, ep: int) -> str | None:
         return f"ep={ep}: the model has no experts"
     if experts and ep > min(experts):
         return f"ep={ep} leaves ranks without any of the {min(experts)} experts"
+    return None
+
+
+def shares_are_legal(
+    model: ModelSpec,
+    *,
+    ep: int = 1,
+    cp: int = 1,
+    attention: AttentionSplit = "tp",
+    engine: str = "rankwright",
+) -> str | None:
+    """Return why the ranks of a TP group must hold equal parts of `model`, or None where not.
+
+    A plan says one range of heads, of columns and of vocabulary for each rank, for all its layers.
+    """
+    if not FORMS[engine].unlike_shares:
+        return f"{engine} gives every rank of a TP group an equal part"
+    if attention == "dp":
+        return "attention DP: every rank has all heads, and an equal share of the requests"
+    if ep > 1:
+        return f"ep={ep}: experts are shared out by their number, evenly"
+    if cp > 1:
+        return f"cp={cp}: ranks of a context group hold equal parts, their contexts too"
+    sizes = {
+        (
+            run.layer.attention.num_heads,
+            run.layer.attention.num_kv_heads,
+            run.layer.feed_forward.kind,
+            run.layer.feed_forward.intermediate_size,
+        )
+        for run in model.layer_runs
+    }
+    if len(sizes) > 1:
+        return "layers of several sizes, of which a rank has one range each"
+    if any(run.layer.feed_forward.shared_intermediate_size for run in model.layer_runs):
+        return "shared experts beside others: their columns are cut evenly"
     return None
 
 

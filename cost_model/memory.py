@@ -12,7 +12,7 @@ from rankwright.cost_model.dtypes import num_bytes
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.prediction import MemoryPart
-from rankwright.cost_model.shards import column_range, head_ranges, range_size
+from rankwright.cost_model.shards import Shares, column_range, head_ranges, range_size
 from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 
 # Bytes of a rank that no term below accounts for, by kind of device. A calibration of the
@@ -51,8 +51,9 @@ def layer_weight_bytes(
     ep: int = 1,
     attention: AttentionSplit = "tp",
     tp_rank: int = 0,
+    shares: Shares | None = None,
 ) -> int:
-    """Return the weight bytes of one layer on one rank; the default, rank 0, is the fullest.
+    """Return the weight bytes of one layer on one rank; of equal shares rank 0's is the fullest.
 
     Args:
         spec: The model that `layer` is of.
@@ -61,6 +62,7 @@ def layer_weight_bytes(
         ep: Groups that share the experts out.
         attention: `dp` when every rank holds all heads.
         tp_rank: Which rank.
+        shares: Of the ranks, where they are unequal.
 
     Raises:
         ValueError: heads or experts cannot be cut so.
@@ -68,26 +70,36 @@ def layer_weight_bytes(
     return sum(
         tensor_bytes(tensor, spec.weight_dtypes)
         for tensor in layer_tensors(
-            layer, spec.hidden_size, tp=tp, ep=ep, attention=attention, tp_rank=tp_rank
+            layer,
+            spec.hidden_size,
+            tp=tp,
+            ep=ep,
+            attention=attention,
+            tp_rank=tp_rank,
+            shares=shares,
         )
     )
 
 
-def embedding_weight_bytes(spec: ModelSpec, *, tp: int, tp_rank: int = 0) -> int:
+def embedding_weight_bytes(
+    spec: ModelSpec, *, tp: int, tp_rank: int = 0, shares: Shares | None = None
+) -> int:
     """Return the bytes of one rank's rows of the embedding, on the first stage."""
-    rows = range_size(column_range(spec.vocab_size, tp, tp_rank))
+    rows = range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
     return tensor_bytes(
         Tensor("embedding", "embedding", rows, spec.hidden_size), spec.weight_dtypes
     )
 
 
-def head_weight_bytes(spec: ModelSpec, *, tp: int, tp_rank: int = 0) -> int:
+def head_weight_bytes(
+    spec: ModelSpec, *, tp: int, tp_rank: int = 0, shares: Shares | None = None
+) -> int:
     """Return the bytes of one rank's rows of the head, on the last stage.
 
     With tied embeddings and one stage these are the embedding's own bytes: count one of the two,
     as `stage_weight_bytes` does.
     """
-    rows = range_size(column_range(spec.vocab_size, tp, tp_rank))
+    rows = range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
     group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
     return tensor_bytes(Tensor("head", group, rows, spec.hidden_size), spec.weight_dtypes)
 
@@ -111,26 +123,45 @@ def stage_layers(spec: ModelSpec, split: Split, stage: int) -> Iterable[tuple[La
     return counts.items()
 
 
-def stage_weight_bytes(spec: ModelSpec, split: Split, *, stage: int, tp_rank: int = 0) -> int:
+def stage_weight_bytes(
+    spec: ModelSpec,
+    split: Split,
+    *,
+    stage: int,
+    tp_rank: int = 0,
+    shares: Shares | None = None,
+) -> int:
     """Return the weight bytes of one rank of `stage`, with embedding and head where it has them."""
     total = sum(
         count
         * layer_weight_bytes(
-            spec, layer, tp=split.tp, ep=split.ep, attention=split.attention, tp_rank=tp_rank
+            spec,
+            layer,
+            tp=split.tp,
+            ep=split.ep,
+            attention=split.attention,
+            tp_rank=tp_rank,
+            shares=shares,
         )
         for layer, count in stage_layers(spec, split, stage)
     )
     if stage == 0:
-        total += embedding_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank)
+        total += embedding_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank, shares=shares)
     if stage == split.pp - 1:
         total += final_norm_bytes(spec)
         if not (spec.tie_embeddings and split.pp == 1):
-            total += head_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank)
+            total += head_weight_bytes(spec, tp=split.tp, tp_rank=tp_rank, shares=shares)
     return total
 
 
 def kv_bytes_per_token(
-    spec: ModelSpec, layer: Layer, *, tp: int, attention: AttentionSplit = "tp"
+    spec: ModelSpec,
+    layer: Layer,
+    *,
+    tp: int,
+    attention: AttentionSplit = "tp",
+    tp_rank: int = 0,
+    shares: Shares | None = None,
 ) -> int:
     """Return the KV bytes of one token in one layer on one rank.
 
@@ -142,14 +173,30 @@ def kv_bytes_per_token(
         assert heads.kv_lora_rank is not None
         assert heads.rope_head_dim is not None
         return num_bytes(heads.kv_lora_rank + heads.rope_head_dim, spec.kv_dtype)
-    _, kv = head_ranges(heads, 1 if attention == "dp" else tp, 0)
+    ranks, rank = (1, 0) if attention == "dp" else (tp, tp_rank)
+    _, kv = head_ranges(heads, ranks, rank, shares)
     return num_bytes(range_size(kv) * (heads.head_dim + heads.value_head_dim), spec.kv_dtype)
 
 
-def stage_kv_bytes_per_token(spec: ModelSpec, split: Split, *, stage: int) -> int:
+def stage_kv_bytes_per_token(
+    spec: ModelSpec,
+    split: Split,
+    *,
+    stage: int,
+    tp_rank: int = 0,
+    shares: Shares | None = None,
+) -> int:
     """Return the KV bytes of one token in all layers of `stage` on one rank."""
     return sum(
-        count * kv_bytes_per_token(spec, layer, tp=split.tp, attention=split.attention)
+        count
+        * kv_bytes_per_token(
+            spec,
+            layer,
+            tp=split.tp,
+            attention=split.attention,
+            tp_rank=tp_rank,
+            shares=shares,
+        )
         for layer, count in stage_layers(spec, split, stage)
     )
 
@@ -162,6 +209,8 @@ def activation_bytes(
     max_num_seqs: int,
     ep: int = 1,
     attention: AttentionSplit = "tp",
+    tp_rank: int = 0,
+    shares: Shares | None = None,
 ) -> int:
     """Return the peak bytes of one step's buffers on one rank, logits included.
 
@@ -179,8 +228,8 @@ def activation_bytes(
     """
     token_values = 4 * spec.hidden_size + max(
         max(
-            _attention_values(layer, tp=1 if attention == "dp" else tp),
-            _feed_forward_values(layer, spec.hidden_size, tp=tp, ep=ep),
+            _attention_values(layer, tp, attention, tp_rank, shares),
+            _feed_forward_values(layer, spec.hidden_size, tp, ep, tp_rank, shares),
         )
         for layer in (run.layer for run in spec.layer_runs)
     )
@@ -233,10 +282,13 @@ def _expanded_values(layer: Layer) -> int:
     return 3 * heads.head_dim + heads.value_head_dim if heads.kind == "mla" else 0
 
 
-def _attention_values(layer: Layer, *, tp: int) -> int:
+def _attention_values(
+    layer: Layer, tp: int, attention: AttentionSplit, tp_rank: int, shares: Shares | None
+) -> int:
     """Return the values of a token that live at once in attention."""
     heads = layer.attention
-    query, kv = head_ranges(heads, tp, 0)
+    ranks, rank = (1, 0) if attention == "dp" else (tp, tp_rank)
+    query, kv = head_ranges(heads, ranks, rank, shares)
     output = range_size(query) * heads.value_head_dim
     queries = range_size(query) * heads.head_dim
     if heads.kind == "mla":
@@ -253,12 +305,15 @@ def _attention_values(layer: Layer, *, tp: int) -> int:
     return 2 * queries + range_size(kv) * (heads.head_dim + heads.value_head_dim) + output
 
 
-def _feed_forward_values(layer: Layer, hidden_size: int, *, tp: int, ep: int) -> int:
+def _feed_forward_values(
+    layer: Layer, hidden_size: int, tp: int, ep: int, tp_rank: int, shares: Shares | None
+) -> int:
     """Return the values of a token that live at once in the feed-forward block."""
-    block = layer.feed_forward
+    block, sizes = layer.feed_forward, shares.columns if shares else None
     if block.kind == "dense":
-        return 3 * range_size(column_range(block.intermediate_size, tp, 0))
-    columns = range_size(column_range(block.intermediate_size, tp // ep, 0))
+        return 3 * range_size(column_range(block.intermediate_size, tp, tp_rank, sizes))
+    moe_tp_rank = tp_rank % (tp // ep)
+    columns = range_size(column_range(block.intermediate_size, tp // ep, moe_tp_rank, sizes))
     shared = 3 * range_size(column_range(block.shared_intermediate_size, tp, 0))
     # Logits; of each pair of token and expert its weight, slot, place and padding, 4 bytes each.
     routing = block.num_experts + 16 * block.experts_per_token
@@ -274,8 +329,10 @@ def rank_memory(
     max_batched_tokens: int,
     max_num_seqs: int,
     device: str = "cuda",
+    tp_rank: int = 0,
+    shares: Shares | None = None,
 ) -> tuple[MemoryPart, ...]:
-    """Return the bytes of the fullest rank of `stage`, by what they are for.
+    """Return the bytes of one rank of `stage`, by what they are for.
 
     Args:
         spec: The model.
@@ -285,14 +342,21 @@ def rank_memory(
         max_batched_tokens: Tokens of one step at most.
         max_num_seqs: Sequences that get a token in one step at most.
         device: Row of `RESERVED_BYTES`.
+        tp_rank: Which rank; of equal shares rank 0's is the fullest.
+        shares: Of the ranks, where they are unequal.
     """
     if device not in RESERVED_BYTES:
         raise ValueError(f"device kind {device!r}: expected one of {', '.join(RESERVED_BYTES)}")
     last = stage == split.pp - 1
     return (
-        MemoryPart(name="weights", bytes=stage_weight_bytes(spec, split, stage=stage)),
         MemoryPart(
-            name="kv cache", bytes=kv_tokens * stage_kv_bytes_per_token(spec, split, stage=stage)
+            name="weights",
+            bytes=stage_weight_bytes(spec, split, stage=stage, tp_rank=tp_rank, shares=shares),
+        ),
+        MemoryPart(
+            name="kv cache",
+            bytes=kv_tokens
+            * stage_kv_bytes_per_token(spec, split, stage=stage, tp_rank=tp_rank, shares=shares),
         ),
         MemoryPart(
             name="activations",
@@ -303,6 +367,8 @@ def rank_memory(
                 attention=split.attention,
                 max_batched_tokens=max_batched_tokens,
                 max_num_seqs=max_num_seqs if last else 0,
+                tp_rank=tp_rank,
+                shares=shares,
             )
             + gathered_bytes(
                 spec,

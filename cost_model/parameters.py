@@ -11,7 +11,14 @@ from typing import Literal
 
 from rankwright.cost_model.dtypes import BITS, Dtype, num_bytes
 from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, ModelSpec, WeightDtypes
-from rankwright.cost_model.shards import column_range, even_range, head_ranges, range_size
+from rankwright.cost_model.shards import (
+    Range,
+    Shares,
+    column_range,
+    even_range,
+    head_ranges,
+    range_size,
+)
 
 Group = Literal["attention", "feed_forward", "embedding", "head", "other"]
 
@@ -69,8 +76,9 @@ def layer_tensors(
     ep: int = 1,
     attention: Literal["tp", "dp"] = "tp",
     tp_rank: int = 0,
+    shares: Shares | None = None,
 ) -> Iterator[Tensor]:
-    """Yield what one rank holds of `layer`; no rank holds more than rank 0.
+    """Yield what one rank holds of `layer`; without `shares` no rank holds more than rank 0.
 
     Norms and routers are whole on every rank. The bias of a product that is summed over ranks is on
     the first of them only, so that the sum holds it once.
@@ -83,22 +91,30 @@ def layer_tensors(
         attention: `dp` when every rank holds all heads and the shared experts, for requests of its
             own.
         tp_rank: Ranks `e * moe_tp` to `(e + 1) * moe_tp - 1` hold the experts of group `e`.
+        shares: Parts of the ranks where they are unequal; see `legality.shares_are_legal`.
     """
     yield Tensor("norms", "other", 1, hidden_size, copies=2)
     heads_tp, heads_rank = (1, 0) if attention == "dp" else (tp, tp_rank)
     if layer.attention.kind == "mla":
-        yield from _mla_tensors(layer.attention, hidden_size, heads_tp, heads_rank)
+        yield from _mla_tensors(layer.attention, hidden_size, heads_tp, heads_rank, shares)
     else:
-        yield from _head_tensors(layer.attention, hidden_size, heads_tp, heads_rank)
+        yield from _head_tensors(layer.attention, hidden_size, heads_tp, heads_rank, shares)
     block = layer.feed_forward
     if block.kind == "dense":
-        yield from _mlp_tensors("mlp", hidden_size, block, block.intermediate_size, tp, tp_rank)
+        columns = column_range(
+            block.intermediate_size, tp, tp_rank, shares.columns if shares else None
+        )
+        yield from _mlp_tensors("mlp", hidden_size, block, columns, tp_rank)
     else:
-        yield from _moe_tensors(block, hidden_size, tp, ep, tp_rank, attention=attention)
+        yield from _moe_tensors(
+            block, hidden_size, tp, ep, tp_rank, attention=attention, shares=shares
+        )
 
 
-def _head_tensors(attention: Attention, hidden: int, tp: int, rank: int) -> Iterator[Tensor]:
-    query, kv = head_ranges(attention, tp, rank)
+def _head_tensors(
+    attention: Attention, hidden: int, tp: int, rank: int, shares: Shares | None
+) -> Iterator[Tensor]:
+    query, kv = head_ranges(attention, tp, rank, shares)
     q_rows = range_size(query) * attention.head_dim
     k_rows = range_size(kv) * attention.head_dim
     v_rows = range_size(kv) * attention.value_head_dim
@@ -117,11 +133,13 @@ def _head_tensors(attention: Attention, hidden: int, tp: int, rank: int) -> Iter
         yield Tensor("sinks", "other", 1, range_size(query))
 
 
-def _mla_tensors(attention: Attention, hidden: int, tp: int, rank: int) -> Iterator[Tensor]:
+def _mla_tensors(
+    attention: Attention, hidden: int, tp: int, rank: int, shares: Shares | None
+) -> Iterator[Tensor]:
     """Down-projections are whole on every rank, as the latent they make is; heads are cut."""
     assert attention.kv_lora_rank is not None
     assert attention.rope_head_dim is not None
-    query, _ = head_ranges(attention, tp, rank)
+    query, _ = head_ranges(attention, tp, rank, shares)
     num_heads = range_size(query)
     latent, rotary = attention.kv_lora_rank, attention.rope_head_dim
     no_rotary = attention.head_dim - rotary
@@ -147,12 +165,11 @@ def _mlp_tensors(
     name: str,
     hidden: int,
     block: FeedForward,
-    width: int,
-    tp: int,
+    bounds: Range,
     rank: int,
     copies: int = 1,
 ) -> Iterator[Tensor]:
-    columns = range_size(column_range(width, tp, rank))
+    columns = range_size(bounds)
     yield Tensor(f"{name} gate", "feed_forward", columns, hidden, copies)
     yield Tensor(f"{name} up", "feed_forward", columns, hidden, copies)
     yield Tensor(f"{name} down", "feed_forward", hidden, columns, copies)
@@ -163,7 +180,14 @@ def _mlp_tensors(
 
 
 def _moe_tensors(
-    block: FeedForward, hidden: int, tp: int, ep: int, rank: int, *, attention: Literal["tp", "dp"]
+    block: FeedForward,
+    hidden: int,
+    tp: int,
+    ep: int,
+    rank: int,
+    *,
+    attention: Literal["tp", "dp"],
+    shares: Shares | None,
 ) -> Iterator[Tensor]:
     if ep < 1 or tp % ep:
         raise ValueError(f"moe_tp * ep must equal tp: ep={ep} does not divide tp={tp}")
@@ -174,13 +198,15 @@ def _moe_tensors(
     if block.router.correction_bias:
         yield Tensor("router correction", "other", 1, block.num_experts, dtype="float32")
     experts = range_size(even_range(block.num_experts, ep, ep_rank))
-    yield from _mlp_tensors(
-        "expert", hidden, block, block.intermediate_size, tp // ep, moe_tp_rank, experts
+    columns = column_range(
+        block.intermediate_size, tp // ep, moe_tp_rank, shares.columns if shares else None
     )
+    yield from _mlp_tensors("expert", hidden, block, columns, moe_tp_rank, experts)
     if block.shared_intermediate_size:
         # Every token takes them: a rank with tokens of its own has them whole.
         cut, part = (1, 0) if attention == "dp" else (tp, rank)
-        yield from _mlp_tensors("shared", hidden, block, block.shared_intermediate_size, cut, part)
+        columns = column_range(block.shared_intermediate_size, cut, part)
+        yield from _mlp_tensors("shared", hidden, block, columns, part)
 
 
 def count_parameters(spec: ModelSpec) -> int:

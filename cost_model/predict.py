@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankwright.cost_model.collectives import Group
-from rankwright.cost_model.efficiency import device_class
 from rankwright.cost_model.engines import ENGINE_ROWS
+from rankwright.cost_model.fullest import fullest_rank
 from rankwright.cost_model.held_weights import held_by
 from rankwright.cost_model.intervals import MEMORY, Intervals, estimate, intervals_of
 from rankwright.cost_model.layout import (
@@ -17,17 +17,18 @@ from rankwright.cost_model.layout import (
     boundary_groups,
     find_slots,
     replicas_in_nodes,
+    speed_of,
     stage_groups,
 )
-from rankwright.cost_model.legality import cut_is_legal
-from rankwright.cost_model.memory import rank_memory
+from rankwright.cost_model.legality import cut_is_legal, shares_are_legal
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.ops import find_rates
-from rankwright.cost_model.prediction import Estimate, MemoryPart, Part, Prediction
+from rankwright.cost_model.ops import Rates, find_rates
+from rankwright.cost_model.prediction import Estimate, Part, Prediction
 from rankwright.cost_model.serving import Serving, serve_closed, serve_open
 from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 from rankwright.cost_model.stage import LayerKinds, StageModel
 from rankwright.cost_model.step import Pipeline, make_pipeline
+from rankwright.cost_model.unlike_stage import UnlikeStage
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.cluster import Cluster
 
@@ -66,18 +67,43 @@ class StageModels:
         if key not in self._models:
             rates = find_rates(kind.gpu, self.engine)
             group, context = stage_groups(self.cluster, kind, cp)
-            model = StageModel(
-                self.spec,
-                self.layers,
-                rates,
-                group,
-                ep=ep,
-                attention=attention,
-                context=context,
-                cp_exchange=cp_exchange,
-            )
+            if self.is_unlike(kind, ep, attention, cp):
+                members = self.member_rates(kind)
+                model: StageModel = UnlikeStage(
+                    self.spec, self.layers, rates, group, members, kind.shares
+                )
+            else:
+                model = StageModel(
+                    self.spec,
+                    self.layers,
+                    rates,
+                    group,
+                    ep=ep,
+                    attention=attention,
+                    context=context,
+                    cp_exchange=cp_exchange,
+                )
             self._models[key] = kind, model  # keeping the kind keeps its id from being used again
         return self._models[key][1]
+
+    def is_unlike(self, kind: SlotKind, ep: int, attention: AttentionSplit, cp: int) -> bool:
+        """Return whether each rank of a slot of `kind` is timed with its own part on its own GPU.
+
+        Where the GPUs are of one kind, or shares must be equal, the slowest sets the pace.
+        """
+        return bool(kind.members) and (
+            shares_are_legal(self.spec, ep=ep, cp=cp, attention=attention, engine=self.engine)
+            is None
+        )
+
+    def member_rates(self, kind: SlotKind) -> list[Rates]:
+        """Return the rates of the GPU of each rank of a slot; one object for GPUs of one kind."""
+        found: dict[tuple[object, ...], Rates] = {}
+        members: list[Rates] = []
+        for gpu in kind.members:
+            rates = find_rates(gpu, self.engine)
+            members.append(found.setdefault(speed_of(gpu), rates))
+        return members
 
     def forget(self) -> None:
         """Drop every model that was kept."""
@@ -199,12 +225,6 @@ def check_split(model: ModelSpec, split: Split, engine: str = "rankwright") -> N
     )
     if reason is not None:
         raise ValueError(f"{model.name}: {reason}")
-
-
-def cached_tokens(sequences: int, tokens: int, split: Split) -> int:
-    """Return the tokens that a rank caches of `sequences` of `tokens` each."""
-    per_rank = -(-sequences // split.tp) if split.attention == "dp" else sequences
-    return per_rank * -(-tokens // split.cp)
 
 
 def choose_replicas(cluster: Cluster, split: Split) -> tuple[Replicas, ...]:
@@ -331,35 +351,3 @@ def prefill_parts(pipeline: Pipeline, state: Serving) -> tuple[Part, ...]:
     """Return the terms of the slowest stage's steps that prefill one prompt."""
     tokens = state.flow.mixed
     return pipeline.parts(pipeline.slowest_stage(tokens), tokens, repeat=state.flow.prompt_steps)
-
-
-def fullest_rank(
-    model: ModelSpec,
-    split: Split,
-    groups: Sequence[Replicas],
-    workload: Workload,
-    kv_tokens: int | None = None,
-) -> tuple[MemoryPart, ...]:
-    """Return the memory of the rank that holds most."""
-    if kv_tokens is None:
-        tokens = workload.input_tokens + workload.output_tokens
-        kv_tokens = cached_tokens(split.max_batch_size, tokens, split)
-    gpu = groups[0].stages[0].gpu
-    ranks = [
-        rank_memory(
-            model,
-            split,
-            stage=stage,
-            kv_tokens=kv_tokens,
-            max_batched_tokens=max(split.chunk_tokens, split.max_batch_size),
-            max_num_seqs=split.max_batch_size,
-            device=memory_class(gpu.device, device_class(gpu)),
-        )
-        for stage in range(split.pp)
-    ]
-    return max(ranks, key=lambda parts: sum(part.bytes for part in parts))
-
-
-def memory_class(device: str, runtime: str) -> str:
-    """Return the row of `RESERVED_BYTES` for a device: what is no CPU runs under CUDA or HIP."""
-    return "cpu" if device == "cpu" or runtime == "cpu" else "cuda"

@@ -146,7 +146,7 @@ class Serving:
         return self.ttft_s + (output_tokens - 1) * self.tpot_s
 
 
-def _burst_prompts(batch_size: int) -> float:
+def burst_prompts(batch_size: int) -> float:
     """Return the prompts that one waits for on average in a run of fixed concurrency.
 
     Equal requests that follow each other would never meet; but a run starts with all of them at
@@ -178,7 +178,7 @@ def serve_closed(
     if share_of_rounds < 1:
         round_s += (1 - share_of_rounds) * pipeline.round_s(flow.plain, micro_batches)
     prompt_s = pipeline.prompt_s(flow.mixed, flow.prompt_steps)
-    burst_s = _burst_prompts(batch_size) * prompt_s / max(1.0, flow.mixed.prompts)
+    burst_s = burst_prompts(batch_size) * prompt_s / max(1.0, flow.mixed.prompts)
     if flow.waiting > _ROUNDING:
         wait_s = max(burst_s, flow.waiting / flow.requests * round_s)  # Little's law
     else:

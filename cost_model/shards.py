@@ -4,6 +4,8 @@ The one place where a split becomes index ranges: memory, plan and executor all 
 functions, so that what is predicted is what is loaded. Ranges are half-open.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from rankwright.cost_model.model_spec import Attention, ModelSpec
@@ -16,6 +18,25 @@ Range = tuple[int, int]  # first, one past the last
 _COLUMN_UNIT = 64
 # A unit is at most this part of what a rank gets, so that ranks differ by that little.
 _UNITS_PER_RANK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Unequal parts of a stage's ranks, by `tp_rank`, in layers that are all cut alike.
+
+    Args:
+        query_heads: Heads of each rank.
+        columns: Feed-forward columns of each rank; in layers with experts, of each expert.
+        vocab: Rows of embedding and head of each rank.
+    """
+
+    query_heads: tuple[int, ...]
+    columns: tuple[int, ...]
+    vocab: tuple[int, ...]
+
+    def of(self, tp_rank: int) -> tuple[int, int, int]:
+        """Return the heads, columns and rows of one rank."""
+        return self.query_heads[tp_rank], self.columns[tp_rank], self.vocab[tp_rank]
 
 
 def even_range(total: int, parts: int, index: int) -> Range:
@@ -45,31 +66,55 @@ def range_size(bounds: Range) -> int:
     return bounds[1] - bounds[0]
 
 
-def column_range(total: int, parts: int, index: int) -> Range:
+def sized_range(sizes: Sequence[int], index: int) -> Range:
+    """Return the part `index` of parts that have these sizes.
+
+    >>> sized_range((6, 2), 1)
+    (6, 8)
+    """
+    start = sum(sizes[:index])
+    return start, start + sizes[index]
+
+
+def column_unit(total: int, parts: int) -> int:
+    """Return the unit that `total` columns are cut in where `parts` ranks do not get equal parts.
+
+    >>> column_unit(14336, 3)
+    64
+    """
+    unit = _COLUMN_UNIT
+    while unit > 1 and (total % unit or unit * _UNITS_PER_RANK * parts > total):
+        unit //= 2
+    return unit
+
+
+def column_range(total: int, parts: int, index: int, sizes: Sequence[int] | None = None) -> Range:
     """Return the part `index` of `total` rows or columns of a matrix, cut for matrix products.
 
     Even where it can be; else in units, of which the first parts get one more.
 
     >>> [column_range(14336, 3, index) for index in range(3)]
     [(0, 4800), (4800, 9600), (9600, 14336)]
+
+    With `sizes`, the parts are of these instead.
     """
-    unit = _COLUMN_UNIT
-    while unit > 1 and (total % unit or unit * _UNITS_PER_RANK * parts > total):
-        unit //= 2
-    if total % parts == 0:
-        unit = 1
+    if sizes is not None:
+        return sized_range(sizes, index)
+    unit = 1 if total % parts == 0 else column_unit(total, parts)
     start, stop = even_range(total // unit, parts, index)
     return start * unit, stop * unit
 
 
-def head_ranges(attention: Attention, tp: int, tp_rank: int) -> tuple[Range, Range]:
+def head_ranges(
+    attention: Attention, tp: int, tp_rank: int, shares: Shares | None = None
+) -> tuple[Range, Range]:
     """Return the query heads and the KV heads of one rank; no rank has more than rank 0.
 
     Query head `i` reads KV head `i // (num_heads // num_kv_heads)`. A rank holds the KV heads that
     its query heads read: as few as can be on the rank with most, because every token is cached for
     each; then as few query heads as can be. So a group of query heads may be cut between ranks,
     which both hold its KV head. MLA has one latent for all heads, which every rank holds: its KV
-    range is `(0, 1)`.
+    range is `(0, 1)`. With `shares`, query heads are those that these say.
 
     >>> gqa = Attention(kind="gqa", num_heads=32, num_kv_heads=8, head_dim=128, value_head_dim=128)
     >>> head_ranges(gqa, 4, 1)
@@ -85,12 +130,17 @@ def head_ranges(attention: Attention, tp: int, tp_rank: int) -> tuple[Range, Ran
     num_heads = attention.num_heads
     if tp > num_heads:
         raise ValueError(_too_many(tp, num_heads))
-    if attention.kind == "mla":
-        return even_range(num_heads, tp, tp_rank), (0, 1)
     if not 0 <= tp_rank < tp:
         raise ValueError(f"part {tp_rank} of {tp}: expected 0 <= part < parts")
     group = num_heads // attention.num_kv_heads
-    query = _query_ranges(num_heads, group, tp)[tp_rank]
+    if shares is not None:
+        query = sized_range(shares.query_heads, tp_rank)
+    elif attention.kind == "mla":
+        query = even_range(num_heads, tp, tp_rank)
+    else:
+        query = _query_ranges(num_heads, group, tp)[tp_rank]
+    if attention.kind == "mla":
+        return query, (0, 1)
     return query, (query[0] // group, (query[1] - 1) // group + 1)
 
 

@@ -98,6 +98,7 @@ class StageModel:
             and group.bytes_per_s >= _NVLINK_BYTES_PER_S
             and peer_sums(group.size).max_bytes > 0
         )
+        self.fused_norms = rates.efficiency.fused_norms or self._peer_sums
         self.provenance: Provenance = rates.efficiency.provenance
         self._skew_s = rates.efficiency.skew_s * log2(group.size)
         self._layers = [
@@ -108,7 +109,7 @@ class StageModel:
                 ep=ep,
                 cp=self._context.size,
                 attention=attention,
-                fused_norms=rates.efficiency.fused_norms or self._peer_sums,
+                fused_norms=self.fused_norms,
                 tile_keys=rates.efficiency.tile_keys,
             )
             for layer in layers.kinds
@@ -167,7 +168,7 @@ class StageModel:
     def layer_parts(self, kind: int, tokens: StepTokens) -> list[Part]:
         """Return the terms of one layer of kind `kind`."""
         mine = self._mine(tokens)
-        parts = [self._part(op) for op in self._layers[kind].ops(mine)]
+        parts = [self._part(op, rates) for op, rates in self._layer_ops(kind, mine)]
         if self._group.size > 1:
             parts.append(self._exchange(mine, kind=kind))
         if self._context.size > 1:
@@ -184,14 +185,14 @@ class StageModel:
     def first_parts(self, tokens: StepTokens) -> list[Part]:
         """Return what the first stage does before its layers."""
         tokens = self._mine(tokens)
-        parts = [self._part(embedding_op(self._spec, tokens))]
+        parts = [self._part(embedding_op(self._spec, tokens), self._rates)]
         if self._group.size > 1:
             parts.append(self._exchange(tokens, times=1))
         return parts
 
     def last_parts(self, tokens: StepTokens) -> list[Part]:
         """Return what the last stage does after its layers, the host's work included."""
-        parts = [self._part(logits_op(self._spec, tokens, tp=self._group.size))]
+        parts = [self._part(*self._logits(tokens))]
         if self._group.size > 1:
             size = self._logits_bytes(tokens)
             seconds = all_gather_s(size, self._group)
@@ -215,10 +216,19 @@ class StageModel:
         """Return the seconds of head, sampling and host."""
         key = (_LAST, tokens.decode + tokens.prompts, 0.0)
         if key not in self._others_s:
-            seconds = self._rates.seconds([logits_op(self._spec, tokens, tp=self._group.size)])
+            op, rates = self._logits(tokens)
+            seconds = rates.seconds([op])
             seconds += all_gather_s(self._logits_bytes(tokens), self._group)
             self._others_s[key] = seconds + self._rates.efficiency.step_s
         return self._others_s[key]
+
+    def _layer_ops(self, kind: int, tokens: StepTokens) -> list[tuple[Op, Rates]]:
+        """Return the ops of one layer of kind `kind`, each with the rates of its GPU."""
+        return [(op, self._rates) for op in self._layers[kind].ops(tokens)]
+
+    def _logits(self, tokens: StepTokens) -> tuple[Op, Rates]:
+        """Return the product with the head, with the rates of its GPU."""
+        return logits_op(self._spec, tokens, tp=self._group.size), self._rates
 
     def _logits_bytes(self, tokens: StepTokens) -> float:
         return (tokens.decode + tokens.prompts) * self._spec.vocab_size * self._width
@@ -319,8 +329,8 @@ class StageModel:
         size = times * self.message_bytes(tokens)
         return link_part(name, self._exchange_s(tokens, times, kind), size)
 
-    def _part(self, op: Op) -> Part:
-        cost = self._rates.cost(op)
+    def _part(self, op: Op, rates: Rates) -> Part:
+        cost = rates.cost(op)
         return Part(
             name=op.name,
             seconds=cost.seconds,

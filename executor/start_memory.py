@@ -6,9 +6,10 @@ before anything is loaded. What else a start takes is an estimate; it is only us
 
 from dataclasses import dataclass
 
-from rankwright.cost_model.memory import rank_memory, stage_kv_bytes_per_token
+from rankwright.cost_model.memory import stage_kv_bytes_per_token
 from rankwright.cost_model.prediction import MemoryPart
 from rankwright.planner.plan import Plan, RankPlan
+from rankwright.planner.plan_shares import memory_of, shares_of
 from rankwright.topology.readers.cpu import usable_memory_bytes
 
 
@@ -42,20 +43,6 @@ def check_room(plan: Plan, rank: RankPlan, room: Room) -> None:
         raise StartMemoryError(explain(plan, rank, room, "before the weights load"))
 
 
-def memory_of(plan: Plan, rank: RankPlan) -> tuple[MemoryPart, ...]:
-    """Return what `rank` takes, by what it is for."""
-    device = plan.cluster.node(rank.node).gpus[0].device
-    return rank_memory(
-        plan.model,
-        plan.split,
-        stage=rank.stage,
-        kv_tokens=plan.kv_cache.num_blocks * plan.kv_cache.block_tokens,
-        max_batched_tokens=plan.limits.max_batched_tokens,
-        max_num_seqs=plan.limits.max_num_seqs,
-        device="cpu" if device == "cpu" else "cuda",
-    )
-
-
 def explain(plan: Plan, rank: RankPlan, room: Room, when: str) -> str:
     """Return one line: that memory ran out, the largest consumers, and a setting that would fit.
 
@@ -79,7 +66,13 @@ def explain(plan: Plan, rank: RankPlan, room: Room, when: str) -> str:
 def blocks_that_fit(plan: Plan, rank: RankPlan, room: Room) -> int:
     """Return the KV blocks that `rank` has room for beside all else; below 0: not even that."""
     rest = sum(part.bytes for part in memory_of(plan, rank) if part.name != "kv cache")
-    per_token = stage_kv_bytes_per_token(plan.model, plan.split, stage=rank.stage)
+    per_token = stage_kv_bytes_per_token(
+        plan.model,
+        plan.split,
+        stage=rank.stage,
+        tp_rank=rank.tp_rank,
+        shares=shares_of(plan, rank),
+    )
     return (room.free_bytes - rest) // (per_token * plan.kv_cache.block_tokens)
 
 

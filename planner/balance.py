@@ -14,6 +14,25 @@ from math import inf
 
 
 @dataclass(frozen=True, slots=True)
+class RankCosts:
+    """Bytes of one more rank of a stage whose ranks are not alike.
+
+    Args:
+        layer_bytes: Of each layer, KV cache included.
+        weight_bytes: Of each layer.
+        token_bytes: Cache of one token in each layer.
+        extra_bytes: Bytes besides.
+        budget_bytes: Bytes of its GPU that may be used.
+    """
+
+    layer_bytes: Sequence[float]
+    weight_bytes: Sequence[int]
+    token_bytes: Sequence[int]
+    extra_bytes: float
+    budget_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
 class StageCosts:
     """Costs of one stage, for whichever layers it gets.
 
@@ -23,6 +42,8 @@ class StageCosts:
         layer_bytes: Bytes of each layer on this stage's fullest rank, KV cache included.
         extra_bytes: Bytes besides.
         budget_bytes: Bytes of its smallest GPU that may be used.
+        ranks: Where its GPUs are of several kinds, all that have bytes or budgets of their own:
+            then these hold, in place of the three above.
     """
 
     layer_s: Sequence[float]
@@ -30,6 +51,7 @@ class StageCosts:
     layer_bytes: Sequence[float]
     extra_bytes: float
     budget_bytes: float
+    ranks: tuple[RankCosts, ...] = ()
 
 
 def balance_layers(
@@ -121,23 +143,33 @@ def cache_tokens(
     Args:
         stages: Budgets, and what ranks hold besides layers.
         cut: Layers of each stage.
-        weight_bytes: Of each layer.
-        token_bytes: Cache of one token in each layer.
+        weight_bytes: Of each layer, on the fullest rank where ranks are alike.
+        token_bytes: Cache of one token in each layer, likewise.
     """
     start, tokens = 0, inf
     for stage, count in zip(stages, cut, strict=True):
         layers = slice(start, start + count)
-        room = stage.budget_bytes - stage.extra_bytes - sum(weight_bytes[layers])
-        tokens = min(tokens, room / sum(token_bytes[layers]))
+        if not stage.ranks:
+            room = stage.budget_bytes - stage.extra_bytes - sum(weight_bytes[layers])
+            tokens = min(tokens, room / sum(token_bytes[layers]))
+        for rank in stage.ranks:
+            room = rank.budget_bytes - rank.extra_bytes - sum(rank.weight_bytes[layers])
+            tokens = min(tokens, room / sum(rank.token_bytes[layers]))
         start += count
     return tokens
 
 
 def _too_large(stages: Sequence[StageCosts]) -> bool:
-    """Return whether the layers exceed what all stages together may hold."""
-    distinct = {id(stage.layer_bytes): stage.layer_bytes for stage in stages}.values()
+    """Return whether the layers exceed what all stages together may hold, or a rank of one."""
+    if len(stages) == 1:
+        return any(
+            sum(rank.layer_bytes) > rank.budget_bytes - rank.extra_bytes
+            for rank in stages[0].ranks or stages
+        )
+    firsts = [stage.ranks[0] if stage.ranks else stage for stage in stages]
+    distinct = {id(rank.layer_bytes): rank.layer_bytes for rank in firsts}.values()
     least = next(iter(distinct)) if len(distinct) == 1 else map(min, *distinct)
-    return sum(least) > sum(stage.budget_bytes - stage.extra_bytes for stage in stages)
+    return sum(least) > sum(rank.budget_bytes - rank.extra_bytes for rank in firsts)
 
 
 def _least_s(stages: Sequence[StageCosts]) -> float:
@@ -175,7 +207,11 @@ class _Search:
 
         self._seconds = [up_to(stage.layer_s) for stage in stages]
         self._bounds = [
-            [(up_to(stage.layer_bytes), stage.budget_bytes - stage.extra_bytes)] for stage in stages
+            [
+                (up_to(rank.layer_bytes), rank.budget_bytes - rank.extra_bytes)
+                for rank in stage.ranks or (stage,)
+            ]
+            for stage in stages
         ]
         for bounds, other in zip(self._bounds, others, strict=False):
             bounds.append((up_to(other.layer_s), limit_s * _ROUNDING - other.extra_s))

@@ -90,7 +90,8 @@ def _ranks(column: Column, alone: Choice, sets: Sequence[Gpus]) -> tuple[RankPla
     for gpus in sets:
         over = dict(zip(column.gpus, gpus, strict=True))
         replicas.append([tuple((node, over[gpu]) for node, gpu in stage) for stage in stages])
-    return bind_ranks(column.search.model, split_of(alone), replicas)
+    shares = [[kind.shares for kind in group.stages]] * len(sets)
+    return bind_ranks(column.search.model, split_of(alone), replicas, shares)
 
 
 def _part(

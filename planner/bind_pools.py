@@ -2,9 +2,9 @@
 
 from math import floor
 
+from rankwright.cost_model.fullest import fullest_rank
 from rankwright.cost_model.intervals import MEMORY, estimate, intervals_of
 from rankwright.cost_model.pools import sent_bytes
-from rankwright.cost_model.predict import fullest_rank
 from rankwright.cost_model.prediction import Prediction
 from rankwright.planner.balance import cache_tokens
 from rankwright.planner.disaggregated_plan import PoolsPrediction

@@ -20,14 +20,16 @@ from rankwright.cost_model.serving import (
     serve_closed,
     serve_open,
 )
+from rankwright.cost_model.shards import Shares
 from rankwright.cost_model.step import Pipeline
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.balance import StageCosts, balance_both, balance_layers
+from rankwright.planner.balance import RankCosts, StageCosts, balance_both, balance_layers
 from rankwright.planner.candidate import Candidate, Constraint
 from rankwright.planner.homes import Home, Stage, find_home
 from rankwright.planner.memory_table import MemoryTable
 from rankwright.planner.pools import Pool, find_pools
 from rankwright.planner.shapes import Pins, Shape
+from rankwright.planner.unlike_slots import UnlikeSlots
 from rankwright.topology.cluster import Cluster
 
 MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
@@ -72,6 +74,7 @@ class Evaluator:
         self.workload = workload
         self.models = StageModels(model, cluster, engine)
         self.memory = MemoryTable(model, memory_budget_bytes)
+        self._unlike = UnlikeSlots(self.models, self.memory, workload)
         self._dp = pins.dp if pins else None
         self._sizes: dict[tuple[object, ...], list[int]] = {}
         self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
@@ -87,31 +90,50 @@ class Evaluator:
         levels = self.batch_levels(shape)
         known: dict[tuple[object, ...], list[_Cut]] = {}  # pools inside machines and over them
         for pool in find_pools(shape):
-            home = find_home(shape, pool, self.models, self.memory)
-            pipelines: dict[tuple[int, ...], list[Pipeline]] = {}
+            alike = None if self._unlike.is_in(shape, pool) else self._home(shape, pool)
+            pipelines: dict[tuple[object, ...], list[Pipeline]] = {}
             for batch_size in levels:
                 fits = False
                 for chunk in self.chunk_levels(batch_size, shape.pp):
-                    key = (home.kinds, batch_size, chunk)
-                    if key not in known:
-                        known[key] = self._cuts(home, batch_size, chunk)
-                    cuts = known[key]
-                    for cut in cuts:
-                        if cut.layers not in pipelines:
-                            pipelines[cut.layers] = [
-                                self.pipeline(group, cut.layers, shape) for group in pool.replicas
+                    homes = (
+                        [(pool, alike)] if alike else self._dealt(shape, pool, batch_size, chunk)
+                    )
+                    cuts: list[tuple[Pool, Home, _Cut]] = []
+                    for dealt, home in homes:
+                        key = (home.kinds, batch_size, chunk)
+                        if key not in known:
+                            known[key] = self._cuts(home, batch_size, chunk)
+                        cuts += [(dealt, home, cut) for cut in known[key]]
+                    able = [one for one in cuts if one[2].fits]
+                    for dealt, home, cut in able or cuts:
+                        way = (home.kinds, cut.layers)
+                        if way not in pipelines:
+                            pipelines[way] = [
+                                self.pipeline(group, cut.layers, shape) for group in dealt.replicas
                             ]
-                        serve = pipelines[cut.layers]
-                        yield from self._evaluate(shape, pool, batch_size, chunk, cut, serve)
-                    if not cuts[0].fits:
+                        serve = pipelines[way]
+                        yield from self._evaluate(shape, dealt, batch_size, chunk, cut, serve)
+                    if not able:
                         break  # stays as evidence; larger chunks fit no better
                     fits = True
                 if not fits:
                     break  # likewise larger batches
 
+    def _home(self, shape: Shape, pool: Pool) -> Home:
+        return find_home(shape, pool, self.models, self.memory, self._unlike)
+
+    def _dealt(
+        self, shape: Shape, pool: Pool, batch_size: int, chunk: int
+    ) -> list[tuple[Pool, Home]]:
+        """Return a pool on unlike GPUs with equal shares, and with unequal ones."""
+        tokens = self.kv_tokens(shape, batch_size)
+        pools = self._unlike.pools(shape, pool, batch_size, chunk, tokens)
+        return [(dealt, self._home(shape, dealt)) for dealt in pools]
+
     def forget(self) -> None:
         """Drop the times that were kept; what is asked for again is worked out again."""
         self.models.forget()
+        self._unlike.forget()
         self._layer_seconds.clear()
         self._sizes.clear()
 
@@ -158,6 +180,8 @@ class Evaluator:
         fitting = int(room // per_sequence) if per_sequence else most
         if shape.attention == "dp":
             fitting *= shape.tp  # each rank has sequences of its own
+        unequal = self._unlike.fitting_batch(shape, CHUNK_LEVELS[0], self.kv_tokens(shape, 1))
+        fitting = max(fitting, unequal)
         return max(1, min(most, fitting))
 
     def kv_tokens(self, shape: Shape, batch_size: int) -> int:
@@ -275,7 +299,8 @@ class Evaluator:
             cuts = [] if best is None else [best]
         fits = bool(cuts)
         if not fits:
-            free = balance_layers([replace(stage, budget_bytes=inf) for stage in costs])
+            roomy = [replace(stage, budget_bytes=inf, ranks=()) for stage in costs]
+            free = balance_layers(roomy)
             assert free is not None, "without a memory limit every shape has a cut"
             cuts = [free]
         return [_Cut(layers, fits, *_fullest(costs, layers)) for layers in cuts]
@@ -294,8 +319,7 @@ class Evaluator:
             chunk: Tokens of one step at most, which size its buffers.
             tokens: Of the step that is timed.
         """
-        home = find_home(shape, pool, self.models, self.memory)
-        return self._stage_costs(home, batch_size, chunk, tokens)
+        return self._stage_costs(self._home(shape, pool), batch_size, chunk, tokens)
 
     def _stage_costs(
         self, home: Home, batch_size: int, chunk: int, tokens: StepTokens
@@ -318,15 +342,26 @@ class Evaluator:
                     layer_bytes,
                     self.memory.extra_bytes(shape, stage.index, batch_size, chunk, stage.gpu),
                     stage.budget_bytes,
+                    tuple(
+                        RankCosts(
+                            self._layer_bytes(shape, batch_size, *rank[1:]),
+                            *self.memory.layer_bytes(shape, *rank[1:]),
+                            self.memory.extra_bytes(shape, stage.index, batch_size, chunk, *rank),
+                            self.memory.budget_bytes(rank[0]),
+                        )
+                        for rank in stage.ranks
+                    ),
                 )
             )
         return [costs[index] for index in home.of_stage]
 
-    def _layer_bytes(self, shape: Shape, batch_size: int) -> list[int]:
+    def _layer_bytes(
+        self, shape: Shape, batch_size: int, tp_rank: int = 0, shares: Shares | None = None
+    ) -> list[int]:
         """Return the bytes of each layer with its part of the cache; one list for equal asks."""
-        key = (shape.tp, shape.ep, shape.cp, shape.attention, batch_size)
+        key = (shape.tp, shape.ep, shape.cp, shape.attention, batch_size, tp_rank, shares)
         if key not in self._sizes:
-            weights, kv = self.memory.layer_bytes(shape)
+            weights, kv = self.memory.layer_bytes(shape, tp_rank, shares)
             tokens = self.kv_tokens(shape, batch_size)
             self._sizes[key] = [
                 weight + tokens * per_token for weight, per_token in zip(weights, kv, strict=True)
@@ -362,7 +397,8 @@ def _fullest(costs: list[StageCosts], layers: tuple[int, ...]) -> tuple[int, int
     start = 0
     ranks: list[tuple[int, int]] = []
     for stage, count in zip(costs, layers, strict=True):
-        size = sum(stage.layer_bytes[start : start + count]) + stage.extra_bytes
-        ranks.append((round(size), round(stage.budget_bytes)))
+        for rank in stage.ranks or (stage,):
+            size = sum(rank.layer_bytes[start : start + count]) + rank.extra_bytes
+            ranks.append((round(size), round(rank.budget_bytes)))
         start += count
     return max(ranks, key=lambda rank: rank[0] / rank[1])

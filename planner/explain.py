@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from rankwright.cost_model.prediction import MemoryPart, Part
+from rankwright.cost_model.shards import range_size
 from rankwright.cost_model.split import CpExchange
 from rankwright.planner.plan import Certificate, Plan
+from rankwright.planner.plan_shares import gpu_of, has_unequal_shares, memory_of, shares_of
 
 _EXCHANGES: dict[CpExchange, str] = {
     "gather": "are gathered from the context ranks before attention",
@@ -16,6 +18,7 @@ def explain(plan: Plan) -> str:
     """Return what was chosen, what it will do, where memory and time go, and why others lost."""
     sections = [
         _headline(plan),
+        _shares(plan),
         _prediction(plan),
         _memory(plan.prediction.memory_parts),
         _time("One decode step of the slowest stage", plan.prediction.decode_parts),
@@ -41,7 +44,7 @@ def _headline(plan: Plan) -> str:
         f"{plan.num_gpus} of {plan.cluster.num_gpus} GPUs",
         f"  {replicas} of {split.gpus_per_replica} "
         f"{'GPU' if split.gpus_per_replica == 1 else 'GPUs'}; each rank holds "
-        f"{f'1/{split.tp} of ' if split.tp > 1 else ''}{_stages(split.stage_layers)}",
+        f"{_share(plan)}{_stages(split.stage_layers)}",
         f"  up to {limits.max_num_seqs} requests at once in a replica, "
         f"{limits.max_batched_tokens} tokens a step, requests of up to "
         f"{limits.max_model_len} tokens; "
@@ -50,6 +53,31 @@ def _headline(plan: Plan) -> str:
     if split.cp > 1:
         lines.append(f"  keys and values of prompts {_EXCHANGES[split.cp_exchange]}")
     return "\n".join(lines)
+
+
+def _share(plan: Plan) -> str:
+    if plan.split.tp == 1:
+        return ""
+    return "its share of " if has_unequal_shares(plan) else f"1/{plan.split.tp} of "
+
+
+def _shares(plan: Plan) -> str:
+    """Return what each rank of the first group with unequal shares holds, and why."""
+    for rank in plan.ranks:
+        shares = shares_of(plan, rank)
+        if shares is None:
+            continue
+        lines = ["Shares of the ranks, unequal as their GPUs are:"]
+        for one in plan.ranks[rank.rank : rank.rank + plan.split.tp]:
+            gpu, taken = gpu_of(plan, one), sum(part.bytes for part in memory_of(plan, one))
+            lines.append(
+                f"  rank {one.rank} ({gpu.device}): {range_size(one.query_heads)} query and "
+                f"{range_size(one.kv_heads)} KV heads, {range_size(one.ffn_columns)} columns, "
+                f"{range_size(one.vocab)} rows of the vocabulary; {taken / 1e9:.2f} of "
+                f"{gpu.memory_bytes / 1e9:.2f} GB"
+            )
+        return "\n".join(lines)
+    return ""
 
 
 def _stages(layers: tuple[int, ...]) -> str:

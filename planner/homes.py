@@ -12,6 +12,7 @@ from rankwright.cost_model.stage import StageModel
 from rankwright.planner.memory_table import MemoryTable
 from rankwright.planner.pools import Pool
 from rankwright.planner.shapes import Shape
+from rankwright.planner.unlike_slots import Rank, UnlikeSlots
 from rankwright.topology.cluster import Gpu
 
 
@@ -25,6 +26,7 @@ class Stage:
         model_ids: What tells these models from others.
         gpu: The one of which least may be used.
         budget_bytes: What may be used of it.
+        ranks: Those that count where GPUs of one slot are of several kinds; see `UnlikeSlots`.
     """
 
     index: int
@@ -32,6 +34,7 @@ class Stage:
     model_ids: tuple[int, ...]
     gpu: Gpu
     budget_bytes: int
+    ranks: tuple[Rank, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,9 @@ class Home:
     kinds: tuple[int, ...]
 
 
-def find_home(shape: Shape, pool: Pool, models: StageModels, memory: MemoryTable) -> Home:
+def find_home(
+    shape: Shape, pool: Pool, models: StageModels, memory: MemoryTable, unlike: UnlikeSlots
+) -> Home:
     """Return the stages of `shape` in `pool`.
 
     Args:
@@ -59,6 +64,7 @@ def find_home(shape: Shape, pool: Pool, models: StageModels, memory: MemoryTable
         pool: Where.
         models: Makes the models of stages.
         memory: Knows what may be used of a GPU.
+        unlike: Knows which ranks count on unlike GPUs.
     """
     alike: dict[tuple[object, ...], int] = {}
     stages: list[Stage] = []
@@ -68,7 +74,7 @@ def find_home(shape: Shape, pool: Pool, models: StageModels, memory: MemoryTable
         key = (index == 0, index == shape.pp - 1, *kinds)
         if key not in alike:
             alike[key] = len(stages)
-            stages.append(_find_stage(shape, index, tuple(kinds.values()), models, memory))
+            stages.append(_find_stage(shape, index, tuple(kinds.values()), models, memory, unlike))
         of_stage.append(alike[key])
     slots = tuple(id(kind) for group in pool.replicas for kind in group.stages)
     return Home(shape, tuple(stages), tuple(of_stage), slots)
@@ -80,9 +86,11 @@ def _find_stage(
     kinds: tuple[SlotKind, ...],
     models: StageModels,
     memory: MemoryTable,
+    unlike: UnlikeSlots,
 ) -> Stage:
     found = tuple(
         models.stage(kind, shape.ep, shape.attention, shape.cp, shape.cp_exchange) for kind in kinds
     )
     gpu = min((kind.gpu for kind in kinds), key=memory.budget_bytes)
-    return Stage(index, found, tuple(map(id, found)), gpu, memory.budget_bytes(gpu))
+    ranks = tuple(unlike.ranks_of(shape, kinds))
+    return Stage(index, found, tuple(map(id, found)), gpu, memory.budget_bytes(gpu), ranks)

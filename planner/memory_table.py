@@ -5,6 +5,7 @@ degree instead of once for each candidate.
 """
 
 from rankwright.cost_model.efficiency import device_class
+from rankwright.cost_model.fullest import memory_class
 from rankwright.cost_model.memory import (
     RESERVED_BYTES,
     activation_bytes,
@@ -16,7 +17,7 @@ from rankwright.cost_model.memory import (
     layer_weight_bytes,
 )
 from rankwright.cost_model.model_spec import ModelSpec
-from rankwright.cost_model.predict import memory_class
+from rankwright.cost_model.shards import Shares
 from rankwright.planner.shapes import Shape
 from rankwright.topology.cluster import Gpu
 
@@ -38,7 +39,7 @@ class MemoryTable:
         """
         self._model = model
         self._budget = memory_budget_bytes
-        self._layers: dict[tuple[int, int, str], tuple[list[int], list[int]]] = {}
+        self._layers: dict[tuple[object, ...], tuple[list[int], list[int]]] = {}
         self._extras: dict[tuple[object, ...], int] = {}
 
     def budget_bytes(self, gpu: Gpu) -> int:
@@ -47,34 +48,56 @@ class MemoryTable:
         usable = max(1, int(gpu.memory_bytes * share))  # the share of a byte is none to divide by
         return usable if self._budget is None else min(self._budget, usable)
 
-    def layer_bytes(self, shape: Shape) -> tuple[list[int], list[int]]:
-        """Return, for every layer, its weight bytes and its KV bytes of a token."""
-        key = (shape.tp, shape.ep, shape.attention)
+    def layer_bytes(
+        self, shape: Shape, tp_rank: int = 0, shares: Shares | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return, for every layer, its weight bytes and its KV bytes of a token on one rank."""
+        key = (shape.tp, shape.ep, shape.attention, tp_rank, shares)
         if key not in self._layers:
             model, weights, kv = self._model, list[int](), list[int]()
             for run in model.layer_runs:
                 size = layer_weight_bytes(
-                    model, run.layer, tp=shape.tp, ep=shape.ep, attention=shape.attention
+                    model,
+                    run.layer,
+                    tp=shape.tp,
+                    ep=shape.ep,
+                    attention=shape.attention,
+                    tp_rank=tp_rank,
+                    shares=shares,
                 )
-                token = kv_bytes_per_token(model, run.layer, tp=shape.tp, attention=shape.attention)
+                token = kv_bytes_per_token(
+                    model,
+                    run.layer,
+                    tp=shape.tp,
+                    attention=shape.attention,
+                    tp_rank=tp_rank,
+                    shares=shares,
+                )
                 weights += [size] * run.count
                 kv += [token] * run.count
             self._layers[key] = weights, kv
         return self._layers[key]
 
     def extra_bytes(
-        self, shape: Shape, stage: int, batch_size: int, chunk_tokens: int, gpu: Gpu
+        self,
+        shape: Shape,
+        stage: int,
+        batch_size: int,
+        chunk_tokens: int,
+        gpu: Gpu,
+        tp_rank: int = 0,
+        shares: Shares | None = None,
     ) -> int:
-        """Return the bytes of a stage that do not depend on how many layers it has."""
+        """Return the bytes of a rank that do not depend on how many layers its stage has."""
         last = stage == shape.pp - 1
         num_seqs = batch_size if last else 0
         is_cpu = gpu.device == "cpu"
         most = max(chunk_tokens, batch_size)
         ends = (stage == 0, last)
         cut = (shape.tp, shape.ep, shape.cp, shape.attention, shape.cp_exchange)
-        key = (*cut, most, batch_size, *ends, is_cpu)
+        key = (*cut, most, batch_size, *ends, is_cpu, tp_rank, shares)
         if key not in self._extras:
-            extra = self._find_extra_bytes(shape, stage, most, num_seqs, gpu)
+            extra = self._find_extra_bytes(shape, stage, most, num_seqs, gpu, tp_rank, shares)
             self._extras[key] = extra + gathered_bytes(
                 self._model,
                 tp=shape.tp,
@@ -88,7 +111,14 @@ class MemoryTable:
         return self._extras[key]
 
     def _find_extra_bytes(
-        self, shape: Shape, stage: int, max_batched_tokens: int, num_seqs: int, gpu: Gpu
+        self,
+        shape: Shape,
+        stage: int,
+        max_batched_tokens: int,
+        num_seqs: int,
+        gpu: Gpu,
+        tp_rank: int,
+        shares: Shares | None,
     ) -> int:
         model = self._model
         total = RESERVED_BYTES[memory_class(gpu.device, device_class(gpu))]
@@ -99,11 +129,13 @@ class MemoryTable:
             attention=shape.attention,
             max_batched_tokens=max_batched_tokens,
             max_num_seqs=num_seqs,
+            tp_rank=tp_rank,
+            shares=shares,
         )
         if stage == 0:
-            total += embedding_weight_bytes(model, tp=shape.tp)
+            total += embedding_weight_bytes(model, tp=shape.tp, tp_rank=tp_rank, shares=shares)
         if stage == shape.pp - 1:
             total += final_norm_bytes(model)
             if not (model.tie_embeddings and shape.pp == 1):
-                total += head_weight_bytes(model, tp=shape.tp)
+                total += head_weight_bytes(model, tp=shape.tp, tp_rank=tp_rank, shares=shares)
         return total

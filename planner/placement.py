@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 from rankwright.cost_model.layout import SlotKind, replica_slots
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas
-from rankwright.cost_model.shards import column_range, even_range, head_ranges
+from rankwright.cost_model.shards import Shares, column_range, even_range, head_ranges
 from rankwright.cost_model.split import Split
 from rankwright.planner.plan import Range, RankPlan
 
@@ -26,11 +26,17 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
         split: How.
         groups: Kinds of slot of the replicas, and how many replicas are on each.
     """
-    return bind_ranks(model, split, replica_places(groups))
+    shares = [
+        [kind.shares for kind in group.stages] for group in groups for _ in range(group.count)
+    ]
+    return bind_ranks(model, split, replica_places(groups), shares)
 
 
 def bind_ranks(
-    model: ModelSpec, split: Split, replicas: Iterable[Sequence[Sequence[Place]]]
+    model: ModelSpec,
+    split: Split,
+    replicas: Iterable[Sequence[Sequence[Place]]],
+    shares: Sequence[Sequence[Shares | None]] = (),
 ) -> tuple[RankPlan, ...]:
     """Return every rank with its part of the model, each where `replicas` says.
 
@@ -38,8 +44,9 @@ def bind_ranks(
         model: What is cut.
         split: How.
         replicas: For each replica, the places of each stage's ranks.
+        shares: For each replica, the parts of each stage's ranks; None, or nothing: equal ones.
     """
-    shards = [_shard(model, split, tp_rank) for tp_rank in range(split.tp)]
+    shards: dict[Shares | None, list[tuple[Range, ...]]] = {}
     stops = list(accumulate(split.stage_layers))
     stages: list[Range] = [
         (stop - count, stop) for stop, count in zip(stops, split.stage_layers, strict=True)
@@ -47,9 +54,12 @@ def bind_ranks(
     ranks: list[RankPlan] = []
     for replica, slots in enumerate(replicas):
         for stage, places in enumerate(slots):
+            held = shares[replica][stage] if shares else None
+            if held not in shards:
+                shards[held] = [_shard(model, split, rank, held) for rank in range(split.tp)]
             for index, (node, gpu) in enumerate(places):
                 cp_rank, tp_rank = divmod(index, split.tp)
-                query_heads, kv_heads, ffn_columns, experts, vocab = shards[tp_rank]
+                query_heads, kv_heads, ffn_columns, experts, vocab = shards[held][tp_rank]
                 ranks.append(
                     RankPlan(
                         rank=len(ranks),
@@ -95,7 +105,9 @@ def _mixed_places(kinds: tuple[SlotKind, ...], count: int) -> Iterator[list[tupl
         yield places
 
 
-def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, ...]:
+def _shard(
+    model: ModelSpec, split: Split, tp_rank: int, shares: Shares | None
+) -> tuple[Range, ...]:
     """Return the query heads, KV heads, FFN columns, experts and vocabulary rows of `tp_rank`.
 
     A plan has one of each for all layers. Where layers differ (DeepSeek's first layers are dense,
@@ -104,13 +116,15 @@ def _shard(model: ModelSpec, split: Split, tp_rank: int) -> tuple[Range, ...]:
     """
     layers = [run.layer for run in model.layer_runs]
     heads_tp, heads_rank = (1, 0) if split.attention == "dp" else (split.tp, tp_rank)
-    query_heads, kv_heads = head_ranges(layers[0].attention, heads_tp, heads_rank)
+    query_heads, kv_heads = head_ranges(layers[0].attention, heads_tp, heads_rank, shares)
     moe = next((layer.feed_forward for layer in layers if layer.feed_forward.kind == "moe"), None)
-    vocab = column_range(model.vocab_size, split.tp, tp_rank)
+    sizes = shares.columns if shares else None
+    vocab = column_range(model.vocab_size, split.tp, tp_rank, shares.vocab if shares else None)
     if moe is None:
-        columns = column_range(layers[0].feed_forward.intermediate_size, split.tp, tp_rank)
+        width = layers[0].feed_forward.intermediate_size
+        columns = column_range(width, split.tp, tp_rank, sizes)
         return query_heads, kv_heads, columns, (0, 0), vocab
     ep_rank, moe_tp_rank = divmod(tp_rank, split.moe_tp)
-    columns = column_range(moe.intermediate_size, split.moe_tp, moe_tp_rank)
+    columns = column_range(moe.intermediate_size, split.moe_tp, moe_tp_rank, sizes)
     experts = even_range(moe.num_experts, split.ep, ep_rank)
     return query_heads, kv_heads, columns, experts, vocab

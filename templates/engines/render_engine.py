@@ -7,6 +7,7 @@ import yaml
 
 from rankwright import __version__
 from rankwright.planner.plan import EnvironmentVariable, Plan
+from rankwright.planner.plan_shares import has_unequal_shares
 from rankwright.templates.engines.engine import Engine
 from rankwright.templates.engines.fit import refuse
 from rankwright.templates.engines.places import Place, nodes_of_a_replica, replica_places
@@ -148,6 +149,12 @@ def check_engine_fits(engine: Engine, plan: Plan) -> None:
             engine.title,
             "which experts each rank holds, and how often: it places copies of hot ones itself",
             "plan without expert slots",
+        )
+    if has_unequal_shares(plan):
+        refuse(
+            engine.title,
+            "unequal shares of a TP group: it gives every rank an equal part of the model",
+            "plan with --engine for it, which looks for equal ones",
         )
     engine.limits(plan)
 

@@ -21,9 +21,9 @@ from rankwright.executor.start_memory import (
     blocks_that_fit,
     check_room,
     explain,
-    memory_of,
 )
 from rankwright.planner.plan import Plan
+from rankwright.planner.plan_shares import memory_of
 
 PLAN = cpu_plan(SPEC, num_blocks=4000, max_model_len=256)
 RANK = PLAN.ranks[0]

@@ -11,15 +11,17 @@ sum and slowest stage alike (`_figures`) are priced once, by the cost model itse
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations, combinations_with_replacement, product
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.planner.exhaustive_shares import fits, is_unlike, unequal_shares
 from tests.planner.random_cases import Case
 
+from rankwright.cost_model.fullest import cached_tokens
 from rankwright.cost_model.layout import SlotKind, find_slots, replicas_in_nodes
 from rankwright.cost_model.legality import cut_is_legal, has_experts
 from rankwright.cost_model.memory import (
@@ -30,8 +32,9 @@ from rankwright.cost_model.memory import (
     stage_weight_bytes,
 )
 from rankwright.cost_model.ops import StepTokens
-from rankwright.cost_model.predict import Replicas, cached_tokens
+from rankwright.cost_model.predict import Replicas
 from rankwright.cost_model.serving import Serving, find_flow, micro_batches_of, serve_closed
+from rankwright.cost_model.shards import Shares
 from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 from rankwright.planner.candidates import Evaluator
 from rankwright.planner.goals import burn_per_s
@@ -47,11 +50,17 @@ class Place:
     stages: tuple[SlotKind, ...]
     room: int
     spread: bool
+    shares: Shares | None = None  # of a replica of one stage on unlike GPUs
 
     @property
     def is_alike(self) -> bool:
         """Whether all stages are on one kind of slot."""
         return len(set(map(id, self.stages))) == 1
+
+    @property
+    def slots(self) -> tuple[object, ...]:
+        """What tells the slots of its first stage from others."""
+        return self.stages[0].gpus, self.stages[0].nodes
 
 
 # Where a replica is, what it does there, how many of it.
@@ -68,32 +77,35 @@ def exhaustive(case: Case) -> float | None:
 
 def whole_replicas(case: Case) -> Iterator[tuple[int, Serving]]:
     """Yield the batch and the steady state of every replica that takes all GPUs of the cluster."""
-    evaluator = case.search().evaluator
-    for shape in _all_shapes(case):
+    for shape, batch_size, problem in _problems(case):
         if shape.num_gpus < case.cluster.num_gpus:
             continue
-        places = list(_places(shape))
-        runs = _RunBytes.of(case, shape)
-        for batch_size in evaluator.batch_levels(shape):
-            for chunk in evaluator.chunk_levels(batch_size, shape.pp):
-                problem = _Cuts(case, evaluator, shape, places, runs, batch_size, chunk)
-                for able in problem.distinct():
-                    yield from (
-                        (batch_size, state) for _, state in able if _keeps_limits(case, state)
-                    )
+        for able in problem.distinct():
+            yield from ((batch_size, state) for _, state in able if _keeps_limits(case, state))
 
 
 def _values(case: Case) -> Iterator[float | None]:
     """Yield the objective of every plan, None for one that breaks a limit."""
+    for shape, _, problem in _problems(case):
+        for able in problem.distinct():
+            yield from _values_of(case, shape, able)
+
+
+def _problems(case: Case) -> "Iterator[tuple[Shape, int, _Cuts]]":
+    """Yield every shape at every batch and chunk."""
     evaluator = case.search().evaluator
     for shape in _all_shapes(case):
         places = list(_places(shape))
         runs = _RunBytes.of(case, shape)
         for batch_size in evaluator.batch_levels(shape):
             for chunk in evaluator.chunk_levels(batch_size, shape.pp):
-                problem = _Cuts(case, evaluator, shape, places, runs, batch_size, chunk)
-                for able in problem.distinct():
-                    yield from _values_of(case, shape, able)
+                dealt = unequal_places(case, evaluator, shape, places, batch_size, chunk)
+                here = [*places, *dealt]
+                yield (
+                    shape,
+                    batch_size,
+                    _Cuts(case, evaluator, shape, here, runs, batch_size, chunk),
+                )
 
 
 def _values_of(
@@ -106,11 +118,11 @@ def _values_of(
             yield _value(case, shape, [(place, state, count)])
     # Replicas on one kind of slot each, of several kinds.
     alike = [(place, state) for place, state in able if place.is_alike]
-    kinds = {id(place.stages[0]) for place, _ in alike}
+    kinds = {place.slots for place, _ in alike}
     for size in range(2, len(kinds) + 1):
         for chosen in combinations(alike, size):
-            if len({id(place.stages[0]) for place, _ in chosen}) < size:
-                continue  # inside machines and spread over them are the same slots
+            if len({place.slots for place, _ in chosen}) < size:
+                continue  # inside machines and spread over them, or with other shares
             for counts in product(*(range(1, place.room + 1) for place, _ in chosen)):
                 used = [(*one, count) for one, count in zip(chosen, counts, strict=True)]
                 yield _value(case, shape, used)
@@ -125,7 +137,7 @@ def _all_shapes(case: Case) -> Iterator[Shape]:
     for tp, pp, cp in product(range(1, most + 1), repeat=3):
         if cp & (cp - 1) or (cp > 1 and not is_long):
             continue
-        if tp * pp * cp > most or pp > case.model.num_layers:
+        if tp * pp * cp > most or pp > case.model.num_layers or tp != (case.tp or tp):
             continue
         for ep, attention in product(range(1, tp + 1), splits):
             if cut_is_legal(case.model, tp=tp, ep=ep, cp=cp, attention=attention) is None:
@@ -200,6 +212,23 @@ class _RunBytes:
         return cls(weights, kv)
 
 
+def unequal_places(
+    case: Case,
+    evaluator: Evaluator,
+    shape: Shape,
+    places: list[Place],
+    batch_size: int,
+    chunk: int,
+) -> Iterator[Place]:
+    """Yield places of one stage on unlike GPUs with all shares that can be best there."""
+    for place in places:
+        if shape.pp == 1 and is_unlike(evaluator, shape, place.stages[0]):
+            kind = place.stages[0]
+            for shares in unequal_shares(case, evaluator, shape, kind, (batch_size, chunk)):
+                stages = (replace(kind, shares=shares),)
+                yield replace(place, stages=stages, shares=shares)
+
+
 def _split(shape: Shape, layers: tuple[int, ...]) -> Split:
     return Split(
         tp=shape.tp,
@@ -227,6 +256,7 @@ class _Cuts:
     ) -> None:
         self._case, self._evaluator, self._shape = case, evaluator, shape
         self._places, self._batch_size, self._chunk = places, batch_size, chunk
+        self._sizes = (batch_size, chunk)
         self._all = compositions(case.model.num_layers, shape.pp)
         self._starts, self._ends = _bounds(case.model.num_layers, shape.pp)
         self._bytes = self._stage_bytes(runs)
@@ -333,9 +363,22 @@ class _Cuts:
 
     def _fits(self, place: Place) -> NDArray[np.bool_]:
         """Return whether each cut fits on `place`, as a column."""
+        if place.shares is not None:
+            return np.ones((len(self._all), 1), dtype=np.bool_)  # only such as fit were made
+        if any(is_unlike(self._evaluator, self._shape, kind) for kind in place.stages):
+            return np.array([[self._ranks_fit(place, layers)] for layers in self._all])
         memory = self._evaluator.memory
         budgets = np.array([memory.budget_bytes(kind.gpu) for kind in place.stages])
         return np.all(self._bytes <= budgets, axis=1, keepdims=True)
+
+    def _ranks_fit(self, place: Place, layers: tuple[int, ...]) -> bool:
+        """Return whether every rank of every stage fits on its own GPU, with equal shares."""
+        shape, split = self._shape, _split(self._shape, layers)
+        return all(
+            fits(self._case, self._evaluator, shape, split, gpu, stage, rank, self._sizes)
+            for stage, kind in enumerate(place.stages)
+            for rank, gpu in enumerate(kind.members or (kind.gpu,))
+        )
 
 
 def _keeps_limits(case: Case, state: Serving) -> bool:

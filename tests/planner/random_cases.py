@@ -6,6 +6,7 @@ from random import Random
 from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, LayerRun, ModelSpec
 from rankwright.cost_model.workload import Objective, Workload
 from rankwright.planner.search import Search
+from rankwright.planner.shapes import Pins
 from rankwright.topology.cluster import Cluster, Link
 from rankwright.topology.shorthand import parse_cluster
 
@@ -25,6 +26,7 @@ class Case:
     workload: Workload
     memory_budget_bytes: int | None
     num_sharing: int = 1
+    tp: int | None = None  # if pinned
 
     def search(self) -> Search:
         """Return the planner's search of it."""
@@ -33,6 +35,7 @@ class Case:
             self.cluster,
             self.workload,
             self.memory_budget_bytes,
+            Pins(tp=self.tp),
             num_sharing=self.num_sharing,
         )
 

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwright.cost_model.layout import find_slots
-from rankwright.cost_model.memory import rank_memory
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.predict import Replicas, predict
 from rankwright.cost_model.read_model import read_model
@@ -14,6 +13,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.make_plan import NoFeasiblePlanError, Pins, make_plan
 from rankwright.planner.placement import place_ranks
 from rankwright.planner.plan import Plan
+from rankwright.planner.plan_shares import gpu_of, memory_of
 from rankwright.topology.shorthand import parse_cluster
 
 GB = 10**9
@@ -30,23 +30,10 @@ def plan_of(model: ModelSpec, cluster: str, load: Workload = SHORT, **options: o
 
 def check(plan: Plan, budget_bytes: float | None = None) -> None:
     """What holds for every plan: memory, numbering, and that the parts agree."""
-    device = plan.cluster.nodes[0].gpus[0].device
-    for stage in range(plan.split.pp):
-        parts = rank_memory(
-            plan.model,
-            plan.split,
-            stage=stage,
-            kv_tokens=plan.kv_cache.num_blocks * plan.kv_cache.block_tokens,
-            max_batched_tokens=plan.limits.max_batched_tokens,
-            max_num_seqs=plan.limits.max_num_seqs,
-            device="cpu" if device == "cpu" else "cuda",
-        )
-        used = sum(part.bytes for part in parts)
-        for rank in plan.ranks:
-            if rank.stage == stage:
-                gpus = {gpu.index: gpu for gpu in plan.cluster.node(rank.node).gpus}
-                limit = gpus[rank.gpu].memory_bytes
-                assert used <= min(limit, budget_bytes or limit)
+    for rank in plan.ranks:
+        used = sum(part.bytes for part in memory_of(plan, rank))
+        limit = gpu_of(plan, rank).memory_bytes
+        assert used <= min(limit, budget_bytes or limit)
     tokens = plan.workload.input_tokens + plan.workload.output_tokens
     assert plan.kv_cache.num_blocks * plan.kv_cache.block_tokens >= tokens
     assert plan.limits.max_model_len >= tokens

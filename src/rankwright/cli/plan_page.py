@@ -13,8 +13,10 @@ from rankwright.cli.output import (
     table,
 )
 from rankwright.cost_model.memory import rank_memory
+from rankwright.cost_model.shards import range_size
 from rankwright.planner.explain import explain as explain_plan
 from rankwright.planner.plan import Certificate, ParetoPoint, Plan
+from rankwright.planner.plan_shares import gpu_of, has_unequal_shares, memory_of, shares_of
 
 _STAGES_SHOWN = 16  # a screen; the JSON has them all
 
@@ -44,6 +46,9 @@ def print_plan(plan: Plan, out: Console | None = None, *, explain: bool = False)
     )
     out.print()
     out.print(_ranks(plan))
+    if has_unequal_shares(plan):
+        out.print()
+        out.print(_shares(plan))
     if explain:
         out.print()
         out.print(explain_plan(plan), markup=False, soft_wrap=True)
@@ -94,6 +99,27 @@ def _ranks(plan: Plan) -> Table:
     return made
 
 
+def _shares(plan: Plan) -> Table:
+    """Return what each rank of the groups with unequal shares holds."""
+    figures = ("query heads", "KV heads", "FFN columns", "vocabulary", "memory")
+    made = table("rank", "GPU", *figures, right=figures)
+    unequal = [rank for rank in plan.ranks if shares_of(plan, rank) is not None]
+    for rank in unequal[:_STAGES_SHOWN]:
+        gpu, taken = gpu_of(plan, rank), sum(part.bytes for part in memory_of(plan, rank))
+        made.add_row(
+            str(rank.rank),
+            gpu.device,
+            *(
+                str(range_size(held))
+                for held in (rank.query_heads, rank.kv_heads, rank.ffn_columns, rank.vocab)
+            ),
+            f"{taken / 1e9:.1f} of {gpu.memory_bytes / 1e9:.1f} GB",
+        )
+    if len(unequal) > _STAGES_SHOWN:
+        made.add_row("...", f"{len(unequal) - _STAGES_SHOWN} more: see --json", *[""] * 5)
+    return made
+
+
 def places_of(plan: Plan, ranks: list[int]) -> str:
     """Return the GPUs of these ranks by machine."""
     gpus: dict[int, list[int]] = {}
@@ -103,7 +129,18 @@ def places_of(plan: Plan, ranks: list[int]) -> str:
 
 
 def _capacity_bytes(plan: Plan) -> int:
-    """Memory of the smallest GPU of the stage whose ranks hold most, which is what is shown."""
+    """Memory of the GPU of the fullest rank, which is what is shown.
+
+    With equal shares that is the smallest GPU of the stage whose ranks hold most.
+    """
+    if has_unequal_shares(plan):
+        fullest_rank = max(
+            plan.ranks,
+            key=lambda rank: (
+                sum(part.bytes for part in memory_of(plan, rank)) / gpu_of(plan, rank).memory_bytes
+            ),
+        )
+        return gpu_of(plan, fullest_rank).memory_bytes
     fullest = max(range(plan.split.pp), key=lambda stage: _stage_bytes(plan, stage))
     capacity: list[int] = []
     for rank in plan.ranks:
