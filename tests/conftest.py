@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tests.templates.random_plans import TYPES
 from tests.templates.slurm_rig.rig import SlurmRig, why_not
@@ -20,6 +21,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models of tests are tiny: threads only wait for each other, for 25 times the CPU time on a busy
 # machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# How long an example takes says how busy the machine is, not whether it is right.
+hypothesis.settings.register_profile("rankwright", deadline=None)
+hypothesis.settings.load_profile("rankwright")
 HAS_GPU = shutil.which("nvidia-smi") is not None
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")

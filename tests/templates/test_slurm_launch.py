@@ -55,7 +55,7 @@ def complete(url: str, num_tokens: int, answers: list[str]) -> None:
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=180) as response:
         answer = json.load(response)
     (choice,) = answer["choices"]
     assert choice["finish_reason"] in ("length", "stop")
