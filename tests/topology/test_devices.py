@@ -54,6 +54,11 @@ def gpu(device: str, **changes: object) -> Gpu:
         ("AMD Instinct MI300X OAM", "mi300x"),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "h100-sxm"),
         ("h100-sxm", "h100-sxm"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+        ("Quadro RTX A6000", "rtx-a6000"),
+        ("NVIDIA A800-SXM4-80GB", "a800-sxm-80gb"),
+        ("Tesla V100-PCIE-32GB", "v100-pcie-32gb"),
+        ("AMD Instinct MI350X", "mi350x"),
     ],
 )
 def test_driver_names_find_their_row(name: str, key: str) -> None:

@@ -127,3 +127,29 @@ def test_other_saved_files_are_not_taken_for_one() -> None:
     assert not is_kubernetes("GPU0 GPU1\n")
     assert not is_kubernetes('{"system": {"driver": "6.1"}}')
     assert is_kubernetes(text(item("a")))
+
+
+def tray(name: str, clique: str) -> dict[str, Any]:
+    made = item(name, "NVIDIA-GB200", 4, memory_mib=189471)
+    made["metadata"]["labels"]["nvidia.com/gpu.clique"] = clique
+    return made
+
+
+def test_nodes_of_one_clique_are_a_rack() -> None:
+    listed = text(tray("a", "u.1"), tray("b", "u.2"), tray("c", "u.1"), tray("d", "u.2"))
+    cluster = parse_kubernetes(listed, fabric="ib400")
+    assert cluster.racks is not None
+    assert (cluster.racks.nodes, cluster.racks.kind) == (2, "NV18")
+    assert cluster.nodes[0].name == "a,c,b,d"
+    assert [len(island) for island in cluster.islands] == [8, 8]
+
+
+def test_unequal_cliques_are_noted_and_nodes_without_one_are_no_rack() -> None:
+    unequal = text(tray("a", "u.1"), tray("b", "u.2"), tray("c", "u.2"))
+    cluster = parse_kubernetes(unequal, fabric="ib400")
+    assert cluster.racks is None
+    assert any("2 NVLink domains" in note and "(1, 2)" in note for note in cluster.notes)
+    # An HGX has a clique of its own, or none.
+    alone = parse_kubernetes(text(tray("a", "u.1"), tray("b", "u.2")), fabric="ib400")
+    assert alone.racks is None
+    assert not any("NVLink domains" in note for note in alone.notes)

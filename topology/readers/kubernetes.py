@@ -1,25 +1,29 @@
 """Reads the GPU nodes of a Kubernetes cluster from their labels: `kubectl get nodes -o json`.
 
 For where no pod can be run. GPU feature discovery labels what a node has (`nvidia.com/gpu.product`,
-`.count`, `.memory`); how its GPUs are linked follows from the device, and what joins the nodes is
-in no label.
+`.count`, `.memory`); how its GPUs are linked follows from the device, which nodes NVLink joins from
+`.clique`, and what else joins them is in no label.
 """
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
 
-from rankwright.topology.cluster import Cluster, Gpu, Node
+from rankwright.topology.cluster import Cluster, Gpu, Node, Rack
 from rankwright.topology.device_table import ROWS
-from rankwright.topology.devices import device_key
+from rankwright.topology.devices import DEVICES, device_key
 from rankwright.topology.join import join
+from rankwright.topology.link_kinds import link_latency_s
 from rankwright.topology.readers.assemble import make_gpu
 from rankwright.topology.readers.found import FoundGpu
 from rankwright.topology.shorthand import device_links
 
 _MIB = 2**20
+# The NVLink domain of a node whose GPUs meet those of others, as a tray of an NVL72 has one.
+_CLIQUE = "nvidia.com/gpu.clique"
 _MAX_GPUS = 64  # of one machine; more is a typing error or a time-sliced count
 # Quantities of Kubernetes: powers of ten and of two (API reference, "Quantity").
 _UNITS = {
@@ -81,7 +85,7 @@ def parse_kubernetes(text: str, *, fabric: str | None = None) -> Cluster:
     Raises:
         ValueError: It is no such list, no node has a GPU, or several have and no fabric is given.
     """
-    nodes: list[Node] = []
+    nodes: list[tuple[str, Node]] = []
     notes: list[str] = []
     for item in _items(text):
         name = item.metadata.name
@@ -90,7 +94,7 @@ def parse_kubernetes(text: str, *, fabric: str | None = None) -> Cluster:
         reason = _why_not(item)
         if reason is None:
             try:
-                nodes.append(_node(item, notes))
+                nodes.append((item.metadata.labels.get(_CLIQUE, ""), _node(item, notes)))
             except ValueError as error:
                 reason = str(error)
         if reason is not None:
@@ -110,8 +114,41 @@ def parse_kubernetes(text: str, *, fabric: str | None = None) -> Cluster:
         "read from node labels: links are those that such machines usually have, and all memory is "
         "taken to be free"
     )
-    clusters = [Cluster(nodes=(node,), source="kubernetes", notes=tuple(notes)) for node in nodes]
-    return join(clusters, fabric=fabric)
+    # Racks one after the other; within one, and without any, in the order of the list.
+    nodes.sort(key=lambda entry: entry[0])
+    racks = _racks(nodes, notes)
+    clusters = [
+        Cluster(nodes=(node,), source="kubernetes", notes=tuple(notes)) for _, node in nodes
+    ]
+    return join(clusters, fabric=fabric).model_copy(update={"racks": racks})
+
+
+def _racks(nodes: Sequence[tuple[str, Node]], notes: list[str]) -> Rack | None:
+    """Return the racks that NVLink joins, by the clique of each node; None where there are none.
+
+    Args:
+        nodes: The clique (empty: no label) and the node, sorted by it.
+        notes: Gets a note where nodes have cliques that cannot be told as racks.
+    """
+    sizes = Counter(clique for clique, _ in nodes)
+    device = DEVICES[nodes[0][1].gpus[0].device]
+    if max(sizes.values()) < 2 or device.scale_up != "nvswitch" or "" in sizes:
+        return None
+    *whole, last = sizes.values()
+    alike = {(len(node.gpus), gpu.device) for _, node in nodes for gpu in node.gpus}
+    if len(set(whole)) > 1 or last > (whole or [last])[0] or len(alike) > 1:
+        notes.append(
+            f"the nodes are of {len(sizes)} NVLink domains ({_CLIQUE}) of unequal sizes "
+            f"({', '.join(map(str, sizes.values()))}): NVLink between machines is not counted on"
+        )
+        return None
+    token = device.scale_up_token
+    return Rack(
+        nodes=(whole or [last])[0],
+        kind=token,
+        bytes_per_s=device.scale_up_bytes_per_s,
+        latency_s=link_latency_s(token),
+    )
 
 
 def _items(text: str) -> list[_Item]:
