@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 # weighs. The bar for the cost model's own error of a step is 6 % in the mean: of a smaller lead
 # nobody could say that it is one.
 WORTHWHILE = 0.05
-# Machines of more GPUs, or whose GPUs form more kinds of sets, are planned with alike replicas: the
-# columns grow with the kinds, each of which is priced like a small cluster (10 to 100 ms).
-MOST_GPUS = 16
-MOST_KINDS = 300
+# Machines of more GPUs, or whose GPUs form more kinds of sets, are planned with alike replicas: each
+# kind is priced like a small cluster. The search for a mix took one to two times as long as that for
+# alike replicas on four GPUs of one kind and four of another (24 kinds), and 70B on eight and eight
+# (80 kinds) three times, some 20 CPU-s.
+MOST_GPUS = 10
+MOST_KINDS = 100
 
 
 def plan_parts(
@@ -41,7 +43,7 @@ def plan_parts(
 ) -> "Plan | PartsPlan":
     """Return the best plan, of unlike replicas where those serve over 5 % more.
 
-    They are looked for on one machine of up to 16 GPUs, for throughput without a request rate and
+    They are looked for on one machine of up to 10 GPUs, for throughput without a request rate and
     without limits at a percentile above the 50th. Of tokens per dollar or joule no mix beats the
     better of its replicas, and of the seconds of a request none the faster.
 
