@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 # weighs. The bar for the cost model's own error of a step is 6 % in the mean: of a smaller lead
 # nobody could say that it is one.
 WORTHWHILE = 0.05
-# Machines of more GPUs, or whose GPUs form more kinds of sets, are planned with alike replicas: each
-# kind is priced like a small cluster. The search for a mix took one to two times as long as that for
-# alike replicas on four GPUs of one kind and four of another (24 kinds), and 70B on eight and eight
-# (80 kinds) three times, some 20 CPU-s.
+# Machines of more GPUs, or whose GPUs form more kinds of sets, are planned with alike replicas: a
+# kind is priced like a small cluster. Beside the search for alike replicas, that for a mix took 0.7
+# to 2.1 times as long on four GPUs of one kind and four of another (24 kinds), and for 70B on eight
+# and eight (80 kinds) 2.3 times, 19 CPU-s of a busy machine.
 MOST_GPUS = 10
 MOST_KINDS = 100
 
