@@ -51,7 +51,12 @@ class Tuner:
             print(f"  {label}: WRONG, relative error {off:.1e}", flush=True)
             self.all_right = False
             return math.inf
-        return graph_us(calls, CALL_MS)
+        try:
+            return graph_us(calls, CALL_MS)
+        except RuntimeError as error:  # what a graph does not hold is of no use here
+            print(f"  {label}: {str(error).splitlines()[0]}", flush=True)
+            torch.cuda.synchronize()
+            return math.inf
 
 
 def best(

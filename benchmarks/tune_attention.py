@@ -18,7 +18,8 @@ from kernel_timing import DTYPE, num_multiprocessors
 from kernel_tuning import NOISE, Row, Tuner, best
 from rankwright.kernels.decode_attention import decode_attention
 from rankwright.kernels.decode_config import DecodeConfig, decode_config, with_splits
-from rankwright.kernels.prefill_attention import PrefillConfig, prefill_attention, prefill_config
+from rankwright.kernels.prefill_attention import prefill_attention
+from rankwright.kernels.prefill_config import PrefillConfig, prefill_config
 
 SHAPE = [HEAD_DIM, DTYPE.itemsize]  # by which the table is asked
 SCALE = HEAD_DIM**-0.5

@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 
 from rankwright.kernels.attention_plain import decode_attention_reference
+from rankwright.kernels.attention_tiles import fold_in
 from rankwright.kernels.backend import (
     DOT_PRECISION,
     Backend,
@@ -130,19 +131,13 @@ def _decode_kernel(
         )
         scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
         scores = tl.where(seen[None, :], scores, -float("inf"))
-        # Every tile of a share holds a seen token, so the new maximum is finite.
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        p = tl.exp2(scores - new_highest[:, None])
-        shrink = tl.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(p, axis=1)
         v = tl.load(
             v_at + block * v_block_stride + offset[:, None] * v_token_stride,
             mask=seen[:, None] & (d < HEAD_DIM)[None, :],
             other=0.0,
         )
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        highest = new_highest
+        # Every tile of a share holds a seen token, so every row has a maximum.
+        acc, total, highest = fold_in(scores, v, acc, total, highest, False, PRECISION)
 
     if HAS_SINKS and not IS_SPLIT:
         sink = tl.load(sinks_ptr + head, mask=here, other=0.0).to(tl.float32) / LN_2

@@ -107,6 +107,14 @@ def combine_reference(
     return out_TD.to(parts[0].dtype)
 
 
+@jit()
+def held_by(slots, starts_ptr, rank, MOE_TP: tl.constexpr):
+    """Return the first slot of a rank, and which of a token's `slots` it holds."""
+    first = tl.load(starts_ptr + rank // MOE_TP)
+    stop = tl.load(starts_ptr + rank // MOE_TP + 1)
+    return first, (slots >= first) & (slots < stop)
+
+
 @jit(do_not_specialize=("num_tokens",))
 def _dispatch_kernel(
     table_address,
@@ -142,9 +150,7 @@ def _dispatch_kernel(
         row = tl.cast(num_tokens, tl.int64) * RANK + token
         for step in tl.static_range(WORLD):  # pyright: ignore[reportGeneralTypeIssues]
             peer = (RANK + step) % WORLD  # so that ranks do not all write to the first at once
-            first = tl.load(starts_ptr + peer // MOE_TP)
-            stop = tl.load(starts_ptr + peer // MOE_TP + 1)
-            here = (slots >= first) & (slots < stop)
+            first, here = held_by(slots, starts_ptr, peer, MOE_TP)
             address = tl.load(table + peer)
             slots_at = address.to(tl.pointer_type(tl.int32)) + SLOTS_WORD + row * TOP_K + k
             tl.store(slots_at, tl.where(here, slots - first, -1), mask=k < TOP_K)
@@ -190,9 +196,8 @@ def _combine_kernel(
         slots = tl.load(slots_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1)
         total = tl.zeros([BLOCK_D], tl.float32)
         for peer in tl.static_range(WORLD):
-            first = tl.load(starts_ptr + peer // MOE_TP)
-            stop = tl.load(starts_ptr + peer // MOE_TP + 1)
-            went = tl.max(((slots >= first) & (slots < stop)).to(tl.int32), axis=0) > 0
+            _, there = held_by(slots, starts_ptr, peer, MOE_TP)
+            went = tl.max(there.to(tl.int32), axis=0) > 0
             base = tl.multiple_of(tl.load(table + peer).to(tl.pointer_type(out_type)), 16)
             part_at = base + PARTS_OFFSET + row * DIM + d
             total += tl.load(part_at, mask=(d < DIM) & went, other=0.0).to(tl.float32)
@@ -225,7 +230,6 @@ def dispatch_tokens(
     """
     _check_room(len(x_TD), memory)
     num_tokens, dim = x_TD.shape
-    block_d = next_power_of_two(dim)
     _dispatch_kernel[(_num_programs(num_tokens),)](
         memory.table_address,
         memory.words,
@@ -236,18 +240,10 @@ def dispatch_tokens(
         starts,
         num_tokens,
         x_TD.stride(0),
-        SIGNAL_WORD=memory.signal_word,
         SLOTS_WORD=memory.slots_word,
         WEIGHTS_WORD=memory.weights_word,
         ROWS_OFFSET=memory.rows_offset,
-        RANK=memory.rank,
-        WORLD=memory.world_size,
-        MOE_TP=memory.moe_tp,
-        TOP_K=slots_TK.shape[1],
-        BLOCK_K=next_power_of_two(slots_TK.shape[1]),
-        DIM=dim,
-        BLOCK_D=block_d,
-        num_warps=_num_warps(block_d),
+        **_launch_constants(slots_TK.shape[1], dim, memory),
     )
 
 
@@ -273,7 +269,6 @@ def combine_tokens(
     """
     _check_room(len(out_TD), memory)
     num_tokens, dim = out_TD.shape
-    block_d = next_power_of_two(dim)
     _combine_kernel[(_num_programs(num_tokens),)](
         memory.table_address,
         memory.words,
@@ -284,17 +279,9 @@ def combine_tokens(
         out_TD,
         num_tokens,
         0 if base_TD is None else base_TD.stride(0),
-        SIGNAL_WORD=memory.signal_word,
         PARTS_OFFSET=memory.parts_offset,
-        RANK=memory.rank,
-        WORLD=memory.world_size,
-        MOE_TP=memory.moe_tp,
-        TOP_K=slots_TK.shape[1],
-        BLOCK_K=next_power_of_two(slots_TK.shape[1]),
-        DIM=dim,
-        BLOCK_D=block_d,
         HAS_BASE=base_TD is not None,
-        num_warps=_num_warps(block_d),
+        **_launch_constants(slots_TK.shape[1], dim, memory),
     )
     return out_TD
 
@@ -309,6 +296,17 @@ def _num_programs(num_tokens: int) -> int:
     return min(max(num_tokens, 1), MAX_PROGRAMS)
 
 
-def _num_warps(block_d: int) -> int:
-    # 16 bytes a thread and load, as in `all_reduce`.
-    return min(max(block_d // 256, 1), 16)
+def _launch_constants(top_k: int, dim: int, memory: ExchangeMemory) -> dict[str, int]:
+    block_d = next_power_of_two(dim)
+    return {
+        "SIGNAL_WORD": memory.signal_word,
+        "RANK": memory.rank,
+        "WORLD": memory.world_size,
+        "MOE_TP": memory.moe_tp,
+        "TOP_K": top_k,
+        "BLOCK_K": next_power_of_two(top_k),
+        "DIM": dim,
+        "BLOCK_D": block_d,
+        # 16 bytes a thread and load, as in `all_reduce`.
+        "num_warps": min(max(block_d // 256, 1), 16),
+    }

@@ -17,17 +17,15 @@ from collections.abc import Sequence
 
 import torch
 
-from rankwright.kernels.backend import (
-    DOT_PRECISION,
-    Backend,
-    ceil_div,
-    jit,
-    next_power_of_two,
-    runs_triton,
-    tl,
-)
+from rankwright.kernels.attention_tiles import attend_rows, program_rows
+from rankwright.kernels.backend import Backend, ceil_div, jit, runs_triton, tl
 from rankwright.kernels.paged_cache import check_paged_cache, kv_heads_of_queries
-from rankwright.kernels.prefill_attention import attend_tiles, prefill_config, prefill_work
+from rankwright.kernels.prefill_config import (
+    check_starts,
+    launch_constants,
+    prefill_config,
+    prefill_work,
+)
 
 
 def blocks_before(block: int, part: int, parts: int) -> int:
@@ -125,23 +123,11 @@ def _part_kernel(
     LN_2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Heads run fastest, so that the heads of a group read their keys and values from L2.
-    head = tl.program_id(0)
-    work = work_ptr + tl.program_id(1) * 4
-    piece = tl.load(work).to(tl.int64)
-    first_row = tl.load(work + 1).to(tl.int64)
-    num_rows = tl.load(work + 2)
-    first_position = tl.load(work + 3)
-
+    head, piece, row, num_rows, first_position, q = program_rows(
+        q_ptr, work_ptr, q_stride_t, q_stride_h, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, TILE)
-    row_mask = (m < num_rows)[:, None] & (d < HEAD_DIM)[None, :]
-    row = first_row + m
-    q_at = q_ptr + row[:, None] * q_stride_t + head * q_stride_h + d[None, :]
-    q = tl.load(q_at, mask=row_mask, other=0.0)
-
-    position = first_position + m
     context = first_position + num_rows
     # The rows lie in one block: of earlier ones they see all, of their own what came before.
     block_of_rows = first_position // BLOCK_TOKENS
@@ -154,42 +140,15 @@ def _part_kernel(
         first = (oldest + PARTS - 1 - part_index) // PARTS * (BLOCK_TOKENS // TILE)
         unmasked = first
     kv_head = (head + HEAD_OFFSET) // GROUP
-    k_at = k_ptr + kv_head * k_head_stride
-    v_at = v_ptr + kv_head * v_head_stride
-    table_at = table_ptr + piece * table_stride
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    highest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    if not HAS_WINDOW:
-        acc, total, highest = attend_tiles(
-            q, acc, total, highest, first, unmasked, k_at, v_at, table_at,
-            k_block_stride, k_token_stride, v_block_stride, v_token_stride,
-            scale_log2, position, window, context,
-            HEAD_DIM, BLOCK_D, BLOCK_TOKENS, TILE, False, PRECISION,
-        )  # fmt: skip
-    for tile in tl.range(unmasked, last):  # pyright: ignore[reportGeneralTypeIssues]
-        local_block = tile * TILE // BLOCK_TOKENS
-        offset = tile * TILE % BLOCK_TOKENS + n
-        token = (local_block * PARTS + part_index) * BLOCK_TOKENS + offset
-        block = tl.load(table_at + local_block).to(tl.int64)
-        inside = token < context
-        k_tile = k_at + block * k_block_stride + offset[None, :] * k_token_stride + d[:, None]
-        v_tile = v_at + block * v_block_stride + offset[:, None] * v_token_stride + d[None, :]
-        k = tl.load(k_tile, mask=inside[None, :] & (d < HEAD_DIM)[:, None], other=0.0)
-        v = tl.load(v_tile, mask=inside[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-        ahead = position[:, None] - token[None, :]
-        scores = tl.where((ahead >= 0) & (ahead < window), scores, -float("inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        # A row that has seen nothing yet has no maximum: keep inf - inf out of it.
-        shift = tl.where(new_highest == -float("inf"), 0.0, new_highest)
-        p = tl.exp2(scores - shift[:, None])
-        shrink = tl.exp2(highest - shift)
-        total = total * shrink + tl.sum(p, axis=1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        highest = new_highest
-
+    acc, total, highest = attend_rows(
+        q, first, unmasked, last,
+        k_ptr + kv_head * k_head_stride, v_ptr + kv_head * v_head_stride,
+        table_ptr + piece * table_stride,
+        k_block_stride, k_token_stride, v_block_stride, v_token_stride,
+        scale_log2, first_position + m, window, context, part_index,
+        PARTS, HAS_WINDOW, HEAD_DIM, BLOCK_M, BLOCK_D, BLOCK_TOKENS, TILE, PRECISION,
+    )  # fmt: skip
+    row_mask = (m < num_rows)[:, None] & (d < HEAD_DIM)[None, :]
     total = tl.where(total > 0, total, 1.0)
     found_at = found_ptr + (row * NUM_HEADS + head) * (HEAD_DIM + 1)
     tl.store(found_at[:, None] + d[None, :], acc / total[:, None], mask=row_mask)
@@ -265,7 +224,7 @@ def part_attention(
     if q_THD.stride(2) != 1:
         q_THD = q_THD.contiguous()
     longest = max(query_starts[i + 1] - query_starts[i] for i in range(len(context_lens)))
-    config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype)
+    config = prefill_config(longest, head_dim, block_tokens, q_THD.dtype, q_THD.device)
     work = prefill_work(tuple(query_starts), tuple(context_lens), config.block_m, q_THD.device)
     _part_kernel[(num_heads, len(work))](
         q_THD,
@@ -281,20 +240,8 @@ def part_attention(
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
         block_tables_PN.stride(0),
-        NUM_HEADS=num_heads,
-        GROUP=group or num_heads // k_cache.shape[1],
-        HEAD_OFFSET=head_offset,
-        HEAD_DIM=head_dim,
-        BLOCK_M=config.block_m,
-        BLOCK_D=max(16, next_power_of_two(head_dim)),
-        BLOCK_TOKENS=block_tokens,
-        TILE=config.tile,
         PARTS=parts,
-        HAS_WINDOW=window is not None,
-        LN_2=math.log(2),
-        PRECISION=DOT_PRECISION[q_THD.dtype],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **launch_constants(q_THD, k_cache, window, group, head_offset, config),
     )
 
 
@@ -305,16 +252,7 @@ def _check_pieces(
     num_tokens: int,
     block_tokens: int,
 ) -> None:
-    if len(query_starts) != len(context_lens) + 1 or num_tables != len(context_lens):
-        raise ValueError(
-            f"part_attention: {len(query_starts)} query starts and {num_tables} block tables; "
-            f"expected {len(context_lens) + 1} and {len(context_lens)} for as many context lengths"
-        )
-    if query_starts[0] != 0 or query_starts[-1] != num_tokens:
-        raise ValueError(
-            f"part_attention: query starts {list(query_starts)}; expected to rise from 0 "
-            f"to {num_tokens}"
-        )
+    check_starts("part_attention", num_tokens, num_tables, query_starts, context_lens)
     for piece, context in enumerate(context_lens):
         rows = query_starts[piece + 1] - query_starts[piece]
         in_block = (context - 1) % block_tokens + 1

@@ -17,7 +17,7 @@ from rankwright.executor.preflight import make_options
 from rankwright.executor.start_checks import check_capability, check_start
 from rankwright.executor.start_device import check_gpu
 from rankwright.executor.start_memory import StartMemoryError
-from rankwright.kernels import decode_config, limits, prefill_attention
+from rankwright.kernels import decode_config, limits, prefill_config
 from rankwright.planner.plan import Plan
 from rankwright.topology.cluster import Link
 from rankwright.topology.devices import DEVICES
@@ -73,7 +73,7 @@ def test_a_head_size_without_a_kernel_is_refused_on_gpus_only(
 def test_kernels_have_a_shape_for_each_head_size_of_the_table() -> None:
     shapes = {(dim, size) for dim in limits.PADDED_HEAD_DIMS for size in (2, 4)}
     assert set(decode_config._SHAPES) == shapes
-    assert set(prefill_attention._SHAPES) == shapes
+    assert set(prefill_config._SHAPES) == shapes
     with pytest.raises(ValueError, match="a head size of 257"):
         decode_config.decode_config(1, 1, 257, 1, 16, torch.bfloat16, 132)
 

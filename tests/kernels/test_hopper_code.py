@@ -21,8 +21,8 @@ from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
     all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
     mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
-    part_attention, prefill_attention, rms_norm, rotary, sampling, skinny_linear, swiglu,
-    peer_words, token_feed, two_shot_sum,
+    part_attention, peer_words, prefill_attention, prefill_config, rms_norm, rotary, sampling,
+    skinny_linear, swiglu, token_feed, two_shot_sum,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -90,7 +90,7 @@ loose = ["window", "table_stride", "num_splits"]
 found["decode"] = resources(
     decode_attention._decode_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
     BLOCK_M=16, IS_SPLIT=True, OVERLAP=True, **cut | {"TILE": shape.tile}, **paged)
-shape = prefill_attention.prefill_config(4096, 128, 64, torch.bfloat16)
+shape = prefill_config.prefill_config(4096, 128, 64, torch.bfloat16)
 found["prefill"] = resources(
     prefill_attention._prefill_kernel, shape.num_warps, shape.num_stages, ["scale_log2"], loose,
     BLOCK_M=shape.block_m, TILE=shape.tile, HAS_WINDOW=False, HAS_SINKS=True, LN_2=0.693,

@@ -6,12 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from rankwright.kernels.prefill_attention import (
-    PrefillConfig,
-    prefill_attention,
-    prefill_config,
-    whole_prompts_backend,
-)
+from rankwright.kernels.prefill_attention import prefill_attention, whole_prompts_backend
+from rankwright.kernels.prefill_config import PrefillConfig, prefill_config
 from rankwright.kernels.tuned import rows_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

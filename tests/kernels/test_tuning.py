@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernel_tuning import Tuner, best, write_table
-from rankwright.kernels.prefill_attention import PrefillConfig
+from rankwright.kernels.prefill_config import PrefillConfig
 from rankwright.kernels.tuned import read_table, rows_of
 from tune_attention import whole_prompts
 from tune_linear import candidates
