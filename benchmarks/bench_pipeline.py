@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from client import Client
+from rankwright.executor.engine import default_ahead
 from rankwright.executor.models.decoder import DecoderStage
 from replica import add_arguments, describe, name_of, run, show, start
 from result import write_result
@@ -116,7 +117,7 @@ def main() -> None:
         dist.all_gather_object(spans_of, spans)
     if found is not None and replica.mesh.place.replica == 0:
         begun_s, ended_s, tokens_per_s, served = found
-        ahead = int(os.environ.get("RANKWRIGHT_PIPELINE_AHEAD") == "1")
+        ahead = default_ahead(replica.mesh, replica.runner)
         common = {"batch": arguments.batch, "prompt_tokens": prompt, "ahead": ahead}
         rows: list[dict[str, Any]] = [
             {"what": "decode", **common, "output_tokens_per_s_of_a_replica": tokens_per_s},

@@ -31,6 +31,7 @@ from rankwright.executor.messages import (
 from rankwright.executor.runner import Runner
 from rankwright.executor.scheduler import Scheduler
 from rankwright.executor.sequence import Sequence
+from rankwright.executor.stage_memory import VARIABLE
 from rankwright.executor.step_batch import StepBatch
 from rankwright.executor.token_returns import TokenReturns, token_returns
 from rankwright.planner.plan import Plan
@@ -48,11 +49,15 @@ IDLE_WAIT_S = 0.5
 def default_ahead(mesh: Mesh, runner: Runner) -> int:
     """Return how many batches are decided before the tokens that they go on from are known.
 
-    One where that is possible and hides work: on one stage of GPUs. In a pipeline it is asked for
-    by `RANKWRIGHT_PIPELINE_AHEAD=1`, for it was measured on no GPU yet.
+    One on GPUs where that is possible without a host between two steps: on one stage, and in
+    pipelines whose stages share memory. `RANKWRIGHT_PIPELINE_AHEAD` as 0 or 1 decides for any
+    other pipeline too.
     """
     if mesh.num_stages > 1:
-        return int(os.environ.get("RANKWRIGHT_PIPELINE_AHEAD") == "1")
+        asked = os.environ.get(VARIABLE)
+        if asked in ("0", "1"):
+            return int(asked)
+        return int(mesh.device.type == "cuda" and runner.stage_memory is not None)
     return int(mesh.device.type == "cuda" and runner.feeds_itself)
 
 

@@ -193,15 +193,11 @@ def neighbours(mesh: Mesh) -> Neighbours:
 def is_wanted(mesh: Mesh) -> bool:
     """Whether this rank's replica is a pipeline that hands over through memory.
 
-    On one machine; on GPUs where `RANKWRIGHT_PIPELINE_AHEAD` is 1, for it has run on none yet, and
-    on CPUs unless it is 0.
+    On one machine, unless `RANKWRIGHT_PIPELINE_AHEAD` is 0.
     """
-    if mesh.num_stages == 1 or not mesh.is_one_machine:
+    if mesh.num_stages == 1 or not mesh.is_one_machine or os.environ.get(VARIABLE) == "0":
         return False
-    asked = os.environ.get(VARIABLE)
-    if mesh.device.type == "cuda":
-        return asked == "1"
-    return asked != "0" and is_supported()
+    return mesh.device.type == "cuda" or is_supported()
 
 
 def open_stage_memory(

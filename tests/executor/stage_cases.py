@@ -22,11 +22,9 @@ def opened(rank: int, plan_json: str, device: str) -> tuple[Mesh, StageMemory | 
     """This rank's groups and its end of the memory."""
     plan = Plan.model_validate_json(plan_json)
     mesh = Mesh(plan, rank, torch.device(device, rank) if device == "cuda" else torch.device("cpu"))
-    asked = {} if device == "cpu" else {VARIABLE: "1"}
-    with patch.dict(os.environ, asked):
-        memory = open_stage_memory(
-            mesh, rows=ROWS, dim=DIM, dtype=torch.float32, max_num_seqs=SEQUENCES
-        )
+    memory = open_stage_memory(
+        mesh, rows=ROWS, dim=DIM, dtype=torch.float32, max_num_seqs=SEQUENCES
+    )
     return mesh, memory
 
 
@@ -96,10 +94,4 @@ def without_room(rank: int, plan_json: str) -> list[str]:
 def serve_by_messages(*arguments: Any) -> dict[str, list[int]] | None:
     """Like `cases.serve`, with stages that share no memory."""
     with patch.dict(os.environ, {VARIABLE: "0"}):
-        return serve(*arguments)
-
-
-def serve_through_memory(*arguments: Any) -> dict[str, list[int]] | None:
-    """Like `cases.serve`, with GPUs of stages that share memory."""
-    with patch.dict(os.environ, {VARIABLE: "1"}):
         return serve(*arguments)

@@ -52,7 +52,7 @@ def served(
     ]
     results = pool.run(
         plan.num_gpus,
-        CASES,
+        "tests.executor.cases" if function == "serve" else CASES,
         function,
         plan.model_dump_json(),
         str(reference.folder),
@@ -113,4 +113,4 @@ def test_stages_of_gpus_that_share_memory_give_the_tokens_of_transformers(
 ) -> None:
     reference = references["qwen2"]
     plan = gpu_plan(reference, split)
-    served(reference, pool, plan, "serve_through_memory", ahead, "cuda")
+    served(reference, pool, plan, "serve", ahead, "cuda")
