@@ -124,8 +124,10 @@ class Runner:
         if plan.expert_slots is not None and plan.expert_slots.rebalance_steps is not None:
             every = plan.expert_slots.rebalance_steps
             self.rebalancer = Rebalancer(mesh, self.stage.expert_slots(), every=every)
-        # What the last step drew, for the next to read.
-        self._drawn_R = torch.zeros(plan.limits.max_num_seqs, dtype=torch.int64, device=mesh.device)
+        # What the last step drew, for the next to read. With attention DP the warm-up gives each
+        # rank the most that any of them may have: 2 of 4 sequences over 3 ranks, 6 in all.
+        rows = -(-plan.limits.max_num_seqs // mesh.attention_ranks) * mesh.attention_ranks
+        self._drawn_R = torch.zeros(rows, dtype=torch.int64, device=mesh.device)
         # Rows of sampling that take the best token.
         self._zeros_R = torch.zeros_like(self._drawn_R)
         self._cold_R = torch.zeros_like(self._drawn_R, dtype=torch.float32)

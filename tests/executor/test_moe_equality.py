@@ -25,6 +25,8 @@ SPLITS: dict[str, dict[str, Any]] = {
 ATTENTION_DP: dict[str, dict[str, Any]] = {
     "attention DP2 EP2": {"tp": 2, "ep": 2, "attention": "dp"},
     "attention DP4 EP2": {"tp": 4, "ep": 2, "attention": "dp"},
+    # Two of the four requests on each rank at most: more rows than there are requests.
+    "attention DP3 EP3": {"tp": 3, "ep": 3, "attention": "dp"},
 }
 # Latents of each context in parts, on ranks that share their heads.
 CONTEXT: dict[str, dict[str, Any]] = {
@@ -95,6 +97,7 @@ def test_logits_equal_transformers(
         ("mixtral", "TP4 EP2"),
         ("qwen3_moe", "PP2 EP2"),
         ("deepseek_v3", "attention DP4 EP2"),
+        ("qwen3_moe", "attention DP3 EP3"),
         ("deepseek_v2", "TP2 CP2"),
         ("deepseek_v3", "attention DP2 EP2 CP2"),
     ],
