@@ -50,8 +50,9 @@ from result import RESULTS, write_result
 # Requests of a run, for each that is in flight; the first and the last in flight are left out.
 ROUNDS = 4
 LEAST_REQUESTS = 6
-# Lengths lie evenly within this share of what was asked, so that requests do not march in step.
-SPREAD = 0.1
+# Lengths lie evenly within this share of what was asked, so that requests do not march in step: with
+# a tenth all prompts of a round came at once, and steps between them were decoding alone.
+SPREAD = 0.5
 _LAUNCH_TIMEOUT_S = 300
 _TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -296,16 +297,18 @@ def _measure_job(client: Client, job: Job, rounds: int) -> dict[str, float]:
 def steady(line: Timeline, in_flight: int) -> dict[str, float]:
     """Return the figures of the middle of a run, in which `in_flight` requests were running.
 
-    It starts when as many requests are done as are in flight, and ends with the last one sent.
+    It starts when as many requests are done as are in flight, and ends with the last one sent: what
+    comes after has the engine to itself. Tokens of requests that reach beyond either end count too.
     """
     ends = sorted(times[-1] for times in line.tokens.values())
     start, stop = ends[in_flight - 1], max(line.sent.values())
     tokens = sum(start < moment <= stop for times in line.tokens.values() for moment in times)
     inside = [name for name, sent in line.sent.items() if sent >= start] or list(line.sent)
-    steps = [
-        (line.tokens[name][-1] - line.tokens[name][0]) / (len(line.tokens[name]) - 1)
-        for name in inside
-    ]
+    steps = []
+    for times in line.tokens.values():
+        within = [moment for moment in times if start <= moment <= stop]
+        if len(within) > 1:
+            steps.append((within[-1] - within[0]) / (len(within) - 1))
     first = [line.tokens[name][0] - line.sent[name] for name in inside]
     whole = [line.tokens[name][-1] - line.sent[name] for name in inside]
     return {
