@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from rankwright.cli import COMMANDS, main
+from rankwright.cli.planning import launchable
 from rankwright.cost_model.prediction import Prediction
+from rankwright.cost_model.workload import Workload
 from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_any_plan
@@ -140,6 +142,13 @@ def test_unlike_cards_get_a_plan_of_parts(
     assert "--nnodes is for plans of one shape" in capsys.readouterr().err
     assert main(["bench", path]) == 2
     assert "plan again with --mixed-shapes never" in capsys.readouterr().err
+
+
+def test_a_launch_on_gpus_mixes_shapes_only_where_a_plan_says_so() -> None:
+    load = Workload(concurrency=32)  # of which a plan alone makes TP2 + TP1
+    plan, made_now = launchable("meta-llama/Llama-3.1-8B", "3xl40s", load)
+    assert made_now
+    assert isinstance(plan, Plan)
 
 
 def test_the_fullest_rank_is_shown_beside_its_own_card(capsys: pytest.CaptureFixture[str]) -> None:

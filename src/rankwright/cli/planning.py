@@ -157,12 +157,16 @@ def launchable(
     pins: Pins | None = None,
     may_mix: bool = True,
 ) -> "tuple[Plan | PartsPlan, bool]":
-    """Return what `plan_of` does; a plan of unlike replicas where that is better and `may_mix`."""
+    """Return what `plan_of` does; a plan of unlike replicas where that is better and `may_mix`.
+
+    On GPUs only one from a file: parts have been run on CPU ranks, not yet on GPUs.
+    """
     value = plan_or_model(text, read_launchable)
     if not isinstance(value, ModelSpec):
         return value, False
     asked = Asked.read(value, cluster, workload)
-    if may_mix and pins in (None, Pins()):
+    on_cpus = all(gpu.device == "cpu" for node in asked.cluster.nodes for gpu in node.gpus)
+    if may_mix and on_cpus and pins in (None, Pins()):
         return parts_for(asked), True
     return plan_for(asked, pins=pins), True
 
