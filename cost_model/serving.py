@@ -5,12 +5,13 @@ decodes a token each round. Prompts and tokens flow through the same steps, so t
 prompt slows the decoding of all others down. With, for each micro-batch,
 
     b      slots                          new   prompt tokens to compute (the rest is cached)
-    chunk  prompt tokens a step may take   n     = ceil(new / chunk), steps of one prompt
+    C      tokens that a step may take    n     steps of one prompt: ceil(new / (C - b))
 
 a request holds its slot for `n` steps of prefill and `osl - 1` of decode, so that
 `r = b / (n + osl - 1)` requests pass a step, and a share `f` of the steps carries prompt tokens.
-When prompts bring more tokens than steps can take (`r * new > chunk`), prefill is the bottleneck:
-every step carries a full chunk, `r = chunk / new`, and the slots in excess wait with their prompts.
+When requests bring more tokens than steps can take (`r * (new + osl - 1) > C`), prefill is the
+bottleneck: every step is full, `r = C / (new + osl - 1)`, and the slots in excess wait with their
+prompts, which takes nothing from a step.
 A round then lasts
 
     R = F * R(decoding, with prompt tokens) + (1 - F) * R(decoding alone),   F = 1 - (1 - f)**m
@@ -94,8 +95,11 @@ def _flow_of(
     chunk = max(1, chunk_tokens - slots)
     prompt_steps = ceil(new / chunk)
     requests = slots / (prompt_steps + decode_steps)
-    if requests * new > chunk:
-        requests, share, per_step = chunk / new, 1.0, float(chunk)
+    if requests * (new + decode_steps) > chunk_tokens:
+        # Slots whose prompts wait take none of a step's tokens.
+        requests = chunk_tokens / (new + decode_steps)
+        share, per_step = 1.0, requests * new
+        prompt_steps = ceil(new / per_step)
     elif requests * prompt_steps > 1:
         share, per_step = 1.0, requests * new
     else:

@@ -56,9 +56,11 @@ def test_throughput_counts_the_work_of_prompts() -> None:
 def test_prompts_that_outrun_the_chunk_bind_the_throughput() -> None:
     load = Workload(input_tokens=1000, output_tokens=10)
     state = serve_closed(pace(), load, batch_size=64, chunk_tokens=564)
-    # 500 prompt tokens a step: half a prompt each 15 ms, whatever else is in flight.
+    # 564 tokens a step, of which a request takes 1,000 and 9, whatever else is in flight: 559 of
+    # prompts, whose step takes 15.6 ms.
     assert state.flow.mixed_share == 1
-    assert state.requests_per_s == pytest.approx(0.5 / 0.015)
+    assert state.tpot_s == pytest.approx(0.0156, rel=1e-3)
+    assert state.requests_per_s == pytest.approx(564 / 1009 / state.tpot_s)
     # Little's law: what is in flight is either waiting, in its two prefill steps, or decoding.
     in_flight = state.requests_per_s * (state.ttft_s + 9 * state.tpot_s)
     assert in_flight == pytest.approx(64, rel=0.02)
@@ -136,7 +138,7 @@ def test_no_flow_takes_more_than_its_slots_and_its_chunk(
 ) -> None:
     flow = find_flow(load, slots, chunk)
     assert 0 < flow.mixed_share <= 1
-    assert flow.mixed.prefill <= max(1, chunk - slots) * (1 + 1e-9)
+    assert flow.mixed.total <= max(chunk, slots) * (1 + 1e-9)
     assert flow.plain.decode <= slots * (1 + 1e-9)
     # Prompt tokens that steps carry are the prompt tokens of the requests that pass.
     carried = flow.mixed_share * flow.mixed.prefill
@@ -150,3 +152,10 @@ def test_more_slots_never_serve_fewer_requests(load: Workload, slots: int) -> No
     few = serve_closed(pace(), load, batch_size=slots, chunk_tokens=100_000)
     many = serve_closed(pace(), load, batch_size=2 * slots, chunk_tokens=100_000)
     assert many.requests_per_s >= few.requests_per_s * (1 - 1e-3)
+
+
+@given(loads, st.integers(2, 512))
+def test_slots_whose_prompts_wait_take_nothing_from_others(load: Workload, slots: int) -> None:
+    flow = find_flow(load, slots, 1024)
+    if flow.waiting > 1:
+        assert find_flow(load, 2 * slots, 1024).mixed == flow.mixed
