@@ -17,6 +17,7 @@ joins the part with most blocks free when it starts, and the token budget is sha
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from rankwright.executor.decided_batch import decided_batch
 from rankwright.executor.messages import FinishReason, Sampling, Tokens
 from rankwright.executor.sequence import Sequence
 from rankwright.executor.step_batch import StepBatch
+
+# Prompt tokens that a batch of a pipeline takes at once even where fewer would be its share, alone
+# and beside tokens that decode: on an H200 16 layers of an 8B model take 4.8 ms to launch, and 6.1
+# to compute 512 tokens, so that a short prompt alone is done sooner in one piece.
+LEAST_ALONE, LEAST_BESIDE = 512, 256
 
 
 class Scheduler:
@@ -75,6 +81,8 @@ class Scheduler:
         self.num_prompt_tokens = 0
         self.num_reused_tokens = 0  # not computed, because blocks that hold them were known
         self._by_id: dict[str, Sequence] = {}
+        # Prompt tokens of the other batches of a round.
+        self._prompts_of_last: deque[int] = deque(maxlen=depth - 1)
 
     @property
     def max_in_flight(self) -> int:
@@ -145,9 +153,11 @@ class Scheduler:
                 break
             decodes.append(sequence)
             budgets[sequence.part] -= 1
-        chunks = self._prefill_chunks(budgets, keep=decodes)
+        share = self._prompt_share(LEAST_BESIDE if decodes else LEAST_ALONE)
+        chunks = self._prefill_chunks([min(one, share) for one in budgets], keep=decodes)
         if not decodes and not chunks:
             return None
+        self._prompts_of_last.append(sum(count for _, count in chunks))
         return self._batch(decodes, chunks)
 
     def _decodes(self, sequence: Sequence) -> bool:
@@ -166,6 +176,23 @@ class Scheduler:
             # It will have reached its length: nothing to go on with.
             and num_tokens < sequence.max_tokens
         )
+
+    def _prompt_share(self, least: int) -> int:
+        """Return how many prompt tokens of each part the next batch takes at most.
+
+        In a pipeline batches take turns in the stages, and each waits for the longest: prompts are
+        shared out evenly over those of a round.
+        """
+        most = self.max_batched_tokens
+        if self.depth == 1:
+            return most
+        left = sum(self._prompts_of_last)
+        for sequence in chain(self.running, self.waiting):
+            if not sequence.in_flight and not self._decodes(sequence):
+                left += len(sequence.tokens) - sequence.num_cached
+            if left >= self.depth * most:
+                return most
+        return min(most, max(least, -(-left // (self.depth * len(self.room.pools)))))
 
     def _prefill_chunks(
         self, budgets: list[int], *, keep: list[Sequence]

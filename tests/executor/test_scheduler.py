@@ -324,3 +324,34 @@ def test_a_step_batch_survives_the_wire() -> None:
     assert batch.temperature_R.tolist() == [0.5]
     assert not batch.greedy
     assert batch.sample_positions_R.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("depth", "decoding", "prompt", "chunks"),
+    [
+        (1, 2, 600, [600]),
+        (2, 2, 600, [300, 300]),
+        (3, 2, 600, [256, 256, 88]),
+        (2, 0, 600, [512, 88]),
+        (2, 0, 2000, [1000, 1000]),
+        (2, 0, 6000, [2048, 2048, 1904]),
+    ],
+)
+def test_a_pipeline_shares_prompts_out_over_the_batches_of_a_round(
+    depth: int, decoding: int, prompt: int, chunks: list[int]
+) -> None:
+    scheduler = make(num_blocks=10_000, max_batched_tokens=2048, max_model_len=8192, depth=depth)
+    for index in range(decoding):
+        scheduler.add(f"d{index}", [1], Sampling(max_tokens=100, ignore_eos=True))
+    for _ in range(2 * depth):
+        started = scheduler.schedule()
+        if started is not None:
+            scheduler.complete(started[1], [5] * len(started[1]))
+    scheduler.add("p", range(prompt), Sampling(max_tokens=4, ignore_eos=True))
+    found = []
+    for _ in range(len(chunks) + depth):
+        batch, sampled = scheduler.schedule() or (None, [])
+        if batch is not None and batch.num_sequences > batch.num_decodes:
+            found.append(batch.num_tokens - batch.num_decodes)
+        scheduler.complete(sampled, [5] * len(sampled))
+    assert found == chunks
