@@ -77,9 +77,7 @@ def exhaustive(case: Case) -> float | None:
 
 def whole_replicas(case: Case) -> Iterator[tuple[int, Serving]]:
     """Yield the batch and the steady state of every replica that takes all GPUs of the cluster."""
-    for shape, batch_size, problem in _problems(case):
-        if shape.num_gpus < case.cluster.num_gpus:
-            continue
+    for _, batch_size, problem in _problems(case, case.cluster.num_gpus):
         for able in problem.distinct():
             yield from ((batch_size, state) for _, state in able if _keeps_limits(case, state))
 
@@ -91,10 +89,12 @@ def _values(case: Case) -> Iterator[float | None]:
             yield from _values_of(case, shape, able)
 
 
-def _problems(case: Case) -> "Iterator[tuple[Shape, int, _Cuts]]":
-    """Yield every shape at every batch and chunk."""
+def _problems(case: Case, least_gpus: int = 1) -> "Iterator[tuple[Shape, int, _Cuts]]":
+    """Yield every shape of so many GPUs at every batch and chunk."""
     evaluator = case.search().evaluator
     for shape in _all_shapes(case):
+        if shape.num_gpus < least_gpus:
+            continue
         places = list(_places(shape))
         runs = _RunBytes.of(case, shape)
         for batch_size in evaluator.batch_levels(shape):
