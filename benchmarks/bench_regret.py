@@ -50,8 +50,8 @@ from result import RESULTS, write_result
 # Requests of a run, for each that is in flight; the first and the last in flight are left out.
 ROUNDS = 4
 LEAST_REQUESTS = 6
-# Lengths lie evenly within this share of what was asked, so that requests do not march in step: with
-# a tenth all prompts of a round came at once, and steps between them were decoding alone.
+# Lengths lie evenly within this share of what was asked, so that requests do not march in step:
+# with a tenth all prompts of a round came at once, and steps between them were decoding alone.
 SPREAD = 0.5
 _LAUNCH_TIMEOUT_S = 300
 _TINY = {
