@@ -78,7 +78,9 @@ def rows_of(recorded: dict[str, Any], since: str) -> Iterator[Row]:
     if recorded.get("peak_memory_bytes"):
         tokens = recorded["num_kv_blocks"] * BLOCK_TOKENS
         groups = choose_replicas(cluster, split)
-        parts = fullest_rank(spec, split, groups, Workload(), kv_tokens=tokens)
+        parts = fullest_rank(
+            spec, split, [group.stages for group in groups], Workload(), kv_tokens=tokens
+        )
         made = sum(part.bytes for part in parts)
         yield Row(run, "memory", 0, 0, max(recorded["peak_memory_bytes"]), made, *version)
 

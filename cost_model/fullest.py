@@ -1,9 +1,9 @@
 """Memory of the rank that is fullest, over all replicas of a split and their GPUs."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rankwright.cost_model.efficiency import device_class
+from rankwright.cost_model.layout import SlotKind
 from rankwright.cost_model.legality import shares_are_legal
 from rankwright.cost_model.memory import rank_memory
 from rankwright.cost_model.model_spec import ModelSpec
@@ -12,9 +12,6 @@ from rankwright.cost_model.shards import Shares
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
 from rankwright.topology.cluster import Gpu
-
-if TYPE_CHECKING:
-    from rankwright.cost_model.predict import Replicas
 
 
 def cached_tokens(sequences: int, tokens: int, split: Split) -> int:
@@ -26,7 +23,7 @@ def cached_tokens(sequences: int, tokens: int, split: Split) -> int:
 def fullest_rank(
     model: ModelSpec,
     split: Split,
-    groups: Sequence["Replicas"],
+    groups: Sequence[Sequence[SlotKind]],
     workload: Workload,
     kv_tokens: int | None = None,
 ) -> tuple[MemoryPart, ...]:
@@ -55,25 +52,25 @@ def fullest_rank(
 
 
 def _fullest_ranks(
-    model: ModelSpec, split: Split, groups: Sequence["Replicas"]
+    model: ModelSpec, split: Split, groups: Sequence[Sequence[SlotKind]]
 ) -> Iterator[tuple[Gpu, int, int, Shares | None]]:
     """Yield GPU, stage, tp_rank and shares of the ranks of which one is the fullest.
 
     Of a slot with GPUs of one kind, and of one whose shares must be equal, that is rank 0.
     """
-    gpu = groups[0].stages[0].gpu
+    gpu = groups[0][0].gpu
     legal = shares_are_legal(model, ep=split.ep, cp=split.cp, attention=split.attention)
     unlike = [
         (stage, kind)
         for group in groups
-        for stage, kind in enumerate(group.stages)
+        for stage, kind in enumerate(group)
         if kind.members and legal is None
     ]
     if not unlike:
         yield from ((gpu, stage, 0, None) for stage in range(split.pp))
         return
     for group in groups:
-        for stage, kind in enumerate(group.stages):
+        for stage, kind in enumerate(group):
             if not kind.members:
                 yield kind.gpu, stage, 0, None
             for tp_rank, member in enumerate(kind.members):

@@ -291,7 +291,9 @@ def predict_replicas(
     requests_per_s = sum(state.requests_per_s * group.count for state, _, group in served)
     requests_per_s = cap_requests(requests_per_s, workload, batch * split.dp)
     worst, pipeline, _ = max(served, key=lambda item: item[0].request_s(workload.output_tokens))
-    memory = fullest_rank(models.spec, split, groups, workload, kv_tokens)
+    memory = fullest_rank(
+        models.spec, split, [group.stages for group in groups], workload, kv_tokens
+    )
     intervals = intervals_of(models.engine, pipeline.stages[0].provenance)
     return Prediction(
         ttft_s=_ttft([state for state, _, _ in served], intervals),

@@ -82,7 +82,8 @@ def _pool_plan(
     )
     kv_tokens = num_blocks * block_tokens
     groups = (replicas_of(worker, len(places)),)
-    memory = fullest_rank(model, split, groups, search.workload, kv_tokens)
+    stages = [group.stages for group in groups]
+    memory = fullest_rank(model, split, stages, search.workload, kv_tokens)
     pipeline, is_prefill = workers.pipeline(worker), worker.role == "prefill"
     parts = pipeline.parts(
         pipeline.slowest_stage(tokens), tokens, repeat=repeat if is_prefill else 1
