@@ -150,13 +150,13 @@ def check_engine_fits(engine: Engine, plan: Plan) -> None:
             "which experts each rank holds, and how often: it places copies of hot ones itself",
             "plan without expert slots",
         )
+    engine.limits(plan)
     if has_unequal_shares(plan):
         refuse(
             engine.title,
             "unequal shares of a TP group: it gives every rank an equal part of the model",
             "plan with --engine for it, which looks for equal ones",
         )
-    engine.limits(plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rankwright.cost_model.model_spec import Attention, FeedForward, Layer, LayerRun, ModelSpec
 from rankwright.cost_model.prediction import Estimate, Prediction
+from rankwright.cost_model.shards import column_range, head_ranges
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.plan import (
@@ -89,9 +90,6 @@ def plan(
         stage, tp_rank = divmod(place, tp)
         first = sum(stage_layers[:stage])
 
-        def part(total: int, index: int = tp_rank) -> tuple[int, int]:
-            return index * total // tp, (index + 1) * total // tp
-
         ranks.append(
             RankPlan(
                 rank=rank,
@@ -101,10 +99,10 @@ def plan(
                 stage=stage,
                 tp_rank=tp_rank,
                 layers=(first, first + stage_layers[stage]),
-                query_heads=part(attention.num_heads),
+                query_heads=head_ranges(attention, tp, tp_rank)[0],
                 kv_heads=(0, attention.num_kv_heads),
-                ffn_columns=part(ffn.intermediate_size),
-                vocab=part(model.vocab_size),
+                ffn_columns=column_range(ffn.intermediate_size, tp, tp_rank),
+                vocab=column_range(model.vocab_size, tp, tp_rank),
             )
         )
     memory = Estimate(
