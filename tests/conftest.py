@@ -41,6 +41,7 @@ _SHARED = {
 _LONGEST = ("ranks", "slurm", "ray", "test_launch.py", "test_measure_job.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    is_grouped = session.config.getoption("loadgroup", default=False)
+    if is_grouped and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__} hides the groups of tests from pytest-xdist, which would "
+            "start what a group shares in every worker; install pytest<9.2"
+        )
 
 
 def _group(item: pytest.Item) -> str:

@@ -60,6 +60,26 @@ def test_logits_equal_transformers(
             assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+def test_the_reference_is_what_transformers_generates_whatever_was_said(
+    references: dict[str, Reference],
+) -> None:
+    reference = references["llama"]
+    (text,) = prompts(reference.vocab_size, (9,))
+    generated = reference.model.generate(
+        torch.tensor([text]),
+        attention_mask=torch.ones(1, len(text), dtype=torch.int64),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, len(text) :].tolist()
+    wrong = [*generated[:3], (generated[3] + 1) % reference.vocab_size, *generated[4:]]
+    # The count differs, as what was found is kept.
+    for count, said in ((8, ()), (7, generated), (6, wrong), (5, generated[:2])):
+        assert reference.greedy(text, count, said) == generated[:count]
+
+
 SERVED = [
     *(("TP1", 0), ("TP2 PP2", 0), ("uneven TP3", 0), ("uneven PP3", 0), ("DP2", 0)),
     *(("TP2", 1), ("attention DP2", 0), ("attention DP2", 1), ("CP2", 0)),
