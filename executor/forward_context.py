@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rankwright.executor.mesh import Mesh
 from rankwright.executor.rank_batch import Parts
 
 
@@ -39,6 +40,7 @@ class ForwardContext:
     prefill_context_lens: list[int] = field(default_factory=list)
     gathers: list[GatheredPrompts] = field(default_factory=list)
     _seen: dict[int | None, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
+    _counted: list[torch.Tensor] = field(default_factory=list)
 
     def counted(self) -> torch.Tensor:
         """Return int32 [T]: 0 for tokens of padding, which have no context."""
@@ -48,6 +50,12 @@ class ForwardContext:
         prompts = len(self.positions_T) - self.num_decodes - self.num_padding
         padding = lens_B.new_zeros(self.num_padding)
         return torch.cat([lens_B, padding, lens_B.new_ones(prompts)])
+
+    def counted_of_group(self, mesh: Mesh) -> torch.Tensor:
+        """Return `counted` of all ranks whose tokens `Mesh.gather_tokens` gathers, once a pass."""
+        if not self._counted:
+            self._counted.append(mesh.gather_tokens(self.counted()))
+        return self._counted[0]
 
     def seen_here(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return what sequences that decode see of this rank's cache, as int32 [B] each.

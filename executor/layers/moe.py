@@ -126,13 +126,31 @@ class MoeBlock:
         if self._choose is not None and self._choose(x_TD) == "dispatch":
             return self._dispatched(x_TD, context.counted())
         counted_T = None if self.load_E is None else self._count_own(context.counted())
-        y_TD = self._mesh.sum_tokens(self._run_all(self._mesh.gather_tokens(x_TD), counted_T))
+        y_TD = self._mesh.sum_tokens(
+            self._run_all(
+                self._mesh.gather_tokens(x_TD), counted_T, context.counted_of_group(self._mesh)
+            )
+        )
         return y_TD if self.shared is None else y_TD.add_(self.shared(x_TD))
 
-    def _run_all(self, x_TD: torch.Tensor, counted_T: torch.Tensor | None) -> torch.Tensor:
-        """Return what this rank's experts make of tokens that every rank has."""
+    def _run_all(
+        self,
+        x_TD: torch.Tensor,
+        counted_T: torch.Tensor | None,
+        real_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return what this rank's experts make of tokens that every rank has.
+
+        Args:
+            x_TD: Tokens.
+            counted_T: 0 where a choice of experts is not counted.
+            real_T: 0 where a token is padding, which goes to no expert: of a rank without prompts
+                it may be as much as another's prompt.
+        """
         first, stop = self._slots_of_ranks[self._ep_rank]
         weights_TK, slots_TK = self._route(x_TD, first, stop - first, counted_T)
+        if real_T is not None:
+            slots_TK = slots_TK.masked_fill_((real_T == 0).unsqueeze(1), -1)
         return run_experts(
             x_TD, self.experts, weights_TK, slots_TK, num_experts=self._block.num_experts
         )

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from tests.executor import cases
 
 from rankwright.executor.groups import Group
+from rankwright.executor.layers import moe
 from rankwright.executor.layers.dispatch import Dispatch
 from rankwright.executor.layers.exchange import VARIABLE
 from rankwright.executor.mesh import Mesh
@@ -49,6 +51,23 @@ def tokens(
         return cases.serve(rank, plan_json, folder, requests)
     finally:
         del os.environ[VARIABLE]
+
+
+def expert_rows(rank: int, plan_json: str, folder: str, sequences: list[list[int]]) -> int:
+    """Return how many pairs of token and expert this rank's experts computed."""
+    rows = 0
+    run_experts = moe.run_experts
+
+    def counting(x_TD: torch.Tensor, experts: Any, weights: Any, slots: Any, **more: Any) -> Any:
+        nonlocal rows
+        rows += int((slots >= 0).sum())
+        return run_experts(x_TD, experts, weights, slots, **more)
+
+    plan, mesh, runner = cases.make(rank, plan_json, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "run_experts", counting)
+        cases.teacher_logits(plan, mesh, runner, sequences)
+    return rows
 
 
 def round_trips(rank: int, moe_tp: int, seeds: list[int]) -> list[tuple[float, bool, int]]:

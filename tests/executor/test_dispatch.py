@@ -49,6 +49,20 @@ def test_logits_equal_transformers(
     check_logits(pool, reference, plan.num_gpus, plan.model_dump_json(), "dispatch")
 
 
+def test_padding_of_a_rank_without_tokens_goes_to_no_expert(
+    moe_references: dict[str, Reference], pool: Ranks
+) -> None:
+    reference = moe_references["qwen3_moe"]
+    spec = read_model(reference.folder)
+    plan = cpu_plan(spec, tp=2, ep=2, attention="dp")
+    sequences = prompts(reference.vocab_size, (31,))
+    rows = pool.run(
+        2, CASES, "expert_rows", plan.model_dump_json(), str(reference.folder), sequences
+    )
+    layers = [layer.feed_forward for layer in spec.layers if layer.feed_forward.kind == "moe"]
+    assert sum(rows) == 31 * sum(block.experts_per_token for block in layers)
+
+
 def check_logits(
     pool: Ranks, reference: Reference, num_ranks: int, plan_json: str, exchange: str
 ) -> list[list[list[int]]]:
