@@ -19,6 +19,7 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.record_load import record_load
 from rankwright.executor.runner import Runner
 from rankwright.executor.weights import SafetensorsSource
+from rankwright.kernels.moe_experts import run_experts
 from rankwright.planner.plan import Plan
 
 
@@ -56,7 +57,6 @@ def tokens(
 def expert_rows(rank: int, plan_json: str, folder: str, sequences: list[list[int]]) -> int:
     """Return how many pairs of token and expert this rank's experts computed."""
     rows = 0
-    run_experts = moe.run_experts
 
     def counting(x_TD: torch.Tensor, experts: Any, weights: Any, slots: Any, **more: Any) -> Any:
         nonlocal rows
