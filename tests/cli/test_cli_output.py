@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from rankwright.cli import COMMANDS, main
-from rankwright.cli.planning import launchable
 from rankwright.cost_model.prediction import Prediction
-from rankwright.cost_model.workload import Workload
 from rankwright.planner.parts_plan import PartsPlan
 from rankwright.planner.plan import Plan
 from rankwright.planner.read_plan import read_any_plan
@@ -132,7 +130,11 @@ def test_unlike_cards_get_a_plan_of_parts(
 ) -> None:
     path = str(tmp_path / "plan.json")
     cards = ("--cluster", "2xrtx4090+2xrtx3090", "--tpot", "50")
-    out = ok(capsys, "plan", "meta-llama/Llama-3.1-8B", *cards, "-o", path)
+    assert main(["plan", "meta-llama/Llama-3.1-8B", *cards, "-o", path]) == 0
+    assert isinstance(read_any_plan(path), Plan)
+    assert "--mixed-shapes auto also tries" in capsys.readouterr().err
+    mixed = ("--mixed-shapes", "auto", "-o", path)
+    out = ok(capsys, "plan", "meta-llama/Llama-3.1-8B", *cards, *mixed)
     assert "2 x TP1 + TP2, 4 GPUs" in out
     assert re.search(r"unlike replicas serve \d+\.\d% more", out)
     assert "--mixed-shapes never" in out
@@ -142,13 +144,6 @@ def test_unlike_cards_get_a_plan_of_parts(
     assert "--nnodes is for plans of one shape" in capsys.readouterr().err
     assert main(["bench", path]) == 2
     assert "plan again with --mixed-shapes never" in capsys.readouterr().err
-
-
-def test_a_launch_on_gpus_mixes_shapes_only_where_a_plan_says_so() -> None:
-    load = Workload(concurrency=32)  # of which a plan alone makes TP2 + TP1
-    plan, made_now = launchable("meta-llama/Llama-3.1-8B", "3xl40s", load)
-    assert made_now
-    assert isinstance(plan, Plan)
 
 
 def test_the_fullest_rank_is_shown_beside_its_own_card(capsys: pytest.CaptureFixture[str]) -> None:

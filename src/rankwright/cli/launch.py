@@ -146,9 +146,7 @@ def run(
         raise typer.Exit(code)
     # It imports PyTorch while we import the planner, plan, and import the server.
     with nullcontext() if backend == "ray" else Agent() as agent:
-        one_machine = backend in ("auto", "local") and nnodes == 1
-        may_mix = one_machine and master_port is None and record_expert_load is None
-        plan = make_plan(may_mix=may_mix)
+        plan = make_plan()
         # Here, not at the top: a login node has no rankwright[executor], and `--help` works there.
         from rankwright.executor.launch import launch
 
@@ -185,14 +183,13 @@ def _planned(
     pp: int | None,
     ep: int | None,
     dp: int | None,
-    may_mix: bool = False,
 ) -> "Plan | PartsPlan":
     # Here, not at the top: it takes half of the time until an agent can be started.
     from rankwright.cli.planning import launchable
     from rankwright.planner.make_plan import Pins
 
     pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp)
-    plan, made_now = launchable(model, cluster, load, pins=pins, may_mix=may_mix)
+    plan, made_now = launchable(model, cluster, load, pins=pins)
     if made_now:
         status(f"{plan.model.name} on {plan.cluster.describe()}: {plan.label()}")
     return plan

@@ -84,8 +84,8 @@ CpExchangeOption = Annotated[
 MixedShapes = Annotated[
     Literal["auto", "never"],
     typer.Option(
-        help="Replicas of unlike shapes on one machine where they serve over 5 % more; never with "
-        "pins, --rate, --trace, --pareto or --report."
+        help="auto: replicas of unlike shapes on one machine where they serve over 5 % more; not "
+        "with pins, --rate, --trace, --pareto or --report."
     ),
 ]
 EngineOption = Annotated[

@@ -59,7 +59,7 @@ def run(
             "--disaggregate", help="Separate pools for prefill and decode, beside one pool."
         ),
     ] = False,
-    mixed_shapes: options.MixedShapes = "auto",
+    mixed_shapes: options.MixedShapes = "never",
     calibration: options.CalibrationFile = None,
     expert_slots: Annotated[
         int | None,
@@ -166,6 +166,15 @@ def run(
         write_report(plan, report)
         status(f"wrote {report}")
     _give(plan, output, as_json=as_json, explain=explain)
+    if is_plain and not as_json and _may_mix(plan):
+        status("--mixed-shapes auto also tries replicas of unlike shapes on these GPUs")
+
+
+def _may_mix(plan: Plan) -> bool:
+    """Return whether unlike replicas may serve more: on unlike cards, or on some left over."""
+    nodes = plan.cluster.nodes
+    unlike = len({gpu.device for gpu in nodes[0].gpus}) > 1
+    return len(nodes) == 1 and (unlike or plan.num_gpus < plan.cluster.num_gpus)
 
 
 def _give(

@@ -155,20 +155,12 @@ def launchable(
     workload: Workload,
     *,
     pins: Pins | None = None,
-    may_mix: bool = True,
 ) -> "tuple[Plan | PartsPlan, bool]":
-    """Return what `plan_of` does; a plan of unlike replicas where that is better and `may_mix`.
-
-    On GPUs only one from a file: parts have been run on CPU ranks, not yet on GPUs.
-    """
+    """Return what `plan_of` does, or a plan of unlike replicas from a file."""
     value = plan_or_model(text, read_launchable)
     if not isinstance(value, ModelSpec):
         return value, False
-    asked = Asked.read(value, cluster, workload)
-    on_cpus = all(gpu.device == "cpu" for node in asked.cluster.nodes for gpu in node.gpus)
-    if may_mix and on_cpus and pins in (None, Pins()):
-        return parts_for(asked), True
-    return plan_for(asked, pins=pins), True
+    return plan_for(Asked.read(value, cluster, workload), pins=pins), True
 
 
 P = TypeVar("P")
