@@ -109,12 +109,6 @@ def choose_parts(
     )
 
 
-def _room(twins: Twins, column: Column) -> int:
-    """Return how many replicas of `column` fit on the machine alone."""
-    sizes = zip(twins.classes, column.counts, strict=True)
-    return min(len(members) // count for members, count in sizes if count)
-
-
 def _settled(
     problem: "pulp.LpProblem",
     columns: Sequence[Column],
