@@ -95,10 +95,18 @@ def gpus_of(document: dict[str, object]) -> int:
 
 def test_deepseek_v3_on_sixteen_h200_asks_for_sixteen_gpus() -> None:
     cluster = parse_cluster("2x8xh200-sxm+ib400")
-    plan = make_plan(DEEPSEEK_V3, cluster, Workload(input_tokens=5000, output_tokens=1000))
+    load = Workload(input_tokens=5000, output_tokens=1000)
+    plan = make_plan(DEEPSEEK_V3, cluster, load, top=4)
     assert plan.num_gpus == plan.split.num_gpus == len(plan.ranks) == 16
     assert plan.split.moe_tp * plan.split.ep == plan.split.tp
     assert len({(rank.node, rank.gpu) for rank in plan.ranks}) == 16
+    words = plan.explain()
+    assert f"{plan.split.label()}, 16 of 16 GPUs" in words
+    assert plan.certificate.gap <= 1e-6
+    assert f"binding: {plan.certificate.binding_constraint}" in words
+    assert len(plan.certificate.runners_up) >= 3
+    for one in plan.certificate.runners_up:
+        assert f"{one.split.label()}: {one.reason}" in words
     files = plan.render("kubernetes")
     documents = [
         document
