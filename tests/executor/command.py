@@ -3,11 +3,13 @@
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ class Command:
             stdout=subprocess.DEVNULL,
             stderr=theirs,
             start_new_session=True,
+            # What a shell starts in the background ignores Ctrl-C, and so do its children.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         os.close(theirs)
         self._reader = threading.Thread(target=self._read)
