@@ -133,7 +133,7 @@ def plan(
     limited: bool = True,
 ) -> Plan | None:
     """Return the planner's answer; None where nothing fits."""
-    candidates.CHUNK_LEVELS = (CHUNK_TOKENS,)
+    levels, candidates.CHUNK_LEVELS = candidates.CHUNK_LEVELS, (CHUNK_TOKENS,)
     try:
         return make_plan(
             model,
@@ -144,6 +144,8 @@ def plan(
         )
     except NoFeasiblePlanError:
         return None
+    finally:
+        candidates.CHUNK_LEVELS = levels
 
 
 def find_options(scenario: Scenario, model: ModelSpec, cluster: Cluster) -> list[Option]:
