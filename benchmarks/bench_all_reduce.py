@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def chains(peers: PeerMemory | None, rows: int, device: torch.device) -> dict[st
         "nccl_norm_us": lambda: nccl(True),
     }
     for form in FORMS if peers is not None else ():
-        made[f"{form}_us"] = lambda form=form: shared(form, False)  # type: ignore[misc]
-        made[f"{form}_norm_us"] = lambda form=form: shared(form, True)  # type: ignore[misc]
+        made[f"{form}_us"] = partial(shared, form, False)
+        made[f"{form}_norm_us"] = partial(shared, form, True)
     return made
 
 

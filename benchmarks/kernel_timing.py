@@ -4,6 +4,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,8 +105,8 @@ def measure(case: Case, rates: dict[str, float]) -> dict[str, Any]:
     except RuntimeError as error:
         if case.backend != "cudnn":
             raise
-        # A library that does not take a shape is no failure of ours.
-        return row | {"passed": True, "us": None, "why": str(error).splitlines()[0]}
+        # A library that does not take a shape is no failure of ours, and nothing that passed.
+        return row | {"passed": None, "us": None, "why": str(error).splitlines()[0]}
     off = relative_error(found, run(case.reference))
     row |= {"relative_error": off, "passed": off <= case.tolerance}  # NaN is not
     if not row["passed"]:
@@ -113,7 +114,7 @@ def measure(case: Case, rates: dict[str, float]) -> dict[str, Any]:
     # Tiny inputs stay few, and so in L2, as they do between the operations of a model.
     sets = max(1, min(8, int(ROTATION_BYTES // case.bytes_moved)))
     runs = [run, *(case.make() for _ in range(sets - 1))]
-    us = graph_us([lambda run=run: run("timed") for run in runs])  # type: ignore[misc]
+    us = graph_us([partial(one, "timed") for one in runs])
     cached = sets * case.bytes_moved < ROTATION_BYTES / 2
     by_memory = case.bytes_moved / rates["copy_bytes_per_s"]
     by_arithmetic = case.flops / rates["matmul_flops_per_s"]
@@ -131,7 +132,7 @@ def measure(case: Case, rates: dict[str, float]) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     """Return a row as printed."""
     head = f"{row['op']:<27} {row['shape']:<18}"
-    if not row["passed"]:
+    if row["passed"] is False:
         return f"{head} FAILED its check: relative error {row['relative_error']:.1e}"
     if row["us"] is None:
         return f"{head} not on this machine: {row['why']}"

@@ -161,10 +161,10 @@ def _embedding(ids: torch.Tensor, weight: torch.Tensor, **_: object) -> torch.Te
     return weight.new_empty(*ids.shape, weight.shape[1])
 
 
-def _item(x: torch.Tensor, index: object) -> torch.Tensor:
+def _item(x: torch.Tensor, index: Any) -> torch.Tensor:
     if isinstance(index, torch.Tensor):
         return x.new_empty(*index.shape, *x.shape[1:])
-    return x[index]  # type: ignore[index]
+    return x[index]
 
 
 def _elementwise(*operands: object) -> torch.Tensor:

@@ -5,6 +5,8 @@ write into a rank's memory in the first round has arrived in the second. Ranks t
 tests/executor/test_peer_sums.py, and between GPUs tests/executor/test_peer_memory.py.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ class Ranks:
         """Return a rank's result and how often its programs have met."""
         epochs = torch.full((MAX_PROGRAMS,), CALLS - 2, dtype=torch.int32, device=self.device)
         out = torch.empty(self.parts[0].shape, dtype=self.dtype, device=self.device)
-        common = {
+        common: dict[str, Any] = {
             "table_address": self.table.data_ptr(),
             "words": self.memory[rank][self.signal_word :],
             "epochs": epochs,
@@ -62,8 +64,8 @@ class Ranks:
             "residual_TD": residual,
         }
         if one_shot:
-            return sum_parts(out, **common), epochs  # type: ignore[arg-type]
-        sum_parts_in_two_shots(out, arrivals_offset=self.arrivals, **common)  # type: ignore[arg-type]
+            return sum_parts(out, **common), epochs
+        sum_parts_in_two_shots(out, arrivals_offset=self.arrivals, **common)
         return out, epochs
 
 
