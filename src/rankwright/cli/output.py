@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from rankwright.planner.plan import Certificate
+
 
 def console() -> "Console":
     """Return a console on stdout; without a terminal, tables are 100 columns wide."""
@@ -45,6 +47,26 @@ def table(*columns: str, title: str | None = None, right: tuple[str, ...] = ()) 
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for name in columns:
         made.add_column(name, justify="right" if name in right else "left", header_style="dim")
+    return made
+
+
+def proof_table(proof: "Certificate", candidates: str, *, nothing: str = "plan") -> "Table":
+    """Return what proves a plan, with a warning where it is not proved to be the best.
+
+    Args:
+        proof: Of the plan.
+        candidates: How many the program chose among, in words.
+        nothing: What the bound is said of.
+    """
+    made = table("proof", "")
+    if proof.status != "optimal":
+        warning = f"{proof.status}: a better plan may be better by {proof.gap:.2%}"
+        made.add_row("[bold red]NOT PROVED BEST[/]", warning)
+    made.add_row("objective", f"{proof.objective}: {proof.objective_value:.5g}")
+    made.add_row(f"no {nothing} is better than", f"{proof.bound:.5g} (gap {proof.gap:.2%})")
+    solved = f"{proof.solver}: {proof.status} in {seconds(proof.solve_s)}"
+    made.add_row("solver", f"{solved}, {candidates}")
+    made.add_row("what binds", proof.binding_constraint)
     return made
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankwright.cli.output import console, gigabytes, seconds, table
+from rankwright.cli.output import console, gigabytes, proof_table, seconds, table
 from rankwright.planner.explain_parts import explain_parts, gpus_of
 from rankwright.planner.parts_plan import PartsPlan, part_label
 
@@ -91,17 +91,5 @@ def _prediction(plan: PartsPlan) -> Table:
 
 
 def _proof(plan: PartsPlan) -> Table:
-    proof = plan.certificate
-    made = table("proof", "")
-    if proof.status != "optimal":
-        warning = f"{proof.status}: a better plan may be better by {proof.gap:.2%}"
-        made.add_row("[bold red]NOT PROVED BEST[/]", warning)
-    made.add_row("objective", f"{proof.objective}: {proof.objective_value:.5g}")
-    made.add_row("no mix is better than", f"{proof.bound:.5g} (gap {proof.gap:.2%})")
-    made.add_row(
-        "solver",
-        f"{proof.solver}: {proof.status} in {seconds(proof.solve_s)}, {proof.num_candidates} "
-        "candidates for a replica on some set of GPUs",
-    )
-    made.add_row("what binds", proof.binding_constraint)
-    return made
+    words = f"{plan.certificate.num_candidates} candidates for a replica on some set of GPUs"
+    return proof_table(plan.certificate, words, nothing="mix")

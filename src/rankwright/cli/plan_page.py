@@ -8,6 +8,7 @@ from rankwright.cli.output import (
     console,
     memory_table,
     prediction_table,
+    proof_table,
     ranges,
     seconds,
     table,
@@ -56,7 +57,11 @@ def print_plan(plan: Plan, out: Console | None = None, *, explain: bool = False)
     for part in (
         prediction_table(plan.prediction, plan.num_gpus),
         memory_table(plan.prediction, _capacity_bytes(plan)),
-        _certificate(plan.certificate),
+        proof_table(
+            plan.certificate,
+            f"{plan.certificate.num_candidates} legal candidates, "
+            f"{plan.certificate.num_illegal} illegal",
+        ),
     ):
         out.print()
         out.print(part)
@@ -162,22 +167,6 @@ def _stage_bytes(plan: Plan, stage: int) -> int:
         max_num_seqs=limits.max_num_seqs,
     )
     return sum(part.bytes for part in parts)
-
-
-def _certificate(certificate: Certificate) -> Table:
-    made = table("proof", "")
-    if certificate.status != "optimal":
-        warning = f"{certificate.status}: a better plan may be better by {certificate.gap:.2%}"
-        made.add_row("[bold red]NOT PROVED BEST[/]", warning)
-    made.add_row("objective", f"{certificate.objective}: {certificate.objective_value:.5g}")
-    made.add_row("no plan is better than", f"{certificate.bound:.5g} (gap {certificate.gap:.2%})")
-    made.add_row(
-        "solver",
-        f"{certificate.solver}: {certificate.status} in {seconds(certificate.solve_s)}, "
-        f"{certificate.num_candidates} legal candidates, {certificate.num_illegal} illegal",
-    )
-    made.add_row("what binds", certificate.binding_constraint)
-    return made
 
 
 def _pareto(points: tuple[ParetoPoint, ...]) -> Table:

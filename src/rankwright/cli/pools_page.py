@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rankwright.cli.output import console, gigabytes, seconds, table
+from rankwright.cli.output import console, gigabytes, proof_table, seconds, table
 from rankwright.cli.plan_page import places_of
 from rankwright.cost_model.prediction import Estimate
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
@@ -99,18 +99,7 @@ def _prediction(plan: DisaggregatedPlan) -> Table:
 
 
 def _proof(plan: DisaggregatedPlan) -> Table:
-    proof = plan.certificate
-    made = table("proof", "")
-    if proof.status != "optimal":
-        warning = f"{proof.status}: a better plan may be better by {proof.gap:.2%}"
-        made.add_row("[bold red]NOT PROVED BEST[/]", warning)
-    made.add_row("objective", f"{proof.objective}: {proof.objective_value:.5g}")
-    made.add_row("no plan is better than", f"{proof.bound:.5g} (gap {proof.gap:.2%})")
-    made.add_row(
-        "solver",
-        f"{proof.solver}: {proof.status} in {seconds(proof.solve_s)}, {proof.num_candidates} pairs",
-    )
-    made.add_row("what binds", proof.binding_constraint)
+    made = proof_table(plan.certificate, f"{plan.certificate.num_candidates} pairs")
     for loser in plan.runners_up:
         made.add_row("runner-up", f"{loser.label}: {loser.reason}")
     return made
