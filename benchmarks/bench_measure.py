@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from measure_products import product_rows
 from rankwright.executor.measure import measure
-from rankwright.executor.measure_device import gemm_s
 from rankwright.executor.measure_ranks import Ranks
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.measurements import Measurements
@@ -41,16 +41,11 @@ from result import copy_bytes_per_s, write_result
 WITHIN = 0.05
 # From here on bandwidth decides: at 450 GB/s a launch of 10 us costs 7 % of 64 MiB, 2 % of 256.
 HELD_BYTES = 256 * 2**20
-# Products whose launch (some 5 us) is nothing beside their time.
-HELD_FLOPS = 1e11
 # In a row, so that one rank's late start is spread over several calls.
 CALLS = 5
 SAMPLES = 15
 PEER_COPY_BYTES = 128 * 2**20
 
-# Products first run until the board is as warm, and its clock as low, as it will stay.
-WARM_S = 0.3
-TURNS = 5
 # This process's view of all ranks, once they have met.
 _RANKS: list[Ranks] = []
 
@@ -73,6 +68,7 @@ def main() -> None:
         print(json.dumps(row))
     held = [row for row in rows if row["held"]]
     outside = [row for row in held if abs(row["ratio"] - 1) > WITHIN]
+    full_run = [abs(row["ratio_of_full_run"] - 1) for row in held if "ratio_of_full_run" in row]
     facts: Row = {
         "cluster": cluster.describe(),
         "seconds_of_probe_measure": round(ours.seconds, 2),
@@ -82,6 +78,7 @@ def main() -> None:
         "outside_5_percent": len(outside),
         "largest_deviation": round(max((abs(row["ratio"] - 1) for row in held), default=0), 4),
         "all_within_5_percent": bool(held) and not outside,
+        "largest_deviation_of_products_in_full_run": round(max(full_run, default=0), 4),
     }
     print(json.dumps(facts))
     print(write_result("measure", facts | {"rows": rows}, folder=arguments.output))
@@ -113,9 +110,15 @@ def compare(ours: Measurements, plain: Sequence[Row]) -> list[Row]:
                     "measure": float(f"{mine:.5g}"),
                     "plain": float(f"{row['plain']:.5g}"),
                     "ratio": round(mine / row["plain"], 4),
+                    **_of_full_run(row),
                 }
             )
     return rows
+
+
+def _of_full_run(row: Row) -> Row:
+    rate = row.get("measure_in_full_run")
+    return {} if rate is None else {"ratio_of_full_run": round(rate / row["plain"], 4)}
 
 
 def measure_plainly(cluster: Cluster, ours: Measurements, *, cuda: bool) -> list[Row]:
@@ -166,39 +169,11 @@ def _meet() -> None:
 
 def _of_one_gpu(ours: Measurements, ranks: Ranks) -> list[Row]:
     rows: list[Row] = []
-    device, gpu = ranks.device, ranks.gpu
     _meet()
-    if device.type == "cuda":
-        rate = copy_bytes_per_s(device)
-        rows.append({"what": f"memory copy {gpu}", "plain": rate, "held": True})
-    for gemm in ours.gemms:
-        if gemm.gpu != gpu or (gemm.dtype == "float8"):
-            continue  # float8 has no plain call in torch
-        kind = getattr(torch, gemm.dtype)
-        a = torch.randn(gemm.m, gemm.k, device=device, dtype=kind)
-        b = torch.randn(gemm.n, gemm.k, device=device, dtype=kind)
-        flops = 2.0 * gemm.m * gemm.n * gemm.k
-        out = torch.empty(gemm.m, gemm.n, device=device, dtype=kind)
-        ways: list[Callable[[], float]] = [
-            partial(gemm_s, ranks, gemm.dtype, gemm.m, gemm.n, gemm.k),
-            partial(_seconds, partial(torch.mm, a, b.t(), out=out), device, WARM_S),
-        ]
-        both: tuple[list[float], list[float]] = ([], [])
-        for turn in range(TURNS):
-            for way in (0, 1) if turn % 2 == 0 else (1, 0):
-                _meet()
-                both[way].append(flops / ways[way]())
-        rows.append(
-            {
-                "what": f"gemm {gemm.dtype} {gemm.m}x{gemm.n}x{gemm.k} {gpu}",
-                "measure": statistics.median(both[0]),
-                "measure_in_full_run": float(f"{gemm.flops_per_s:.5g}"),
-                "plain": statistics.median(both[1]),
-                "held": flops >= HELD_FLOPS,
-            }
-        )
-    _meet()
-    return rows
+    if ranks.device.type == "cuda":
+        rate = copy_bytes_per_s(ranks.device)
+        rows.append({"what": f"memory copy {ranks.gpu}", "plain": rate, "held": True})
+    return rows + product_rows(ours, ranks)
 
 
 def _peer_copies(gpus: list[int], rank: int) -> list[Row]:
@@ -266,17 +241,11 @@ def _collective(
     return calls[operation]
 
 
-def _seconds(call: Callable[[], object], device: torch.device, warm_s: float = 0.0) -> float:
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one call: the median of samples of some calls in a row."""
     times_s: list[float] = []
     for _ in range(3):
         call()
-    if device.type == "cuda":
-        warm_until_s = time.monotonic() + warm_s
-        while time.monotonic() < warm_until_s:
-            for _ in range(CALLS):
-                call()
-            torch.cuda.synchronize(device)
     for _ in range(SAMPLES):
         if device.type == "cuda":
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -9,9 +9,7 @@ from rankwright.topology.measurements import GemmRate, MemoryRate
 
 _MIB = 2**20
 _COPY_BYTES = {"cuda": 1024 * _MIB, "cpu": 64 * _MIB}  # past every cache
-# Under full load a board lowers its clock within some 0.1 s: cold, two H200 of one machine read 701
-# and 786 TFLOP/s in the same run.
-_WARM_S = 0.3
+_CALLS = 8  # in a round
 # Weights of 128 MiB in 16 bits do not fit into an L2 cache of 50 to 126 MB.
 _GEMMS: dict[str, tuple[tuple[str, int, int, int], ...]] = {
     "cuda": (
@@ -51,7 +49,7 @@ def time_gemms(ranks: Ranks) -> list[GemmRate]:
         if dtype == "float8" and torch.cuda.get_device_capability(ranks.device) < (8, 9):
             continue
         try:
-            seconds = gemm_s(ranks, dtype, m, n, k)
+            seconds = product_s(ranks, product(dtype, m, n, k, ranks.device))
         except (RuntimeError, AttributeError) as error:
             line = str(error).splitlines()[0][:120]
             ranks.notes.append(f"matrix products in {dtype} could not be timed: {line}")
@@ -64,12 +62,16 @@ def time_gemms(ranks: Ranks) -> list[GemmRate]:
     return rows
 
 
-def gemm_s(ranks: Ranks, dtype: str, m: int, n: int, k: int) -> float:
-    """Return the seconds of a product of an m x k by a k x n matrix, with the board warm."""
-    return ranks.seconds(_product(dtype, m, n, k, ranks.device), 8, warm_s=_WARM_S)
+def product_s(ranks: Ranks, call: Callable[[], object], **seconds: float) -> float:
+    """Return the seconds of a call of `product`; `seconds` as of `Ranks.sustained_seconds`."""
+    return ranks.sustained_seconds(call, _CALLS, **seconds)
 
 
-def _product(dtype: str, m: int, n: int, k: int, device: torch.device) -> Callable[[], object]:
+def product(dtype: str, m: int, n: int, k: int, device: torch.device) -> Callable[[], object]:
+    """Return a call that multiplies an m x k by a k x n matrix of random numbers.
+
+    Random, because a board that is given zeros draws less power and keeps a higher clock.
+    """
     if dtype == "float8":
         a = torch.randn(m, k, device=device).to(torch.float8_e4m3fn)
         b = torch.randn(n, k, device=device).to(torch.float8_e4m3fn).t()

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rankwright.executor.sustained import SAMPLE_S, SETTLE_S, CudaMark, sustained_s
+
 _ROUNDS = {"cuda": 5, "cpu": 3}
-_WARM_ROUNDS = 15
 _COPY_ROUNDS = 24  # of half a millisecond each
 _CONTROL_TIMEOUT = timedelta(minutes=4)  # the launcher gives up after five
 
@@ -79,30 +80,20 @@ class Ranks:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, call: Callable[[], object], count: int, *, warm_s: float = 0.0) -> float:
+    def seconds(self, call: Callable[[], object], count: int) -> float:
         """Return the seconds of one `call`, of `count` in a row.
 
         Args:
             call: What is timed.
             count: Calls in a sample.
-            warm_s: On a GPU, keep it busy with the call for so long before it is timed.
         """
         call()
         call()
         if self.device.type == "cpu":
             return _timed(lambda: [call() for _ in range(count)], count)
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(count):
-                call()
-        graph.replay()
-        warm_until_s = time.monotonic() + warm_s
-        while time.monotonic() < warm_until_s:
-            graph.replay()
-            torch.cuda.synchronize(self.device)
+        graph = self._captured(call, count)
         times_s = []
-        for _ in range(_WARM_ROUNDS if warm_s else _ROUNDS["cuda"]):
+        for _ in range(_ROUNDS["cuda"]):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
@@ -111,6 +102,41 @@ class Ranks:
             times_s.append(start.elapsed_time(stop) / 1e3 / count)
         del graph  # it holds NCCL work, which must go before its communicator does
         return statistics.median(times_s)
+
+    def sustained_seconds(
+        self,
+        call: Callable[[], object],
+        count: int,
+        *,
+        settle_s: float = SETTLE_S,
+        sample_s: float = SAMPLE_S,
+    ) -> float:
+        """Return the seconds of one `call` at the clock that the device keeps under it.
+
+        Args:
+            call: What is timed.
+            count: Calls in a round; on a GPU a round is a graph, and rounds follow without a pause.
+            settle_s: On a GPU, seconds of calls before those that count.
+            sample_s: On a GPU, seconds of calls that count.
+        """
+        if self.device.type == "cpu":
+            return self.seconds(call, count)
+        call()
+        call()
+        graph = self._captured(call, count)
+        round_s = sustained_s(graph.replay, CudaMark, settle_s=settle_s, sample_s=sample_s)
+        del graph
+        return round_s / count
+
+    def _captured(self, call: Callable[[], object], count: int) -> torch.cuda.CUDAGraph:
+        """Return a graph of `count` calls that has run once."""
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call()
+        graph.replay()
+        return graph
 
     def stream_seconds(self, call: Callable[[], object]) -> float:
         """Return the seconds of one `call` on the stream, without a graph.
