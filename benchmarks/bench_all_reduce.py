@@ -1,4 +1,4 @@
-"""Sums over the GPUs of this machine: NCCL, and two forms over memory that they share.
+"""Sums over the GPUs of this machine: NCCL, and three forms over memory that they share.
 
     torchrun --nproc-per-node 2 benchmarks/bench_all_reduce.py
 
@@ -31,10 +31,16 @@ DTYPE = torch.bfloat16
 ROWS = (1, 2, 8, 16, 64, 128, 256, 1024, 2048, 4096)
 CHAIN = 32  # sums in a graph
 EPS = 1e-5
-FORMS: tuple[SumAlgorithm, ...] = ("one_shot", "two_shot")
+FORMS: tuple[SumAlgorithm, ...] = ("pushed", "one_shot", "two_shot")
+PUSHED_BYTES = 1 << 20  # twice that goes over the links
 EVERY_SIZE = max(ROWS) * DIM * DTYPE.itemsize
 
 Chain = Callable[[], Any]
+
+
+def forms(rows: int) -> tuple[SumAlgorithm, ...]:
+    """Return the forms that so many rows are summed by."""
+    return FORMS if rows * DIM * DTYPE.itemsize <= PUSHED_BYTES else FORMS[1:]
 
 
 def graph_us(chain: Chain, device: torch.device) -> float:
@@ -86,7 +92,7 @@ def chains(peers: PeerMemory | None, rows: int, device: torch.device) -> dict[st
         "nccl_us": lambda: nccl(False),
         "nccl_norm_us": lambda: nccl(True),
     }
-    for form in FORMS if peers is not None else ():
+    for form in forms(rows) if peers is not None else ():
         made[f"{form}_us"] = partial(shared, form, False)
         made[f"{form}_norm_us"] = partial(shared, form, True)
     return made
@@ -99,7 +105,7 @@ def is_right(peers: PeerMemory, rows: int, device: torch.device) -> bool:
         x = torch.randn(rows, DIM, device=device).to(DTYPE)
         if repeat == 0:
             peers.begin()
-        total = peers.sum(x, algorithm=FORMS[repeat % 2])
+        total = peers.sum(x, algorithm=forms(rows)[repeat % len(forms(rows))])
         assert total is not None
         exact = x.float()
         dist.all_reduce(exact)
@@ -115,7 +121,7 @@ def best_table(rows: list[dict[str, Any]]) -> PeerSums:
         form = min(FORMS, key=lambda form: times[form])
         if times[form] <= row.get("nccl_norm_us", 0.0):
             ends[form] = row["bytes"]
-    return PeerSums(one_shot_bytes=ends["one_shot"], two_shot_bytes=ends["two_shot"])
+    return PeerSums(**{f"{form}_bytes": end for form, end in ends.items()})
 
 
 def main() -> int:
@@ -135,7 +141,7 @@ def main() -> int:
         dim=DIM,
         dtype=DTYPE,
         device=device,
-        table=PeerSums(one_shot_bytes=EVERY_SIZE, two_shot_bytes=EVERY_SIZE),
+        table=PeerSums(PUSHED_BYTES, EVERY_SIZE, EVERY_SIZE),
     )
     rows_of_result: list[dict[str, Any]] = []
     for rows in ROWS:

@@ -6,7 +6,7 @@ One table for both: the executor chooses by it, and the cost model prices by it.
 from dataclasses import dataclass
 from typing import Literal
 
-SumAlgorithm = Literal["one_shot", "two_shot", "library"]
+SumAlgorithm = Literal["pushed", "one_shot", "two_shot", "library"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,18 +14,20 @@ class PeerSums:
     """Up to how many bytes of a rank's part each form over peers' memory is taken.
 
     Args:
-        one_shot_bytes: Every rank reads all parts.
+        pushed_bytes: Every rank writes its part into the memory of all others; values of 16 bits.
+        one_shot_bytes: Above that: every rank reads all parts.
         two_shot_bytes: Above that: every rank sums its share of the rows and writes it to all; 0:
             none.
     """
 
+    pushed_bytes: int = 0
     one_shot_bytes: int = 0
     two_shot_bytes: int = 0
 
     @property
     def max_bytes(self) -> int:
         """The largest part that is not left to NCCL."""
-        return max(self.one_shot_bytes, self.two_shot_bytes)
+        return max(self.pushed_bytes, self.one_shot_bytes, self.two_shot_bytes)
 
     def algorithm(self, size_bytes: float) -> SumAlgorithm:
         """Return how parts of `size_bytes` are summed.
@@ -33,6 +35,8 @@ class PeerSums:
         >>> PeerSums(one_shot_bytes=10, two_shot_bytes=20).algorithm(15)
         'two_shot'
         """
+        if size_bytes <= self.pushed_bytes:
+            return "pushed"
         if size_bytes <= self.one_shot_bytes:
             return "one_shot"
         return "two_shot" if size_bytes <= self.two_shot_bytes else "library"

@@ -2,9 +2,9 @@
 
 Each rank computes its part of a sum right into its shared memory; one kernel then waits for the
 peers, reads all parts and adds them up (`kernels/all_reduce.py`), or sums its share of the rows for
-all (`kernels/two_shot_sum.py`): the table that the cost model prices by says which, by size
-(`cost_model/peer_sums.py`). Inside CUDA graphs too: addresses are fixed, and what ranks count is in
-memory.
+all (`kernels/two_shot_sum.py`), or writes its part to all peers (`kernels/pushed_sum.py`): the
+table that the cost model prices by says which, by size (`cost_model/peer_sums.py`). Inside CUDA
+graphs too: addresses are fixed, and what ranks count is in memory.
 
 A part may be written again only when no peer still reads it. A rank that has come to the next sum
 has done with the last, so parts alternate between two places, and one may be written as soon as the
@@ -16,6 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 from rankwright.cost_model.peer_sums import PeerSums, SumAlgorithm, peer_sums
 from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+from rankwright.kernels.pushed_sum import MAX_ROWS, arrivals_words, sum_pushed_parts
 from rankwright.kernels.two_shot_sum import sum_parts_in_two_shots
 
 # NVLink multicast stays off: not every container's driver lets go of it cleanly.
@@ -32,6 +34,8 @@ _NUM_PLACES = 3  # the first of a step, and two that alternate
 # ranks come to them apart by what they take to compile the kernel.
 _TRIAL_S = 120.0
 _POLL_S = 0.01
+# With RANKWRIGHT_PUSHED_SUMS=1, parts of up to so many bytes are written to peers.
+_PUSHED_BYTES = 64 << 10
 
 
 class PeerMemory:
@@ -63,9 +67,12 @@ class PeerMemory:
         place_bytes = -(-max_rows * dim * dtype.itemsize // 16) * 16
         # What others summed arrives behind the places of parts.
         num_places = _NUM_PLACES + (1 if table.two_shot_bytes else 0)
+        self._pushed_rows = _pushed_rows(table, max_rows, dim, dtype)
+        arrivals_bytes = 8 * arrivals_words(self._pushed_rows, dim, self._world_size)
         num_words = MAX_PROGRAMS * self._world_size
+        room_bytes = num_places * place_bytes
         memory = symmetric_memory.empty(
-            num_places * place_bytes + num_words * 4, dtype=torch.uint8, device=device
+            room_bytes + arrivals_bytes + num_words * 4, dtype=torch.uint8, device=device
         )
         self._handle = symmetric_memory.rendezvous(memory, group)
         memory.zero_()
@@ -73,9 +80,12 @@ class PeerMemory:
         self._place_values = place_bytes // dtype.itemsize
         parts = memory[: _NUM_PLACES * place_bytes].view(dtype).view(_NUM_PLACES, -1)
         self._places = [part[: max_rows * dim].view(max_rows, dim) for part in parts]
-        self._signal_word = num_places * place_bytes // 4
-        self._words = memory[num_places * place_bytes :].view(torch.int32)
+        self._arrivals_word = room_bytes // 8
+        self._arrivals = memory[room_bytes : room_bytes + arrivals_bytes].view(torch.int64)
+        self._signal_word = (room_bytes + arrivals_bytes) // 4
+        self._words = memory[room_bytes + arrivals_bytes :].view(torch.int32)
         self._epochs = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+        self._pushed_epochs = torch.zeros(self._pushed_rows, dtype=torch.int32, device=device)
         self._place = 0
         torch.cuda.synchronize(device)
 
@@ -87,7 +97,12 @@ class PeerMemory:
     @property
     def algorithms(self) -> tuple[SumAlgorithm, ...]:
         """The forms that the table takes for some size."""
-        return ("one_shot", "two_shot") if self._table.two_shot_bytes else ("one_shot",)
+        there: dict[SumAlgorithm, int] = {
+            "pushed": self._pushed_rows,
+            "one_shot": 1,
+            "two_shot": self._table.two_shot_bytes,
+        }
+        return tuple(algorithm for algorithm, room in there.items() if room)
 
     def begin(self) -> None:
         """Start a step: its first sum has a place of its own."""
@@ -122,26 +137,46 @@ class PeerMemory:
         algorithm = algorithm or self._table.algorithm(x_TD.numel() * x_TD.element_size())
         if part is None or algorithm == "library":
             return None
-        if part.data_ptr() != x_TD.data_ptr():
-            part.copy_(x_TD)
-        where: dict[str, Any] = {
+        ranks: dict[str, Any] = {
             "table_address": self._handle.buffer_ptrs_dev,
-            "words": self._words,
-            "epochs": self._epochs,
-            "part_offset": self._place * self._place_values,
-            "signal_word": self._signal_word,
             "rank": self._rank,
             "world_size": self._world_size,
         }
         norm: dict[str, Any] = {"weight_D": weight_D, "eps": eps, "residual_TD": residual_TD}
         out_TD = torch.empty_like(part)
+        place, self._place = self._place, 1 if self._place != 1 else 2
+        if algorithm == "pushed" and len(part) <= self._pushed_rows:
+            return sum_pushed_parts(
+                x_TD,
+                out_TD,
+                arrivals=self._arrivals,
+                epochs=self._pushed_epochs,
+                word_offset=self._arrivals_word,
+                max_rows=self._pushed_rows,
+                **ranks,
+                **norm,
+            )
+        if part.data_ptr() != x_TD.data_ptr():
+            part.copy_(x_TD)
+        where: dict[str, Any] = ranks | {
+            "words": self._words,
+            "epochs": self._epochs,
+            "part_offset": place * self._place_values,
+            "signal_word": self._signal_word,
+        }
         if algorithm == "two_shot":
             arrivals_offset = _NUM_PLACES * self._place_values
             sum_parts_in_two_shots(out_TD, arrivals_offset=arrivals_offset, **where, **norm)
         else:
             sum_parts(out_TD, **where, **norm)
-        self._place = 1 if self._place != 1 else 2
         return out_TD
+
+
+def _pushed_rows(table: PeerSums, max_rows: int, dim: int, dtype: torch.dtype) -> int:
+    """Return how many rows there is to be room for that peers write here."""
+    if dtype.itemsize != 2 or dim % 2:
+        return 0  # a word of 4 bytes goes with its number: two values, or none
+    return min(max_rows, MAX_ROWS, table.pushed_bytes // (dim * dtype.itemsize))
 
 
 def open_peer_memory(
@@ -174,7 +209,10 @@ def open_peer_memory(
     """
     if group is None or device.type != "cuda" or not one_machine:
         return None
-    table = table or peer_sums(group.size())
+    if table is None:
+        table = peer_sums(group.size())
+        if os.environ.get("RANKWRIGHT_PUSHED_SUMS", "0") == "1":
+            table = replace(table, pushed_bytes=_PUSHED_BYTES)
     rows = min(max_rows, table.max_bytes // (dim * dtype.itemsize))
     if rows < 1 or os.environ.get("RANKWRIGHT_PEER_MEMORY", "1") == "0":
         return None

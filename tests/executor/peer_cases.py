@@ -9,6 +9,10 @@ from rankwright.executor.peer_memory import PeerMemory, open_peer_memory
 from rankwright.kernels.rms_norm import rms_norm
 
 EPS = 1e-5
+_TABLES = {
+    "two_shot": PeerSums(two_shot_bytes=1 << 30),
+    "pushed": PeerSums(pushed_bytes=1 << 30, one_shot_bytes=1 << 30),
+}
 
 
 def opened(max_rows: int, dim: int, dtype: torch.dtype, algorithm: SumAlgorithm) -> PeerMemory:
@@ -20,7 +24,7 @@ def opened(max_rows: int, dim: int, dtype: torch.dtype, algorithm: SumAlgorithm)
         dim=dim,
         dtype=dtype,
         device=device,
-        table=PeerSums(two_shot_bytes=1 << 30) if algorithm == "two_shot" else None,
+        table=_TABLES.get(algorithm),
     )
     assert memory is not None
     return memory
@@ -58,8 +62,8 @@ def graph(
 ) -> tuple[float, bool]:
     """Worst relative error of a chain of add-and-norm replayed from a graph, and equality.
 
-    Each replay starts from new numbers; the chain is computed again in float32 with NCCL. Of two
-    shots, every third is one shot, as where sums of two sizes follow each other.
+    Each replay starts from new numbers; the chain is computed again in float32 with NCCL. Of other
+    forms, every third sum is one shot, as where sums of two sizes follow each other.
     """
     device = torch.device("cuda", rank)
     dtype = torch.bfloat16

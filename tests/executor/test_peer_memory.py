@@ -18,7 +18,7 @@ def need(num_gpus: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "dim"), [(1, 4096), (3, 120), (64, 4096), (700, 1000)])
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("algorithm", ["pushed", "one_shot", "two_shot"])
 def test_sums_equal_those_of_nccl_whoever_lags(
     pool: Ranks,
     world_size: int,
@@ -39,7 +39,8 @@ def test_sums_equal_those_of_nccl_whoever_lags(
 @pytest.mark.parametrize("num_sums", [2, 5, 64])
 @pytest.mark.parametrize("rows", [1, 8, 600])
 @pytest.mark.parametrize(
-    ("world_size", "algorithm"), [(2, "one_shot"), (2, "two_shot"), (4, "two_shot")]
+    ("world_size", "algorithm"),
+    [(2, "pushed"), (4, "pushed"), (2, "one_shot"), (2, "two_shot"), (4, "two_shot")],
 )
 def test_a_graph_of_sums_and_norms_repeats(
     pool: Ranks, rows: int, num_sums: int, world_size: int, algorithm: SumAlgorithm

@@ -24,6 +24,21 @@ def test_a_chain_of_both_forms_sums_what_all_ranks_have(
         assert torch.equal(out, results[0][0])
 
 
+@pytest.mark.skipif(HAS_GPU, reason="interprets; with GPUs see test_peer_memory.py")
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_parts_written_to_peers_are_summed_once_all_have_come(
+    pool: Ranks, tmp_path: Path, world_size: int
+) -> None:
+    arguments = tmp_path, world_size, 7, 20
+    found = pool.run(world_size, "tests.executor.peer_interpreted", "pushed_chain", *arguments)
+    for results, residual, plain in found:
+        assert torch.equal(residual, plain)
+        for out, expected in results:
+            torch.testing.assert_close(out, expected, rtol=2**-7, atol=1e-6)
+        for (out, _), (other, _) in zip(results, found[0][0], strict=True):
+            assert torch.equal(out, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_of_the_trial_and_their_sums_are_exact_and_new_in_each_repeat(
     dtype: torch.dtype,

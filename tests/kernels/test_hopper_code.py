@@ -21,8 +21,8 @@ from triton.compiler import ASTSource, compile
 from rankwright.kernels import (
     all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
     mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
-    part_attention, peer_words, prefill_attention, prefill_config, rms_norm, rotary, sampling,
-    skinny_linear, swiglu, token_feed, two_shot_sum,
+    part_attention, peer_words, prefill_attention, prefill_config, pushed_sum, rms_norm, rotary,
+    sampling, skinny_linear, swiglu, token_feed, two_shot_sum,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -47,7 +47,9 @@ def resources(kernel, warps, stages, floats, unspecialized, **constants):
         elif name.endswith("_ptr"):
             is_int = short in ints or (moe and short == "slots")
             wide = short in floats_of
-            long = short in ("positions", "slots", "seeds", "load", "ids", "drawn", "top_k", "told")
+            long = short in (
+                "positions slots seeds load ids drawn top_k told arrivals".split()
+            )
             kind = "fp32" if wide else "i64" if long else "bf16"
             signature[name] = "*" + ("i32" if is_int else kind)
         else:
@@ -123,6 +125,9 @@ found["sum of parts"] = resources(
 found["sum in two shots"] = resources(
     two_shot_sum._two_shot_kernel, 16, 1, ["eps"], ["num_tokens"], PART_OFFSET=0,
     ARRIVALS_OFFSET=8192, SIGNAL_WORD=0, RANK=0, WORLD=4, DIM=4096, BLOCK_D=4096, HAS_NORM=True)
+found["pushed sum"] = resources(
+    pushed_sum._pushed_sum_kernel, 16, 1, ["eps"], [], WORD_OFFSET=8192, MAX_ROWS=8, RANK=0,
+    WORLD=2, NUM_WORDS=2048, BLOCK_W=2048, HAS_NORM=True, OVERLAP=True)
 to_experts = dict(
     SIGNAL_WORD=0, RANK=0, WORLD=4, MOE_TP=1, TOP_K=8, BLOCK_K=8, DIM=4096, BLOCK_D=4096)
 found["dispatch"] = resources(
@@ -198,6 +203,9 @@ def compiled() -> dict[str, Any]:
         ("sum in two shots", "st.global.v4.b32"),
         ("sum in two shots", "atom.global.sys.release.exch.b32"),
         ("sum in two shots", "ld.global.sys.acquire.b32"),
+        ("pushed sum", "ld.global.v4.b32"),
+        ("pushed sum", "st.global.v2.b64"),  # two words with their numbers
+        ("pushed sum", "ld.volatile.global.b64"),
         ("dispatch", "ld.global.v4.b32"),
         ("dispatch", "st.global.v4.b32"),
         ("dispatch", "atom.global.sys.release.exch.b32"),
@@ -225,7 +233,8 @@ def test_kernel_has_the_instructions_it_was_written_for(
 
 
 @pytest.mark.parametrize(
-    "kernel", ["rms_norm", "swiglu", "rotary", "decode", "merge", "sum of parts", "linear 1"]
+    "kernel",
+    ["rms_norm", "swiglu", "rotary", "decode", "merge", "sum of parts", "pushed sum", "linear 1"],
 )
 def test_kernels_that_overlap_write_only_when_the_one_before_is_done(
     kernel: str, compiled: dict[str, Any]
@@ -237,7 +246,7 @@ def test_kernels_that_overlap_write_only_when_the_one_before_is_done(
     assert "st.global" in after
 
 
-@pytest.mark.parametrize("kernel", ["rms_norm", "sum of parts", "linear 1"])
+@pytest.mark.parametrize("kernel", ["rms_norm", "sum of parts", "pushed sum", "linear 1"])
 def test_weights_are_read_before_the_kernel_before_is_done(
     kernel: str, compiled: dict[str, Any]
 ) -> None:
