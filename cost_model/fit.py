@@ -6,7 +6,7 @@ fitted by least squares of relative errors, so that short kernels count as much 
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rankwright.cost_model.calibration import Calibration, OpTime
@@ -76,11 +76,6 @@ def timed_prefill_flops(op: OpTime) -> float:
     prompts, new, reach, heads, _, head_size = op.shape
     context = op.flops / (4 * prompts * new * heads * head_size)
     return prefill_flops(prompts * new, context, reach, heads, 4 * head_size, TILE_KEYS)
-
-
-def relative_errors(ops: Iterable[OpTime], seconds: Sequence[float]) -> list[float]:
-    """Return measured over predicted of each op, lowest first."""
-    return sorted(op.seconds / made for op, made in zip(ops, seconds, strict=True))
 
 
 def _fit_line(points: Iterable[tuple[float, float]]) -> Line | None:

@@ -69,11 +69,6 @@ class Flow:
     prompt_steps: int
     waiting: float
 
-    @property
-    def usual(self) -> StepTokens:
-        """The kind of step that most are."""
-        return self.mixed if self.mixed_share >= 0.5 or not self.plain.decode else self.plain
-
 
 def find_flow(workload: Workload, slots: int, chunk_tokens: int) -> Flow:
     """Return the flow through `slots` slots that are always taken.

@@ -16,7 +16,7 @@ from rankwright.cost_model.model_spec import LayerRun
 from rankwright.executor.groups import Group
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.runner import Runner
-from rankwright.executor.weights import Range
+from rankwright.executor.weights import Range, shard_shape
 from rankwright.kernels.gpu_facts import GpuFacts, stand_in
 from rankwright.planner.plan import Plan
 
@@ -73,8 +73,7 @@ class _NoWeights:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return rows and columns; see `WeightSource.shard`."""
-        parts = zip((rows, columns, depth), shape, strict=False)
-        extent = [whole if part is None else part[1] - part[0] for part, whole in parts]
+        extent = shard_shape(shape, rows, columns, depth)
         return torch.empty(extent, dtype=dtype or self._dtype, device=_META)
 
 

@@ -168,7 +168,6 @@ class _Builder:
         self._parts = parts
         self._max_gathered_blocks = max_gathered_blocks
         self._positions_T = batch.positions()
-        self._starts_S = np.cumsum(batch.query_lens_S) - batch.query_lens_S
         self._sequence_T = np.repeat(np.arange(batch.num_sequences), batch.query_lens_S)
         self._block_T = self._positions_T // parts.block_tokens
         self._is_decode_T = self._sequence_T < batch.num_decodes

@@ -147,7 +147,6 @@ class ShardReader:
         self.num_threads = default_threads() if num_threads is None else num_threads
         self._pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="weights")
         self._local = threading.local()
-        self.num_bytes = 0  # read until now
 
     def read(
         self, file: SafetensorsFile, name: str, ranges: Sequence[Range | None], dtype: torch.dtype
@@ -173,7 +172,6 @@ class ShardReader:
         if not chosen:  # a number is a row of one
             stored, chosen = replace(stored, shape=(1,)), [(0, 1)]
         target = out.view(1) if out.dim() == 0 else out
-        self.num_bytes += out.numel() * stored.dtype.itemsize
         step = max(1, PIECE_BYTES // (target[0].numel() * stored.dtype.itemsize))
 
         def read_rows(start: int) -> None:

@@ -173,11 +173,6 @@ class SafetensorsSource:
         blocks, scales = self._view(f"{name}_blocks"), self._view(f"{name}_scales")
         return read_mxfp4(blocks, scales, experts, inputs, outputs, dtype=dtype)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes read until now."""
-        return self._reader.num_bytes
-
     def close(self) -> None:
         """Close the files; what was read stays."""
         self._reader.close()
@@ -243,8 +238,7 @@ class DummySource:
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Return random rows and columns; see `WeightSource.shard`."""
-        parts = (rows, columns, depth)
-        extent = [_length(part, whole) for part, whole in zip(parts, shape, strict=False)]
+        extent = shard_shape(shape, rows, columns, depth)
         tensor = torch.empty(extent, dtype=dtype or self._dtype, device=self._device)
         if "norm" in name:
             return tensor.fill_(1.0)
@@ -252,5 +246,13 @@ class DummySource:
         return tensor.normal_(0, deviation, generator=self._generator)
 
 
-def _length(part: Range | None, whole: int) -> int:
-    return whole if part is None else part[1] - part[0]
+def shard_shape(shape: tuple[int, ...], *parts: Range | None) -> list[int]:
+    """Return the shape of a shard of a tensor of `shape`: of each dim the part, None being all.
+
+    >>> shard_shape((8, 4), (2, 5), None, None)
+    [3, 4]
+    """
+    return [
+        whole if part is None else part[1] - part[0]
+        for whole, part in zip(shape, parts, strict=False)
+    ]

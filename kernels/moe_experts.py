@@ -207,7 +207,7 @@ def run_experts(
     """Return [T, D]: the weighted sum of what this rank's experts make of each token.
 
     A token none of whose experts is here gets zeros. Takes scratch memory of
-    `workspace_values(T, K, D, F)` values of the dtype, which the allocator reuses layer by layer.
+    `T * K * (D + F)` values of the dtype, which the allocator reuses layer by layer.
 
     Args:
         x_TD: Tokens; rows may be strided.
@@ -279,11 +279,6 @@ def run_experts(
         num_warps=4,
     )
     return out_TD
-
-
-def workspace_values(num_tokens: int, top_k: int, hidden_size: int, width: int) -> int:
-    """Return the values that `run_experts` holds at once beside its result."""
-    return num_tokens * top_k * (hidden_size + width)
 
 
 def _is_sparse(num_tokens: int, top_k: int, num_experts: int) -> bool:

@@ -99,7 +99,6 @@ class Machines:
     def __init__(self, cluster: Cluster) -> None:
         """Find the kinds of `cluster`."""
         self.kinds = alike_machines(cluster)
-        self._cluster = cluster
         self._cuts: dict[tuple[object, ...], tuple[Gpus, ...]] = {}
         self._divisions: dict[tuple[object, ...], list[Division]] = {}
 

@@ -46,11 +46,6 @@ class Kind:
     describe: Callable[[str], _Page]
 
 
-def kind_of(text: str) -> str | None:
-    """Return the kind of a capture, a name in `KINDS`; None if it is none of them."""
-    return next((kind.name for kind in KINDS if kind.matches(text)), None)
-
-
 def describe_topology_text(text: str) -> _Page:
     """Return what a capture says, as the JSON of `probe --from-file`.
 

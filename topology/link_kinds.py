@@ -73,11 +73,6 @@ def joins_island(kind: str) -> bool:
     return is_direct(kind) or kind in ("PIX", "PXB")
 
 
-def is_link_token(token: str) -> bool:
-    """Return whether nvidia-smi prints `token` for a pair of devices."""
-    return token in PCIE_KINDS or nvlink_count(token) > 0
-
-
 def pcie_rate_of(gpu: "Gpu") -> float:
     """Return the PCIe line rate of a GPU each way in bytes/s: as probed, else the device's."""
     device = device_of(gpu)

@@ -85,7 +85,6 @@ def test_no_more_is_read_than_was_asked_for(
     part = reader.read(file, "a", ((200, 300), None), torch.float32)
     assert part[0].tolist() == [800, 801, 802, 803]
     assert reads == [(100 * 16, 200 * 16)]
-    assert reader.num_bytes == 1600
     reader.close()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rankwright.kernels import overlap as overlapping
+from rankwright.kernels.gpu_facts import GpuFacts
 from rankwright.kernels.overlap import overlap
 from rankwright.kernels.rms_norm import rms_norm
 from rankwright.kernels.skinny_linear import skinny_linear
@@ -15,6 +16,23 @@ from rankwright.kernels.swiglu import swiglu
 def test_no_kernel_is_launched_early_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlapping, "wanted", _always)
     assert overlap(torch.empty(1)) == {"OVERLAP": False}
+
+
+@pytest.mark.parametrize(
+    ("capability", "variable", "early"),
+    [((9, 0), "1", True), ((10, 0), "", True), ((9, 0), "0", False), ((8, 9), "1", False)],
+)
+def test_the_variable_and_the_gpu_decide_whether_kernels_overlap(
+    capability: tuple[int, int], variable: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(overlapping, "gpu_facts", lambda _: GpuFacts("", 1, capability))
+    monkeypatch.setenv("RANKWRIGHT_OVERLAP_KERNELS", variable)
+    overlapping.wanted.cache_clear()
+    try:
+        assert overlap(torch.empty(1))["OVERLAP"] is early
+    finally:
+        overlapping.wanted.cache_clear()
 
 
 @pytest.mark.gpu

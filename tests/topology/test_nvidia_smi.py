@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rankwright.topology.captures import describe_topology_text, probe_from_text
 from rankwright.topology.errors import FAILURES, ProbeError, find_failure
 from rankwright.topology.readers.nvidia_smi import parse_topo_m
-from rankwright.topology.readers.nvidia_smi_query import parse_list, parse_query
+from rankwright.topology.readers.nvidia_smi_query import list_names, parse_query
 
 CORPUS = Path(__file__).parents[2] / ".." / "shared" / "reference" / "topology"
 
@@ -317,7 +317,7 @@ def test_damaged_text_is_read_or_refused_but_never_crashes(
     described = describe_topology_text(broken)
     assert ("error" in described) != ("kind" in described)
     json.dumps(described)
-    for read in (parse_topo_m, parse_list, parse_query, probe_from_text):
+    for read in (parse_topo_m, list_names, parse_query, probe_from_text):
         try:
             read(broken)
         except (ValueError, ProbeError):
@@ -380,7 +380,7 @@ def test_every_real_error_is_classified_as_labelled() -> None:
 def test_every_real_list_of_known_gpus_is_read(kind: str) -> None:
     unread = []
     for entry in corpus(kind):
-        read = parse_query if kind == "query_gpu_csv" else parse_list
+        read = parse_query if kind == "query_gpu_csv" else list_names
         try:
             assert read(read_corpus(entry))
         except ValueError as error:

@@ -111,16 +111,6 @@ def driver_of(text: str, fields: tuple[str, ...]) -> str | None:
     return cells[fields.index("driver_version")] if len(cells) == len(fields) else None
 
 
-def parse_list(text: str) -> tuple[FoundGpu, ...]:
-    """Return the GPUs that `nvidia-smi -L` listed; memory is the device table's.
-
-    Raises:
-        ProbeError: A line is cut.
-        ValueError: The text lists no GPU, or one that the device table lacks.
-    """
-    return tuple(found_gpu(gpu) for gpu in list_names(text))
-
-
 def list_names(text: str) -> tuple[ListedGpu, ...]:
     """Return the GPUs that `nvidia-smi -L` listed, with their MIG devices, in the order printed.
 
