@@ -127,7 +127,7 @@ def run_form(arguments: argparse.Namespace) -> None:
         POINTS,
         plan.limits.max_num_seqs,
         plan.limits.max_model_len,
-        plan.kv_cache.num_blocks * plan.kv_cache.block_tokens * plan.split.cache_parts,
+        plan.kv_cache.num_tokens * plan.split.cache_parts,
     )
     seconds = run(replica, measure, points, plan.limits.max_batched_tokens)
     peaks = replica.mesh.gather_integers(peak_bytes())

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from math import ceil, floor
 
 from rankwright.cost_model.predict import Replicas, predict_replicas
+from rankwright.cost_model.prediction import Prediction
+from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import cache_tokens
+from rankwright.planner.candidates import Evaluator
 from rankwright.planner.environment import find_environment
 from rankwright.planner.ilp import Choice
 from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan, RankPlan
@@ -41,33 +44,80 @@ def bind_plan(
         cluster: Whose GPUs the ranks name; None: the search's.
         workload: What these replicas serve; None: the search's.
     """
-    candidate, model = choice.candidate, search.model
-    cluster, workload = cluster or search.cluster, workload or search.workload
-    split = split_of(choice)
-    num_blocks = _num_blocks(search, choice)
-    block_tokens = search.evaluator.block_tokens(split.cp)
-    kv_tokens = num_blocks * block_tokens
+    candidate, split = choice.candidate, split_of(choice)
+    workload = workload or search.workload
+    cache = kv_cache_of(search.evaluator, split.cp, _cache_tokens(search, choice))
+    return assemble_plan(
+        search,
+        cluster or search.cluster,
+        workload,
+        split,
+        ranks,
+        cache,
+        batch_size=candidate.batch_size,
+        chunk_tokens=candidate.chunk_tokens,
+        prediction=predict_replicas(
+            search.evaluator.models, workload, split, groups, cache.num_tokens
+        ),
+        certificate=certificate,
+        assumptions=assumptions,
+    )
+
+
+def assemble_plan(
+    search: Search,
+    cluster: Cluster,
+    workload: Workload,
+    split: Split,
+    ranks: tuple[RankPlan, ...],
+    kv_cache: KvCachePlan,
+    *,
+    batch_size: int,
+    chunk_tokens: int,
+    prediction: Prediction,
+    certificate: Certificate,
+    assumptions: tuple[str, ...],
+) -> Plan:
+    """Return the plan with what follows from these: limits and settings.
+
+    Args:
+        search: Whose model is served.
+        cluster: Whose GPUs the ranks name.
+        workload: What is served.
+        split: Of the ranks.
+        ranks: All of them.
+        kv_cache: Of each rank.
+        batch_size: Sequences that run at once in a replica.
+        chunk_tokens: Of one step at most.
+        prediction: What it will do.
+        certificate: The proof.
+        assumptions: What was not said and assumed.
+    """
     # Attention DP keeps a request on one rank, context parallelism spreads it.
-    longest = min(model.max_context_tokens, kv_tokens * split.cp)
+    longest = min(search.model.max_context_tokens, kv_cache.num_tokens * split.cp)
     return Plan(
         num_gpus=split.num_gpus,
-        model=model,
+        model=search.model,
         workload=workload,
         cluster=cluster,
         cluster_fingerprint=cluster.fingerprint,
         split=split,
         ranks=ranks,
-        kv_cache=KvCachePlan(block_tokens=block_tokens, num_blocks=num_blocks),
+        kv_cache=kv_cache,
         limits=Limits(
-            max_num_seqs=candidate.batch_size,
-            max_batched_tokens=candidate.chunk_tokens,
-            max_model_len=longest,
+            max_num_seqs=batch_size, max_batched_tokens=chunk_tokens, max_model_len=longest
         ),
-        prediction=predict_replicas(search.evaluator.models, workload, split, groups, kv_tokens),
+        prediction=prediction,
         certificate=certificate,
         environment=find_environment(cluster, ranks),
         assumptions=assumptions,
     )
+
+
+def kv_cache_of(evaluator: Evaluator, cp: int, tokens: float) -> KvCachePlan:
+    """Return the cache of a rank with room for `tokens`, in whole blocks, one at least."""
+    block_tokens = evaluator.block_tokens(cp)
+    return KvCachePlan(block_tokens=block_tokens, num_blocks=max(1, floor(tokens / block_tokens)))
 
 
 def about_engine(engine: str) -> tuple[str, ...]:
@@ -89,8 +139,8 @@ def placed(choice: Choice) -> tuple[Replicas, ...]:
     )
 
 
-def _num_blocks(search: Search, choice: Choice) -> int:
-    """Return the KV blocks of every rank: what is left on the rank with least room.
+def _cache_tokens(search: Search, choice: Choice) -> float:
+    """Return the tokens of cache of every rank: what is left on the rank with least room.
 
     A CPU rank takes what its requests need and a conversation besides, not all of the machine.
     """
@@ -108,4 +158,4 @@ def _num_blocks(search: Search, choice: Choice) -> int:
         wanted = evaluator.kv_tokens(candidate.shape, candidate.batch_size)
         usual = min(_CPU_CONTEXT_TOKENS, search.model.max_context_tokens)
         tokens = min(tokens, max(wanted, ceil(usual / candidate.shape.cp)))
-    return max(1, floor(tokens / evaluator.block_tokens(candidate.shape.cp)))
+    return tokens

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from rankwright.cost_model.predict import Replicas
 from rankwright.cost_model.prediction import Estimate
 from rankwright.planner.bind import bind_plan
+from rankwright.planner.binding import WORTHWHILE
+from rankwright.planner.certify import certify
 from rankwright.planner.environment import find_environment
-from rankwright.planner.goals import GOALS
 from rankwright.planner.ilp import Choice
 from rankwright.planner.part_columns import Column, Columns
 from rankwright.planner.part_program import PartsChoice, choose_parts
@@ -16,8 +17,6 @@ from rankwright.planner.plan import Certificate, Plan, RankPlan
 from rankwright.planner.runners_up import split_of
 from rankwright.planner.search import Search
 from rankwright.planner.twins import Gpus, Twins
-
-_WORTHWHILE = 0.01  # as in binding.py
 
 
 def bind_parts(
@@ -32,7 +31,14 @@ def bind_parts(
         choice: Replicas of each part.
         alike: The best plan of alike replicas, which it is compared with.
     """
-    certificate = _certificate(search, twins, columns, choice)
+    certificate = certify(
+        search.workload.objective,
+        choice.value,
+        choice.ending,
+        num_candidates=columns.num_candidates,
+        num_illegal=columns.num_illegal,
+        binding_constraint=_binding(search, twins, columns, choice),
+    )
     homes = _homes(twins, choice)
     choices = [
         _alone(column, count, choice)
@@ -142,24 +148,6 @@ def _value(one: Estimate) -> float:
     return one.value
 
 
-def _certificate(
-    search: Search, twins: Twins, columns: Columns, choice: PartsChoice
-) -> Certificate:
-    goal, ending = GOALS[search.workload.objective], choice.ending
-    return Certificate(
-        objective=f"{goal.name} ({goal.unit})",
-        objective_value=choice.value,
-        bound=ending.bound,
-        gap=ending.gap,
-        solver=ending.solver,
-        status=ending.status,
-        solve_s=ending.seconds,
-        num_candidates=columns.num_candidates,
-        num_illegal=columns.num_illegal,
-        binding_constraint=_binding(search, twins, columns, choice),
-    )
-
-
 def _binding(search: Search, twins: Twins, columns: Columns, choice: PartsChoice) -> str:
     """Return what keeps more from being served, by what the program gives without it."""
     load, total = search.workload, search.cluster.num_gpus
@@ -172,7 +160,7 @@ def _binding(search: Search, twins: Twins, columns: Columns, choice: PartsChoice
         more = choose_parts(
             columns.best, twins, freed, settle=False, time_limit_s=search.time_limit_s
         )
-        if more is not None and more.value > choice.value * (1 + _WORTHWHILE):
+        if more is not None and more.value > choice.value * (1 + WORTHWHILE):
             return (
                 f"concurrency of {load.concurrency}: with {freed.concurrency} requests in flight "
                 f"replicas at these or smaller batches would give {more.value:,.4g} tokens/s "

@@ -1,18 +1,16 @@
 """Binds a match to GPUs: the plan of each pool, and the prediction of both together."""
 
-from math import floor
-
 from rankwright.cost_model.fullest import fullest_rank
 from rankwright.cost_model.intervals import MEMORY, estimate, intervals_of
 from rankwright.cost_model.pools import sent_bytes
 from rankwright.cost_model.prediction import Prediction
 from rankwright.planner.balance import cache_tokens
+from rankwright.planner.bind import assemble_plan, kv_cache_of
 from rankwright.planner.disaggregated_plan import PoolsPrediction
 from rankwright.planner.divide import Division, Home, Machines
-from rankwright.planner.environment import find_environment
 from rankwright.planner.matching import Match
 from rankwright.planner.placement import Place, bind_ranks
-from rankwright.planner.plan import Certificate, KvCachePlan, Limits, Plan
+from rankwright.planner.plan import Certificate, Plan
 from rankwright.planner.pool_search import PoolSearch
 from rankwright.planner.workers import Worker, Workers, replicas_of
 
@@ -72,37 +70,27 @@ def _pool_plan(
 ) -> Plan:
     """Return one pool as a plan: its speed is that of both, its memory its own."""
     search, split = workers.search, worker.split(len(places))
-    evaluator, model, cluster = search.evaluator, search.model, search.cluster
+    evaluator, model = search.evaluator, search.model
     tokens, repeat = workers.step(worker)
     costs = workers.costs(worker.shape, worker.home, worker.batch_size, worker.chunk_tokens, tokens)
     layer_bytes = evaluator.memory.layer_bytes(worker.shape)
-    block_tokens = evaluator.block_tokens(split.cp)
-    num_blocks = max(
-        1, floor(cache_tokens(costs, worker.stage_layers, *layer_bytes) / block_tokens)
-    )
-    kv_tokens = num_blocks * block_tokens
-    groups = (replicas_of(worker, len(places)),)
-    stages = [group.stages for group in groups]
-    memory = fullest_rank(model, split, stages, search.workload, kv_tokens)
+    room_tokens = cache_tokens(costs, worker.stage_layers, *layer_bytes)
+    cache = kv_cache_of(evaluator, split.cp, room_tokens)
+    stages = [replicas_of(worker, len(places)).stages]
+    memory = fullest_rank(model, split, stages, search.workload, cache.num_tokens)
     pipeline, is_prefill = workers.pipeline(worker), worker.role == "prefill"
     parts = pipeline.parts(
         pipeline.slowest_stage(tokens), tokens, repeat=repeat if is_prefill else 1
     )
-    ranks = bind_ranks(model, split, places)
-    return Plan(
-        num_gpus=split.num_gpus,
-        model=model,
-        workload=pools.workload,
-        cluster=cluster,
-        cluster_fingerprint=cluster.fingerprint,
-        split=split,
-        ranks=ranks,
-        kv_cache=KvCachePlan(block_tokens=block_tokens, num_blocks=num_blocks),
-        limits=Limits(
-            max_num_seqs=worker.batch_size,
-            max_batched_tokens=worker.chunk_tokens,
-            max_model_len=min(model.max_context_tokens, kv_tokens * split.cp),
-        ),
+    return assemble_plan(
+        search,
+        search.cluster,
+        pools.workload,
+        split,
+        bind_ranks(model, split, places),
+        cache,
+        batch_size=worker.batch_size,
+        chunk_tokens=worker.chunk_tokens,
         prediction=Prediction(
             ttft_s=speed.ttft_s,
             tpot_s=speed.tpot_s,
@@ -115,7 +103,6 @@ def _pool_plan(
             engine=search.engine,
         ),
         certificate=certificate,
-        environment=find_environment(cluster, ranks),
         assumptions=(
             f"one of two pools, for {worker.role}: speed is that of both, memory its own",
         ),

@@ -8,7 +8,7 @@ from rankwright.planner.ilp import Choice
 from rankwright.planner.search import Search
 
 # What is better by less than this is no reason to relax anything.
-_WORTHWHILE = 0.01
+WORTHWHILE = 0.01
 
 
 def find_binding(search: Search, choice: Choice) -> str:
@@ -22,7 +22,7 @@ def find_binding(search: Search, choice: Choice) -> str:
     for candidate in search.candidates:
         if len(candidate.broken) == 1 and candidate.broken[0] != "rate":
             gain = _gain(candidate, choice, workload)
-            if gain > _WORTHWHILE:
+            if gain > WORTHWHILE:
                 better.append((_excess(candidate, workload), candidate))
     if better:
         _, nearest = min(better, key=lambda item: item[0])
@@ -110,7 +110,7 @@ def _concurrency(search: Search, choice: Choice) -> str | None:
     if not values:
         return None
     value, _ = max(values, key=lambda item: item[0])
-    if value / choice.value - 1 <= _WORTHWHILE:
+    if value / choice.value - 1 <= WORTHWHILE:
         return None
     unit = GOALS[workload.objective].unit
     return (

@@ -7,6 +7,7 @@ from rankwright.cost_model.pool_forms import POOL_FORMS
 from rankwright.cost_model.pools import MOST_LOAD
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.bind_pools import pool_plans, predict_match
+from rankwright.planner.certify import certify
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan, LosingPair, PoolsPrediction
 from rankwright.planner.goals import GOALS
 from rankwright.planner.infeasible import NoFeasiblePlanError
@@ -17,7 +18,7 @@ from rankwright.planner.plan import Certificate, Plan
 from rankwright.planner.pool_failure import explain_pool_failure
 from rankwright.planner.pool_search import Found, PoolSearch
 from rankwright.planner.search import Search
-from rankwright.planner.solver import TIME_LIMIT_S, NoIncumbentError
+from rankwright.planner.solver import TIME_LIMIT_S, Ending, NoIncumbentError
 from rankwright.topology.cluster import Cluster
 
 DEFAULT_ENGINE = "vllm"  # the executor of ours does not run pools
@@ -114,16 +115,12 @@ def _bind(
 def _certificate(
     pools: PoolSearch, found: Found, match: Match, prediction: PoolsPrediction
 ) -> Certificate:
-    goal = GOALS[pools.workload.objective]
-    value, bound = abs(match.value), abs(found.bound)
-    return Certificate(
-        objective=f"{goal.name} ({goal.unit})",
-        objective_value=value,
-        bound=bound,
-        gap=abs(bound - value) / max(value, 1e-12),
-        solver=_SOLVER,
-        status="optimal" if found.is_proved else "time limit",
-        solve_s=found.seconds,
+    status = "optimal" if found.is_proved else "time limit"
+    value = abs(match.value)
+    return certify(
+        pools.workload.objective,
+        value,
+        Ending(status, value, abs(found.bound), _SOLVER, found.seconds),
         num_candidates=len(pools.pairs),
         num_illegal=len(pools.search.illegal),
         binding_constraint=_binding(pools.workload, match, prediction),

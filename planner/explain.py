@@ -1,10 +1,9 @@
 """A plan in words and figures."""
 
-from collections.abc import Sequence
-
 from rankwright.cost_model.prediction import MemoryPart, Part
 from rankwright.cost_model.shards import range_size
 from rankwright.cost_model.split import CpExchange
+from rankwright.planner.explain_lines import join_sections, proof_lines, section, time_lines
 from rankwright.planner.plan import Certificate, Plan
 from rankwright.planner.plan_shares import gpu_of, has_unequal_shares, memory_of, shares_of
 
@@ -23,21 +22,21 @@ def explain(plan: Plan) -> str:
         _memory(plan.prediction.memory_parts),
         _time("One decode step of the slowest stage", plan.prediction.decode_parts),
         _time("Prefill of one prompt on the slowest stage", plan.prediction.prefill_parts),
-        _certificate(plan),
-        _list(
+        _proof(plan.certificate),
+        section(
             "Runners-up",
             [f"{one.split.label()}: {one.reason}" for one in plan.certificate.runners_up],
         ),
-        _list("Settings", [f"{one.name}={one.value}: {one.reason}" for one in plan.environment]),
-        _list("Assumed", plan.assumptions),
-        _list("About the cluster", plan.cluster.notes),
+        section("Settings", [f"{one.name}={one.value}: {one.reason}" for one in plan.environment]),
+        section("Assumed", plan.assumptions),
+        section("About the cluster", plan.cluster.notes),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return join_sections(sections)
 
 
 def _headline(plan: Plan) -> str:
     split, limits = plan.split, plan.limits
-    kv_tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens
+    kv_tokens = plan.kv_cache.num_tokens
     replicas = "1 replica" if split.dp == 1 else f"{split.dp} replicas"
     lines = [
         f"{plan.model.name} on {plan.cluster.describe()}: {split.label()}, "
@@ -120,38 +119,9 @@ def _memory(parts: tuple[MemoryPart, ...]) -> str:
 
 
 def _time(title: str, parts: tuple[Part, ...]) -> str:
-    total = sum(part.seconds for part in parts)
-    if not total:
-        return ""
-    lines = [f"{title}, {total * 1e3:.4g} ms:"]
-    for part in sorted(parts, key=lambda one: -one.seconds):
-        lines.append(
-            f"  {part.name:<26}{part.seconds * 1e3:>12.4g} ms {part.seconds / total:>6.0%}"
-            f"  bound by {part.bound} ({part.source})"
-        )
-    return "\n".join(lines)
+    return "\n".join(time_lines(title, parts))
 
 
-def _certificate(plan: Plan) -> str:
-    proof = plan.certificate
-    return "\n".join(
-        [
-            *_unproved(proof),
-            f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound "
-            f"{proof.bound:,.5g}, gap {proof.gap:.2g} ({proof.solver}, {proof.status}, "
-            f"{proof.solve_s:.2f} s)",
-            f"  {proof.num_candidates} candidates, {proof.num_illegal} shapes not legal",
-            f"  binding: {proof.binding_constraint}",
-        ]
-    )
-
-
-def _unproved(proof: Certificate) -> list[str]:
-    """Return the warning that a plan needs of which the solver did not say that it is the best."""
-    if proof.status == "optimal":
-        return []
-    return [f"NOT PROVED BEST: {proof.status}; a better plan may be better by {proof.gap:.2%}"]
-
-
-def _list(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""
+def _proof(proof: Certificate) -> str:
+    looked_at = f"{proof.num_candidates} candidates, {proof.num_illegal} shapes not legal"
+    return "\n".join(proof_lines(proof, looked_at))

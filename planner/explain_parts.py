@@ -1,9 +1,14 @@
 """A plan of unlike replicas in words and figures."""
 
-from collections.abc import Sequence
-
+from rankwright.planner.explain_lines import (
+    join_sections,
+    limit_texts,
+    proof_lines,
+    section,
+    time_lines,
+)
 from rankwright.planner.parts_plan import PartsPlan, part_label
-from rankwright.planner.plan import Plan
+from rankwright.planner.plan import Certificate, Plan
 
 
 def explain_parts(plan: PartsPlan) -> str:
@@ -15,13 +20,13 @@ def explain_parts(plan: PartsPlan) -> str:
             for number, (part, share) in enumerate(zip(plan.parts, plan.shares(), strict=True))
         ),
         _prediction(plan),
-        _proof(plan),
+        _proof(plan.certificate),
         f"Beside alike replicas:\n  {plan.alike.verdict}",
-        _list("Settings", [f"{one.name}={one.value}: {one.reason}" for one in plan.environment]),
-        _list("Assumed", plan.assumptions),
-        _list("About the cluster", plan.cluster.notes),
+        section("Settings", [f"{one.name}={one.value}: {one.reason}" for one in plan.environment]),
+        section("Assumed", plan.assumptions),
+        section("About the cluster", plan.cluster.notes),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return join_sections(sections)
 
 
 def gpus_of(part: Plan, replica: int) -> str:
@@ -48,7 +53,7 @@ def _part(number: int, part: Plan, share: float) -> str:
     limits, one = part.limits, part.prediction
     places = "; ".join(gpus_of(part, replica) for replica in range(part.split.dp))
     layers = ", ".join(map(str, part.split.stage_layers))
-    tokens = part.kv_cache.num_blocks * part.kv_cache.block_tokens
+    tokens = part.kv_cache.num_tokens
     lines = [
         f"Part {number}, {part_label(part)} on {places}:",
         f"  layers {layers}; up to {limits.max_num_seqs} requests at once in a replica, "
@@ -57,22 +62,13 @@ def _part(number: int, part: Plan, share: float) -> str:
         f"  {one.output_tokens_per_s.value:,.4g} output tokens/s, {share:.0%} of all; first token "
         f"after {one.ttft_s.value * 1e3:,.4g} ms, then {one.tpot_s.value * 1e3:,.4g} ms each",
     ]
-    total_s = sum(term.seconds for term in one.decode_parts)
-    lines.append(f"  one decode step of the slowest stage, {total_s * 1e3:.4g} ms:")
-    lines += [
-        f"    {term.name:<26}{term.seconds * 1e3:>12.4g} ms {term.seconds / total_s:>6.0%}"
-        f"  bound by {term.bound} ({term.source})"
-        for term in sorted(one.decode_parts, key=lambda term: -term.seconds)
-    ]
+    lines += time_lines("one decode step of the slowest stage", one.decode_parts, indent="  ")
     return "\n".join(lines)
 
 
 def _prediction(plan: PartsPlan) -> str:
     one, load = plan.prediction, plan.workload
-    limits = [
-        "" if limit is None else f", limit {limit * 1e3:,.4g}"
-        for limit in (load.ttft_limit_s, load.tpot_limit_s)
-    ]
+    limits = limit_texts(load)
     rate = one.output_tokens_per_s
     return "\n".join(
         [
@@ -84,20 +80,6 @@ def _prediction(plan: PartsPlan) -> str:
     )
 
 
-def _proof(plan: PartsPlan) -> str:
-    proof = plan.certificate
-    lines = [
-        f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound {proof.bound:,.5g}, "
-        f"gap {proof.gap:.2g} ({proof.solver}, {proof.status}, {proof.solve_s:.2f} s)",
-        f"  {proof.num_candidates} candidates for a replica on some set of GPUs",
-        f"  binding: {proof.binding_constraint}",
-    ]
-    if proof.status != "optimal":
-        lines.insert(
-            0, f"NOT PROVED BEST: {proof.status}; a better plan may be better by {proof.gap:.2%}"
-        )
-    return "\n".join(lines)
-
-
-def _list(title: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""
+def _proof(proof: Certificate) -> str:
+    looked_at = f"{proof.num_candidates} candidates for a replica on some set of GPUs"
+    return "\n".join(proof_lines(proof, looked_at))

@@ -1,6 +1,13 @@
 """A plan with separate pools in words and figures."""
 
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan
+from rankwright.planner.explain_lines import (
+    join_sections,
+    limit_texts,
+    proof_lines,
+    section,
+    time_lines,
+)
 from rankwright.planner.plan import Plan
 
 
@@ -12,10 +19,10 @@ def explain_pools(plan: DisaggregatedPlan) -> str:
         _prediction(plan),
         _proof(plan),
         f"Beside one pool:\n  {plan.one_pool.verdict}",
-        _list("Assumed", plan.assumptions),
-        _list("About the cluster", plan.cluster.notes),
+        section("Assumed", plan.assumptions),
+        section("About the cluster", plan.cluster.notes),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    return join_sections(sections)
 
 
 def _headline(plan: DisaggregatedPlan) -> str:
@@ -27,7 +34,7 @@ def _headline(plan: DisaggregatedPlan) -> str:
 
 def _pool(role: str, pool: Plan) -> str:
     split, limits, prediction = pool.split, pool.limits, pool.prediction
-    tokens = pool.kv_cache.num_blocks * pool.kv_cache.block_tokens
+    tokens = pool.kv_cache.num_tokens
     each, label = split.gpus_per_replica, split.model_copy(update={"dp": 1}).label()
     layers = ", ".join(map(str, split.stage_layers))
     lines = [
@@ -39,23 +46,14 @@ def _pool(role: str, pool: Plan) -> str:
         f"{prediction.memory_bytes_per_gpu.value / 1e9:.1f} GB on the fullest GPU",
     ]
     parts = prediction.prefill_parts or prediction.decode_parts
-    total_s = sum(part.seconds for part in parts)
     what = "one prompt" if prediction.prefill_parts else "one step"
-    lines.append(f"  {what} on the slowest stage, {total_s * 1e3:.4g} ms:")
-    for part in sorted(parts, key=lambda one: -one.seconds):
-        lines.append(
-            f"    {part.name:<26}{part.seconds * 1e3:>12.4g} ms {part.seconds / total_s:>6.0%}"
-            f"  bound by {part.bound} ({part.source})"
-        )
+    lines += time_lines(f"{what} on the slowest stage", parts, indent="  ")
     return "\n".join(lines)
 
 
 def _prediction(plan: DisaggregatedPlan) -> str:
     one, load = plan.prediction, plan.workload
-    limits = [
-        "" if limit is None else f", limit {limit * 1e3:,.4g}"
-        for limit in (load.ttft_limit_s, load.tpot_limit_s)
-    ]
+    limits = limit_texts(load)
     return "\n".join(
         [
             f"Predicted at {load.input_tokens} tokens in, {load.output_tokens} out:",
@@ -71,20 +69,6 @@ def _prediction(plan: DisaggregatedPlan) -> str:
 
 
 def _proof(plan: DisaggregatedPlan) -> str:
-    proof = plan.certificate
-    lines = [
-        f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound {proof.bound:,.5g}, "
-        f"gap {proof.gap:.2g} ({proof.solver}, {proof.status}, {proof.solve_s:.2f} s)",
-        f"  {proof.num_candidates} pairs of workers",
-        f"  binding: {proof.binding_constraint}",
-    ]
-    if proof.status != "optimal":
-        lines.insert(
-            0, f"NOT PROVED BEST: {proof.status}; a better plan may be better by {proof.gap:.2%}"
-        )
+    lines = proof_lines(plan.certificate, f"{plan.certificate.num_candidates} pairs of workers")
     lines += [f"  runner-up {loser.label}: {loser.reason}" for loser in plan.runners_up]
     return "\n".join(lines)
-
-
-def _list(title: str, lines: tuple[str, ...]) -> str:
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)]) if lines else ""

@@ -23,13 +23,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidate import Candidate
 from rankwright.planner.goals import GOALS, ratio_of
 from rankwright.planner.prune import contenders, limit_shares, prune
-from rankwright.planner.solver import TIME_LIMIT_S, Ending, NoIncumbentError, solve
-
-# The largest objective, in the unit that the solver sees: its tolerances are absolute, about 1e-6,
-# while seconds of a request are small and tokens of 16,384 GPUs many.
-_LARGEST = 1e4
-# Candidates this much worse than the best in the objective count as equal to it.
-_TIE = 1e-6
+from rankwright.planner.solver import LARGEST, TIE, TIME_LIMIT_S, Ending, NoIncumbentError, solve
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +100,7 @@ class _Program:
             )
             for column in columns
         )
-        self._token_unit = most * workload.output_tokens / _LARGEST
+        self._token_unit = most * workload.output_tokens / LARGEST
         self._unit = self._token_unit
         self._problem = pulp.LpProblem("plan", self._goal.sense)
         add = self._problem.add_variable
@@ -150,7 +144,7 @@ class _Program:
         if workload.objective == "latency":
             return min(one.request_s(workload.output_tokens) for one in self._columns) / self._unit
         if workload.objective == "throughput":
-            return _LARGEST
+            return LARGEST
         return max(ratio_of(one, 0, workload) for one in self._columns) / self._unit
 
     def _settle(
@@ -160,7 +154,7 @@ class _Program:
 
         None where its time was over: any of them is as good in what was asked for.
         """
-        slack = _TIE * abs(ending.value)
+        slack = TIE * abs(ending.value)
         if self._goal.sense == pulp.LpMaximize:
             self._problem += primary >= ending.value - slack
         else:
@@ -221,7 +215,7 @@ class _Program:
             values = [column.request_s(workload.output_tokens) for column in self._columns]
         else:
             values = [ratio_of(column, 0, workload) for column in self._columns]
-        self._unit = max(values) / _LARGEST
+        self._unit = max(values) / LARGEST
         return pulp.lpDot([value / self._unit for value in values], self._chosen)
 
     def _tie_break(self) -> "pulp.LpAffineExpression":
@@ -243,6 +237,6 @@ class _Program:
         )
         worse = gpus + pulp.lpDot(times, self._chosen)
         if workload.objective != "throughput" and workload.request_rate is None:
-            per_token = 1000 / _LARGEST
+            per_token = 1000 / LARGEST
             worse = pulp.lpDot(times, self._chosen) - per_token * pulp.lpSum(self._tokens)
         return worse if sense == pulp.LpMinimize else -worse

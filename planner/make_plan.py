@@ -9,12 +9,12 @@ from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.bind import about_engine, bind_plan, placed
 from rankwright.planner.binding import find_binding
-from rankwright.planner.goals import GOALS
+from rankwright.planner.certify import certify
 from rankwright.planner.ilp import Choice
 from rankwright.planner.infeasible import NoFeasiblePlanError, explain_failure
 from rankwright.planner.pareto import find_front
 from rankwright.planner.placement import place_ranks
-from rankwright.planner.plan import Certificate, Plan
+from rankwright.planner.plan import Plan
 from rankwright.planner.runners_up import find_runners_up, split_of
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
@@ -181,23 +181,14 @@ def _bind(search: Search, choice: Choice, top: int, assumptions: tuple[str, ...]
         choice,
         groups,
         place_ranks(search.model, split_of(choice), groups),
-        certificate=_certificate(search, choice, top),
+        certificate=certify(
+            search.workload.objective,
+            choice.value,
+            choice.ending,
+            num_candidates=len(search.candidates),
+            num_illegal=len(search.illegal),
+            binding_constraint=find_binding(search, choice),
+            runners_up=find_runners_up(search, choice, top),
+        ),
         assumptions=(*assumptions, *about_engine(search.engine)),
-    )
-
-
-def _certificate(search: Search, choice: Choice, top: int) -> Certificate:
-    goal, ending = GOALS[search.workload.objective], choice.ending
-    return Certificate(
-        objective=f"{goal.name} ({goal.unit})",
-        objective_value=choice.value,
-        bound=ending.bound,
-        gap=ending.gap,
-        solver=ending.solver,
-        status=ending.status,
-        solve_s=ending.seconds,
-        num_candidates=len(search.candidates),
-        num_illegal=len(search.illegal),
-        binding_constraint=find_binding(search, choice),
-        runners_up=find_runners_up(search, choice, top),
     )

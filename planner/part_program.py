@@ -17,11 +17,8 @@ import pulp
 
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.part_columns import Column
-from rankwright.planner.solver import TIME_LIMIT_S, Ending, NoIncumbentError, solve
+from rankwright.planner.solver import LARGEST, TIE, TIME_LIMIT_S, Ending, NoIncumbentError, solve
 from rankwright.planner.twins import Twins
-
-_LARGEST = 1e4  # as in ilp.py: the solvers' tolerances are absolute
-_TIE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +68,7 @@ def choose_parts(
     most = num_gpus * max(
         rate / column.num_gpus for rate, column in zip(rates, columns, strict=True)
     )
-    unit = most / _LARGEST
+    unit = most / LARGEST
     problem = pulp.LpProblem("parts", pulp.LpMaximize)
     rooms = [
         min(
@@ -92,12 +89,12 @@ def choose_parts(
         problem += pulp.lpDot(batches, numbers) <= workload.concurrency
     tokens = pulp.lpDot([rate / unit for rate in rates], numbers)
     problem.setObjective(tokens)
-    ending = solve(problem, time_limit_s, _LARGEST)
+    ending = solve(problem, time_limit_s, LARGEST)
     if ending is None or ending.value <= 0:
         return None  # fewer requests in flight than any batch
     found = [round(number.value()) for number in numbers]
     if settle and ending.status == "optimal":
-        problem += tokens >= ending.value * (1 - _TIE)
+        problem += tokens >= ending.value * (1 - TIE)
         found = _settled(problem, columns, rooms, numbers, time_limit_s) or found
     ending = replace(ending, value=ending.value * unit, bound=ending.bound * unit)
     used = sorted(

@@ -62,6 +62,11 @@ class KvCachePlan(Value):
     block_tokens: int = Field(default=64, ge=1)
     num_blocks: int = Field(ge=1, description="blocks on each rank, equal over a replica")
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that each rank has room for."""
+        return self.num_blocks * self.block_tokens
+
 
 class Limits(Value):
     """What the scheduler may do."""

@@ -54,7 +54,7 @@ def memory_of(plan: Plan, rank: RankPlan) -> tuple[MemoryPart, ...]:
         plan.model,
         plan.split,
         stage=rank.stage,
-        kv_tokens=plan.kv_cache.num_blocks * plan.kv_cache.block_tokens,
+        kv_tokens=plan.kv_cache.num_tokens,
         max_batched_tokens=plan.limits.max_batched_tokens,
         max_num_seqs=plan.limits.max_num_seqs,
         device=memory_class(gpu.device, device_class(gpu)),

@@ -12,6 +12,11 @@ import pulp
 
 # No program of ours has taken a second; this only keeps a plan from hanging.
 TIME_LIMIT_S = 20.0
+# The largest objective, in the unit that the solver sees: its tolerances are absolute, about 1e-6,
+# while seconds of a request are small and tokens of 16,384 GPUs many.
+LARGEST = 1e4
+# Choices this much worse than the best in the objective count as equal to it.
+TIE = 1e-6
 _SMALL = 1000  # variables, up to which a program needs no heuristic to have a solution soon
 
 

@@ -279,7 +279,7 @@ def check_trtllm_config(plan: Plan, text: str) -> None:
     if not 0 < fraction <= 1:
         raise ManifestMismatchError(f"free_gpu_memory_fraction is {fraction}")
     kv = "auto" if plan.model.kv_dtype == plan.model.dtype else "fp8"
-    tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens
+    tokens = plan.kv_cache.num_tokens
     expect("kv_cache_config", cache, {"max_tokens": tokens, "dtype": kv})
     expected: dict[str, object] = {
         "tensor_parallel_size": split.tp,

@@ -62,7 +62,7 @@ def cache_fraction(plan: Plan) -> float:
     This engine counts so, where others take the part of the whole GPU. Rounded up to a thousandth,
     since the tokens, which are given too, are the bound.
     """
-    tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens
+    tokens = plan.kv_cache.num_tokens
     stages = range(plan.split.pp)
     cache_bytes = tokens * max(
         stage_kv_bytes_per_token(plan.model, plan.split, stage=stage) for stage in stages
@@ -95,7 +95,7 @@ def _config(plan: Plan) -> dict[str, object]:
         "dtype": activation_dtype(_TITLE, plan),
         "kv_cache_config": {
             "free_gpu_memory_fraction": cache_fraction(plan),
-            "max_tokens": plan.kv_cache.num_blocks * plan.kv_cache.block_tokens,
+            "max_tokens": plan.kv_cache.num_tokens,
             "dtype": cache_dtype(_TITLE, plan, {"float8": "fp8"}),
         },
     }

@@ -206,7 +206,7 @@ def test_pools_are_disjoint_and_their_figures_agree() -> None:
     for pool in plan.pools.values():
         smallest = min(gpu.memory_bytes for gpu in pool.cluster.node(0).gpus)
         assert pool.prediction.memory_bytes_per_gpu.value <= smallest
-        tokens = pool.kv_cache.num_blocks * pool.kv_cache.block_tokens
+        tokens = pool.kv_cache.num_tokens
         assert tokens >= pool.limits.max_num_seqs * 4000
     assert plan.decode.limits.max_num_seqs * plan.decode.split.dp >= (
         one.requests_per_s * 199 * one.tpot_s.value * (1 - 1e-9)

@@ -35,7 +35,7 @@ def check(plan: Plan, budget_bytes: float | None = None) -> None:
         limit = gpu_of(plan, rank).memory_bytes
         assert used <= min(limit, budget_bytes or limit)
     tokens = plan.workload.input_tokens + plan.workload.output_tokens
-    assert plan.kv_cache.num_blocks * plan.kv_cache.block_tokens >= tokens
+    assert plan.kv_cache.num_tokens >= tokens
     assert plan.limits.max_model_len >= tokens
     # A pipeline decodes a share of its sequences in each step.
     in_step = -(-plan.limits.max_num_seqs // plan.split.micro_batches)

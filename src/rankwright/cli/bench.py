@@ -226,7 +226,7 @@ def _predict(plan: Plan, load: Load) -> Prediction | TracePrediction:
     if load.trace:
         split = plan.split
         caches = split.cp * (split.tp if split.attention == "dp" else 1)
-        tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens * caches
+        tokens = plan.kv_cache.num_tokens * caches
         return predict_trace(plan.model, plan.cluster, split, load.trace, kv_tokens=tokens)
     workload = plan.workload.model_copy(
         update={

@@ -46,7 +46,7 @@ def _replicas(plan: PartsPlan) -> Table:
     made = table("part", "replica", "shape", "GPUs", "layers of its stages", "KV cache of a rank")
     for number, part in enumerate(plan.parts):
         one = part.split.model_copy(update={"dp": 1}).label()
-        tokens = part.kv_cache.num_blocks * part.kv_cache.block_tokens
+        tokens = part.kv_cache.num_tokens
         layers = ", ".join(map(str, part.split.stage_layers))
         for replica in range(part.split.dp):
             made.add_row(

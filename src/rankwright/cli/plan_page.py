@@ -88,7 +88,7 @@ def _ranks(plan: Plan) -> Table:
     stages: dict[tuple[int, int], list[int]] = {}
     for rank in plan.ranks:
         stages.setdefault((rank.replica, rank.stage), []).append(rank.rank)
-    tokens = plan.kv_cache.num_blocks * plan.kv_cache.block_tokens
+    tokens = plan.kv_cache.num_tokens
     for (replica, stage), ranks in list(stages.items())[:_STAGES_SHOWN]:
         first, stop = plan.ranks[ranks[0]].layers
         made.add_row(
@@ -162,7 +162,7 @@ def _stage_bytes(plan: Plan, stage: int) -> int:
         plan.model,
         plan.split,
         stage=stage,
-        kv_tokens=cache.num_blocks * cache.block_tokens,
+        kv_tokens=cache.num_tokens,
         max_batched_tokens=max(limits.max_batched_tokens, limits.max_num_seqs),
         max_num_seqs=limits.max_num_seqs,
     )

@@ -49,7 +49,7 @@ def _pools(plan: DisaggregatedPlan) -> Table:
     loads = (plan.prediction.prefill_load, plan.prediction.decode_load)
     for (role, pool), load in zip(plan.pools.items(), loads, strict=True):
         split = pool.split
-        tokens = pool.kv_cache.num_blocks * pool.kv_cache.block_tokens
+        tokens = pool.kv_cache.num_tokens
         made.add_row(
             role,
             f"{split.dp} x {split.model_copy(update={'dp': 1}).label()}",
