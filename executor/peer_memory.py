@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from rankwright.cost_model.peer_sums import PeerSums, SumAlgorithm, peer_sums
-from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, Peers, sum_parts
 from rankwright.kernels.pushed_sum import MAX_ROWS, arrivals_words, sum_pushed_parts
 from rankwright.kernels.two_shot_sum import sum_parts_in_two_shots
 
@@ -82,9 +82,14 @@ class PeerMemory:
         self._places = [part[: max_rows * dim].view(max_rows, dim) for part in parts]
         self._arrivals_word = room_bytes // 8
         self._arrivals = memory[room_bytes : room_bytes + arrivals_bytes].view(torch.int64)
-        self._signal_word = (room_bytes + arrivals_bytes) // 4
-        self._words = memory[room_bytes + arrivals_bytes :].view(torch.int32)
-        self._epochs = torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
+        self._peers = Peers(
+            table_address=self._handle.buffer_ptrs_dev,
+            words=memory[room_bytes + arrivals_bytes :].view(torch.int32),
+            epochs=torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device),
+            signal_word=(room_bytes + arrivals_bytes) // 4,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
         self._pushed_epochs = torch.zeros(self._pushed_rows, dtype=torch.int32, device=device)
         self._place = 0
         torch.cuda.synchronize(device)
@@ -137,11 +142,6 @@ class PeerMemory:
         algorithm = algorithm or self._table.algorithm(x_TD.numel() * x_TD.element_size())
         if part is None or algorithm == "library":
             return None
-        ranks: dict[str, Any] = {
-            "table_address": self._handle.buffer_ptrs_dev,
-            "rank": self._rank,
-            "world_size": self._world_size,
-        }
         norm: dict[str, Any] = {"weight_D": weight_D, "eps": eps, "residual_TD": residual_TD}
         out_TD = torch.empty_like(part)
         place, self._place = self._place, 1 if self._place != 1 else 2
@@ -153,23 +153,18 @@ class PeerMemory:
                 epochs=self._pushed_epochs,
                 word_offset=self._arrivals_word,
                 max_rows=self._pushed_rows,
-                **ranks,
+                table_address=self._peers.table_address,
+                rank=self._rank,
+                world_size=self._world_size,
                 **norm,
             )
         if part.data_ptr() != x_TD.data_ptr():
             part.copy_(x_TD)
-        where: dict[str, Any] = ranks | {
-            "words": self._words,
-            "epochs": self._epochs,
-            "part_offset": place * self._place_values,
-            "signal_word": self._signal_word,
-        }
+        part_offset = place * self._place_values
         if algorithm == "two_shot":
             arrivals_offset = _NUM_PLACES * self._place_values
-            sum_parts_in_two_shots(out_TD, arrivals_offset=arrivals_offset, **where, **norm)
-        else:
-            sum_parts(out_TD, **where, **norm)
-        return out_TD
+            return sum_parts_in_two_shots(out_TD, self._peers, part_offset, arrivals_offset, **norm)
+        return sum_parts(out_TD, self._peers, part_offset, **norm)
 
 
 def _pushed_rows(table: PeerSums, max_rows: int, dim: int, dtype: torch.dtype) -> int:

@@ -15,6 +15,9 @@ the caller's: a rank may do so once it has been through another call since (`Pee
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from rankwright.kernels.backend import jit, next_power_of_two, tl
@@ -99,16 +102,32 @@ def _sum_kernel(
         tl.store(out_ptr + row * DIM + d, total.to(out_type), mask=mask)
 
 
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Ranks that sum together, as one of them sees them; the same in all its sums.
+
+    Args:
+        table_address: On the device, addresses of every rank's memory, int64 [world_size].
+        words: This rank's words that peers tell it by, int32 [MAX_PROGRAMS * world_size].
+        epochs: How often each program has met its peers, int32 [MAX_PROGRAMS].
+        signal_word: Where the words begin in every rank's memory, int32 values.
+        rank: This rank.
+        world_size: Ranks.
+    """
+
+    table_address: int
+    words: torch.Tensor
+    epochs: torch.Tensor
+    signal_word: int
+    rank: int
+    world_size: int
+
+
 def sum_parts(
     out_TD: torch.Tensor,
-    *,
-    table_address: int,
-    words: torch.Tensor,
-    epochs: torch.Tensor,
+    peers: Peers,
     part_offset: int,
-    signal_word: int,
-    rank: int,
-    world_size: int,
+    *,
     weight_D: torch.Tensor | None = None,
     eps: float = 0.0,
     residual_TD: torch.Tensor | None = None,
@@ -117,16 +136,42 @@ def sum_parts(
 
     Args:
         out_TD: Written; dense rows.
-        table_address: On the device, addresses of every rank's memory, int64 [world_size].
-        words: This rank's words that peers tell it by, int32 [MAX_PROGRAMS * world_size].
-        epochs: How often each program has met its peers, int32 [MAX_PROGRAMS].
+        peers: Whose parts.
         part_offset: Where the part begins in every rank's memory, values of out's dtype.
-        signal_word: Where the words begin there, int32 values.
-        rank: This rank.
-        world_size: Ranks.
         weight_D: Factors of the norm; None: only the sum.
         eps: Added to the mean square.
         residual_TD: Becomes `residual_TD + sum` in place; with `weight_D`.
+    """
+    num_programs = min(len(out_TD), MAX_PROGRAMS)
+    norm = weight_D, eps, residual_TD
+    return launch_sum(
+        _sum_kernel, num_programs, out_TD, peers, part_offset, *norm, **overlap(out_TD)
+    )
+
+
+def launch_sum(
+    kernel: Any,
+    num_programs: int,
+    out_TD: torch.Tensor,
+    peers: Peers,
+    part_offset: int,
+    weight_D: torch.Tensor | None,
+    eps: float,
+    residual_TD: torch.Tensor | None,
+    **constants: int | bool,
+) -> torch.Tensor:
+    """Return `out_TD`, filled by `kernel`, whose arguments are those of `_sum_kernel`.
+
+    Args:
+        kernel: With `constants` besides.
+        num_programs: Of the launch.
+        out_TD: As of `sum_parts`, and so are the others.
+        peers: See there.
+        part_offset: See there.
+        weight_D: See there.
+        eps: See there.
+        residual_TD: See there.
+        **constants: What only this kernel takes, and options of its launch.
     """
     num_tokens, dim = out_TD.shape
     if num_tokens == 0:
@@ -135,10 +180,10 @@ def sum_parts(
     has_norm = weight_D is not None
     assert has_norm == (residual_TD is not None)
     assert residual_TD is None or (residual_TD.shape == out_TD.shape and residual_TD.stride(1) == 1)
-    _sum_kernel[(min(num_tokens, MAX_PROGRAMS),)](
-        table_address,
-        words,
-        epochs,
+    kernel[(num_programs,)](
+        peers.table_address,
+        peers.words,
+        peers.epochs,
         out_TD if weight_D is None else weight_D,
         out_TD if residual_TD is None else residual_TD,
         out_TD,
@@ -146,14 +191,14 @@ def sum_parts(
         0 if residual_TD is None else residual_TD.stride(0),
         eps,
         PART_OFFSET=part_offset,
-        SIGNAL_WORD=signal_word,
-        RANK=rank,
-        WORLD=world_size,
+        SIGNAL_WORD=peers.signal_word,
+        RANK=peers.rank,
+        WORLD=peers.world_size,
         DIM=dim,
         BLOCK_D=block_d,
         HAS_NORM=has_norm,
         # 16 bytes a thread and load, as in `rms_norm`.
         num_warps=min(max(block_d // 256, 1), 16),
-        **overlap(out_TD),
+        **constants,
     )
     return out_TD

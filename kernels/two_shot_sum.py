@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from rankwright.kernels.all_reduce import MAX_PROGRAMS, meet
-from rankwright.kernels.backend import ceil_div, jit, next_power_of_two, tl
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, Peers, launch_sum, meet
+from rankwright.kernels.backend import ceil_div, jit, tl
 
 
 @jit(do_not_specialize=("num_tokens",))
@@ -86,15 +86,10 @@ def _two_shot_kernel(
 
 def sum_parts_in_two_shots(
     out_TD: torch.Tensor,
-    *,
-    table_address: int,
-    words: torch.Tensor,
-    epochs: torch.Tensor,
+    peers: Peers,
     part_offset: int,
     arrivals_offset: int,
-    signal_word: int,
-    rank: int,
-    world_size: int,
+    *,
     weight_D: torch.Tensor | None = None,
     eps: float = 0.0,
     residual_TD: torch.Tensor | None = None,
@@ -103,49 +98,23 @@ def sum_parts_in_two_shots(
 
     Args:
         out_TD: Written; dense rows.
-        table_address: On the device, addresses of every rank's memory, int64 [world_size].
-        words: This rank's words that peers tell it by, int32 [MAX_PROGRAMS * world_size].
-        epochs: How often each program has met its peers, int32 [MAX_PROGRAMS].
+        peers: Whose parts.
         part_offset: Where the part begins in every rank's memory, values of out's dtype.
         arrivals_offset: Where there is room there for as many rows of what others summed, the same.
-        signal_word: Where the words begin there, int32 values.
-        rank: This rank.
-        world_size: Ranks.
         weight_D: Factors of the norm; None: only the sum.
         eps: Added to the mean square.
         residual_TD: Becomes `residual_TD + sum` in place; with `weight_D`, of out's dtype, and
             equal on all ranks, as each adds it for all to its share of the rows.
     """
-    num_tokens, dim = out_TD.shape
-    if num_tokens == 0:
-        return out_TD
-    block_d = next_power_of_two(dim)
-    has_norm = weight_D is not None
-    assert has_norm == (residual_TD is not None)
-    assert residual_TD is None or (
-        residual_TD.shape == out_TD.shape
-        and residual_TD.stride(1) == 1
-        and residual_TD.dtype == out_TD.dtype
-    )
-    _two_shot_kernel[(min(ceil_div(num_tokens, world_size), MAX_PROGRAMS),)](
-        table_address,
-        words,
-        epochs,
-        out_TD if weight_D is None else weight_D,
-        out_TD if residual_TD is None else residual_TD,
+    assert residual_TD is None or residual_TD.dtype == out_TD.dtype
+    num_programs = min(ceil_div(len(out_TD), peers.world_size), MAX_PROGRAMS)
+    norm = weight_D, eps, residual_TD
+    return launch_sum(
+        _two_shot_kernel,
+        num_programs,
         out_TD,
-        num_tokens,
-        0 if residual_TD is None else residual_TD.stride(0),
-        eps,
-        PART_OFFSET=part_offset,
+        peers,
+        part_offset,
+        *norm,
         ARRIVALS_OFFSET=arrivals_offset,
-        SIGNAL_WORD=signal_word,
-        RANK=rank,
-        WORLD=world_size,
-        DIM=dim,
-        BLOCK_D=block_d,
-        HAS_NORM=has_norm,
-        # 16 bytes a thread and load, as in `rms_norm`.
-        num_warps=min(max(block_d // 256, 1), 16),
     )
-    return out_TD

@@ -7,7 +7,7 @@ from typing import Any
 import tests.kernels.conftest  # noqa: F401  (mends Triton's interpreter)
 import torch
 
-from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, Peers, sum_parts
 from rankwright.kernels.pushed_sum import arrivals_words, sum_pushed_parts
 from rankwright.kernels.rms_norm import rms_norm
 from rankwright.kernels.two_shot_sum import sum_parts_in_two_shots
@@ -28,14 +28,14 @@ def chain(rank: int, folder: Path, world_size: int, forms: str, tokens: int, dim
         for other in range(world_size)
     ]
     table = torch.tensor([one.data_ptr() for one in memory])
-    where: dict[str, Any] = {
-        "table_address": table.data_ptr(),
-        "words": memory[rank].view(torch.int32)[-words:],
-        "epochs": torch.zeros(MAX_PROGRAMS, dtype=torch.int32),
-        "signal_word": values + tokens * dim,
-        "rank": rank,
-        "world_size": world_size,
-    }
+    peers = Peers(
+        table_address=table.data_ptr(),
+        words=memory[rank].view(torch.int32)[-words:],
+        epochs=torch.zeros(MAX_PROGRAMS, dtype=torch.int32),
+        signal_word=values + tokens * dim,
+        rank=rank,
+        world_size=world_size,
+    )
     generator = torch.Generator().manual_seed(5)  # equal on all ranks
     parts = torch.randn(len(forms), world_size, tokens, dim, generator=generator)
     weight = torch.rand(dim, generator=generator) + 0.5
@@ -52,9 +52,9 @@ def chain(rank: int, folder: Path, world_size: int, forms: str, tokens: int, dim
         norm: dict[str, Any] = {"weight_D": weight, "eps": EPS, "residual_TD": residual}
         out, offset = torch.full((tokens, dim), torch.nan), place * tokens * dim
         if form == "2":
-            sum_parts_in_two_shots(out, part_offset=offset, arrivals_offset=values, **where, **norm)
+            sum_parts_in_two_shots(out, peers, offset, values, **norm)
         else:
-            sum_parts(out, part_offset=offset, **where, **norm)
+            sum_parts(out, peers, offset, **norm)
         place = 1 if place != 1 else 2
         plain += (parts[call] + expected).sum(0)
         expected = plain * torch.rsqrt(plain.pow(2).mean(-1, keepdim=True) + EPS) * weight

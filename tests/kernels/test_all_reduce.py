@@ -6,7 +6,7 @@ Between GPUs it is tested by tests/executor/test_peer_memory.py.
 import pytest
 import torch
 
-from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, Peers, sum_parts
 from rankwright.kernels.rms_norm import rms_norm
 
 
@@ -49,13 +49,15 @@ def test_every_rank_gets_the_sum_of_all_parts(
         epochs = torch.full((MAX_PROGRAMS,), calls - 1, dtype=torch.int32, device=device)
         out = sum_parts(
             torch.empty(tokens, dim, dtype=dtype, device=device),
-            table_address=table.data_ptr(),
-            words=memory[rank][signal_word:],
-            epochs=epochs,
-            part_offset=offset,
-            signal_word=signal_word,
-            rank=rank,
-            world_size=world_size,
+            Peers(
+                table_address=table.data_ptr(),
+                words=memory[rank][signal_word:],
+                epochs=epochs,
+                signal_word=signal_word,
+                rank=rank,
+                world_size=world_size,
+            ),
+            offset,
             weight_D=weight if with_norm else None,
             eps=1e-5,
             residual_TD=own_residual if with_norm else None,
@@ -75,11 +77,8 @@ def test_a_rank_tells_each_peer_in_that_peers_memory(device: str) -> None:
     memory[0][2:] = 9
     table = torch.tensor([one.data_ptr() for one in memory], dtype=torch.int64, device=device)
     epochs = torch.full((MAX_PROGRAMS,), 8, dtype=torch.int32, device=device)
-    sum_parts(
-        torch.empty(2, 1, device=device),
-        table_address=table.data_ptr(), words=memory[0][2:], epochs=epochs,
-        part_offset=0, signal_word=2, rank=0, world_size=2,
-    )  # fmt: skip
+    peers = Peers(table.data_ptr(), memory[0][2:], epochs, signal_word=2, rank=0, world_size=2)
+    sum_parts(torch.empty(2, 1, device=device), peers, 0)
     # Rank 1's words: program p has one from each rank, [p * 2 + sender].
     assert memory[1][2:8].tolist() == [9, 0, 9, 0, 0, 0]
 
@@ -89,9 +88,6 @@ def test_a_count_that_overflows_still_meets(device: str) -> None:
     memory[2:] = -(2**31)
     table = torch.tensor([memory.data_ptr()] * 2, dtype=torch.int64, device=device)
     epochs = torch.full((MAX_PROGRAMS,), 2**31 - 1, dtype=torch.int32, device=device)
-    sum_parts(
-        torch.empty(1, 1, device=device),
-        table_address=table.data_ptr(), words=memory[2:], epochs=epochs,
-        part_offset=0, signal_word=2, rank=0, world_size=2,
-    )  # fmt: skip
+    peers = Peers(table.data_ptr(), memory[2:], epochs, signal_word=2, rank=0, world_size=2)
+    sum_parts(torch.empty(1, 1, device=device), peers, 0)
     assert int(epochs[0]) == -(2**31)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rankwright.kernels.all_reduce import MAX_PROGRAMS, sum_parts
+from rankwright.kernels.all_reduce import MAX_PROGRAMS, Peers, sum_parts
 from rankwright.kernels.rms_norm import rms_norm
 from rankwright.kernels.two_shot_sum import sum_parts_in_two_shots
 
@@ -51,22 +51,18 @@ class Ranks:
         """Return a rank's result and how often its programs have met."""
         epochs = torch.full((MAX_PROGRAMS,), CALLS - 2, dtype=torch.int32, device=self.device)
         out = torch.empty(self.parts[0].shape, dtype=self.dtype, device=self.device)
-        common: dict[str, Any] = {
-            "table_address": self.table.data_ptr(),
-            "words": self.memory[rank][self.signal_word :],
-            "epochs": epochs,
-            "part_offset": self.offset,
-            "signal_word": self.signal_word,
-            "rank": rank,
-            "world_size": len(self.parts),
-            "weight_D": weight,
-            "eps": 1e-5,
-            "residual_TD": residual,
-        }
+        peers = Peers(
+            table_address=self.table.data_ptr(),
+            words=self.memory[rank][self.signal_word :],
+            epochs=epochs,
+            signal_word=self.signal_word,
+            rank=rank,
+            world_size=len(self.parts),
+        )
+        norm: dict[str, Any] = {"weight_D": weight, "eps": 1e-5, "residual_TD": residual}
         if one_shot:
-            return sum_parts(out, **common), epochs
-        sum_parts_in_two_shots(out, arrivals_offset=self.arrivals, **common)
-        return out, epochs
+            return sum_parts(out, peers, self.offset, **norm), epochs
+        return sum_parts_in_two_shots(out, peers, self.offset, self.arrivals, **norm), epochs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
