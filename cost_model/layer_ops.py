@@ -7,12 +7,11 @@ Weights come from `parameters.layer_tensors`, so that what is timed is what is c
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import log, sqrt
-from typing import Literal
 
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.ops import Op, OpKind, StepTokens
-from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
+from rankwright.cost_model.parameters import Tensor, head_tensor, layer_tensors, tensor_bytes
 from rankwright.cost_model.shards import (
     Shares,
     column_range,
@@ -327,13 +326,11 @@ def logits_op(
     shares: Shares | None = None,
 ) -> Op:
     """Return the final norm and head of the last stage, for tokens that are sampled from."""
-    rows = range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
-    group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
-    head = Tensor("head", group, rows, spec.hidden_size)
+    head = head_tensor(spec, tp=tp, tp_rank=tp_rank, shares=shares)
     weights = tensor_bytes(head, spec.weight_dtypes)
     sampled = tokens.decode + tokens.prompts
     # Logits are written once in the model's format and read twice in float32 by the sampler.
-    traffic = weights + sampled * rows * (BITS[spec.dtype] / 8 + 12)
+    traffic = weights + sampled * head.rows * (BITS[spec.dtype] / 8 + 12)
     return Op("logits", "gemm", 2 * sampled * head.size, traffic, 3, spec.dtype)
 
 

@@ -65,7 +65,7 @@ def cut_is_legal(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if min(tp, ep, cp) < 1:
         return f"tp={tp} ep={ep} cp={cp}: expected 1 or more of each"
-    reason = _too_narrow(model, tp) if attention == "dp" else tp_is_legal(model, tp)
+    reason = tp_is_legal(model, tp, whole_heads=attention == "dp")
     reason = reason or ep_is_legal(model, tp, ep)
     return reason or _engine_lacks(model, tp, ep, cp, attention, engine)
 
@@ -125,18 +125,6 @@ def shares_are_legal(
 def has_experts(model: ModelSpec) -> bool:
     """Return whether any layer of `model` is a mixture of experts."""
     return any(run.layer.feed_forward.kind == "moe" for run in model.layer_runs)
-
-
-def _too_narrow(model: ModelSpec, tp: int) -> str | None:
-    """Return what `tp` ranks cannot share where every one of them has all heads."""
-    for run in model.layer_runs:
-        block = run.layer.feed_forward
-        columns = min(block.intermediate_size, block.shared_intermediate_size or tp)
-        if columns < tp:
-            return f"tp={tp} leaves ranks without any of the {columns} feed-forward columns"
-    if model.vocab_size < tp:
-        return f"tp={tp} leaves ranks without any of the {model.vocab_size} vocabulary rows"
-    return None
 
 
 def _engine_lacks(

@@ -6,11 +6,16 @@ of `RESERVED_BYTES`, until a calibration of this machine replaces it.
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
 from rankwright.cost_model.dtypes import num_bytes
 from rankwright.cost_model.model_spec import Layer, ModelSpec
-from rankwright.cost_model.parameters import Tensor, layer_tensors, tensor_bytes
+from rankwright.cost_model.parameters import (
+    Tensor,
+    head_tensor,
+    layer_tensors,
+    tensor_bytes,
+    vocab_rows,
+)
 from rankwright.cost_model.prediction import MemoryPart
 from rankwright.cost_model.shards import Shares, column_range, head_ranges, range_size
 from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
@@ -85,7 +90,7 @@ def embedding_weight_bytes(
     spec: ModelSpec, *, tp: int, tp_rank: int = 0, shares: Shares | None = None
 ) -> int:
     """Return the bytes of one rank's rows of the embedding, on the first stage."""
-    rows = range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
+    rows = vocab_rows(spec, tp, tp_rank, shares)
     return tensor_bytes(
         Tensor("embedding", "embedding", rows, spec.hidden_size), spec.weight_dtypes
     )
@@ -99,9 +104,8 @@ def head_weight_bytes(
     With tied embeddings and one stage these are the embedding's own bytes: count one of the two,
     as `stage_weight_bytes` does.
     """
-    rows = range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
-    group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
-    return tensor_bytes(Tensor("head", group, rows, spec.hidden_size), spec.weight_dtypes)
+    head = head_tensor(spec, tp=tp, tp_rank=tp_rank, shares=shares)
+    return tensor_bytes(head, spec.weight_dtypes)
 
 
 def final_norm_bytes(spec: ModelSpec) -> int:

@@ -68,6 +68,19 @@ def tensor_bytes(tensor: Tensor, dtypes: WeightDtypes) -> int:
     return total
 
 
+def vocab_rows(spec: ModelSpec, tp: int, tp_rank: int, shares: Shares | None) -> int:
+    """Return how many rows of embedding and head one of `tp` ranks holds."""
+    return range_size(column_range(spec.vocab_size, tp, tp_rank, shares.vocab if shares else None))
+
+
+def head_tensor(
+    spec: ModelSpec, *, tp: int, tp_rank: int = 0, shares: Shares | None = None
+) -> Tensor:
+    """Return one rank's rows of the head, stored as the embedding is where both are tied."""
+    group: Literal["embedding", "head"] = "embedding" if spec.tie_embeddings else "head"
+    return Tensor("head", group, vocab_rows(spec, tp, tp_rank, shares), spec.hidden_size)
+
+
 def layer_tensors(
     layer: Layer,
     hidden_size: int,

@@ -176,16 +176,21 @@ def _groups_of(heads: Range, group: int) -> int:
     return (heads[1] - 1) // group + 1 - heads[0] // group
 
 
-def tp_is_legal(spec: ModelSpec, tp: int) -> str | None:
+def tp_is_legal(spec: ModelSpec, tp: int, *, whole_heads: bool = False) -> str | None:
     """Return why `spec` cannot be cut over `tp` ranks, or None where it can.
 
     Nothing needs to divide, but each rank needs one at least of query heads, feed-forward columns
     and vocabulary rows.
+
+    Args:
+        spec: The model.
+        tp: Ranks of a stage.
+        whole_heads: Whether every rank has all heads, as under attention DP.
     """
     if tp < 1:
         return f"tp={tp}: expected 1 or more"
     for run in spec.layer_runs:
-        if tp > run.layer.attention.num_heads:
+        if not whole_heads and tp > run.layer.attention.num_heads:
             return _too_many(tp, run.layer.attention.num_heads)
         block = run.layer.feed_forward
         columns = min(block.intermediate_size, block.shared_intermediate_size or tp)

@@ -15,6 +15,7 @@ the caller's: a rank may do so once it has been through another call since (`Pee
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +145,7 @@ def sum_parts(
     """
     num_programs = min(len(out_TD), MAX_PROGRAMS)
     norm = weight_D, eps, residual_TD
-    return launch_sum(
-        _sum_kernel, num_programs, out_TD, peers, part_offset, *norm, **overlap(out_TD)
-    )
+    return launch_sum(_sum_kernel, num_programs, out_TD, peers, part_offset, *norm, overlap(out_TD))
 
 
 def launch_sum(
@@ -158,7 +157,7 @@ def launch_sum(
     weight_D: torch.Tensor | None,
     eps: float,
     residual_TD: torch.Tensor | None,
-    **constants: int | bool,
+    constants: Mapping[str, int],
 ) -> torch.Tensor:
     """Return `out_TD`, filled by `kernel`, whose arguments are those of `_sum_kernel`.
 
@@ -171,7 +170,7 @@ def launch_sum(
         weight_D: See there.
         eps: See there.
         residual_TD: See there.
-        **constants: What only this kernel takes, and options of its launch.
+        constants: What only this kernel takes, and options of its launch.
     """
     num_tokens, dim = out_TD.shape
     if num_tokens == 0:

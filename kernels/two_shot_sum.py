@@ -116,5 +116,5 @@ def sum_parts_in_two_shots(
         peers,
         part_offset,
         *norm,
-        ARRIVALS_OFFSET=arrivals_offset,
+        {"ARRIVALS_OFFSET": arrivals_offset},
     )

@@ -56,6 +56,18 @@ class JobFile:
     text: str
 
 
+def job_file(name: str, text: str) -> JobFile:
+    """Return a file of a job: `disagg_config.yaml` ends with `RANKWRIGHT_DISAGG_CONFIG`."""
+    stem = name.partition(".")[0]
+    return JobFile(
+        name=name,
+        function=f"write_{stem}",
+        comment=f"{name}, to a file that every node reads.",
+        end=f"RANKWRIGHT_{stem.upper()}",
+        text=text,
+    )
+
+
 def plan_file(plan: OwnPlan) -> JobFile:
     """Return the plan as a file of a job."""
     return JobFile(

@@ -22,9 +22,9 @@ from rankwright.templates.options import (
 )
 from rankwright.templates.slurm_job import (
     SLURM_FILE,
-    JobFile,
     fill_job,
     job_components,
+    job_file,
     plan_file,
 )
 from rankwright.templates.variables import checked_environment
@@ -107,7 +107,7 @@ def engine_slurm_files(plan: Plan, options: SlurmOptions, *, target: str) -> dic
             "slurm/engine.sbatch.j2",
             plan,
             options,
-            (_job_file(script_name(target), files[script_name(target)]), plan_file(plan)),
+            (job_file(script_name(target), files[script_name(target)]), plan_file(plan)),
             script=script_name(target),
             **common,
         )
@@ -124,7 +124,7 @@ def engine_slurm_files(plan: Plan, options: SlurmOptions, *, target: str) -> dic
         "slurm/mpi.sbatch.j2",
         plan,
         options,
-        (_job_file(CONFIG_FILE, config), plan_file(plan)),
+        (job_file(CONFIG_FILE, config), plan_file(plan)),
         environment=engine_environment(engine, plan),
         command=engine.command,
         model_argument=model_argument(plan, options.model_path),
@@ -180,17 +180,6 @@ def _replicas(places: tuple[Place, ...]) -> tuple[_Replica, ...]:
     return tuple(
         _Replica(number, own[0].gpus, tuple(place.node_rank for place in own))
         for number, own in parts.items()
-    )
-
-
-def _job_file(name: str, text: str) -> JobFile:
-    word = name.partition(".")[0]
-    return JobFile(
-        name=name,
-        function=f"write_{word}",
-        comment=f"{name}, to a file that every node reads.",
-        end=f"RANKWRIGHT_{word.upper()}",
-        text=text,
     )
 
 

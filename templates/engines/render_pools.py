@@ -37,7 +37,7 @@ from rankwright.templates.options import (
     SlurmOptions,
 )
 from rankwright.templates.plan_text import plan_text
-from rankwright.templates.slurm_job import SLURM_FILE, JobFile, fill_job
+from rankwright.templates.slurm_job import SLURM_FILE, JobFile, fill_job, job_file
 
 SCRIPT = "disaggregated.sh"
 ROUTER_FILE = "disagg_config.yaml"
@@ -144,7 +144,7 @@ def pools_slurm_files(
     pools = engine_pools(plan, target)
     ports = meeting_ports(pools)
     job_files = (
-        *(_job_file(name, text) for name, text in files.items()),
+        *(job_file(name, text) for name, text in files.items()),
         JobFile("plan.json", "write_plan", "The plan, to a file that every node reads.",
                 "RANKWRIGHT_PLAN", plan_text(plan)),
     )  # fmt: skip
@@ -163,18 +163,6 @@ def pools_slurm_files(
         script=SCRIPT,
     )
     return {SLURM_FILE: script}
-
-
-def _job_file(name: str, text: str) -> JobFile:
-    """Return a file of the job: `disagg_config.yaml` ends with `RANKWRIGHT_DISAGG_CONFIG`."""
-    stem = name.partition(".")[0]
-    return JobFile(
-        name=name,
-        function=f"write_{stem}",
-        comment=f"{name}, to a file that every node reads.",
-        end=f"RANKWRIGHT_{stem.upper()}",
-        text=text,
-    )
 
 
 def pool_nodes(plan: DisaggregatedPlan) -> tuple[int, ...]:
