@@ -11,6 +11,8 @@ from rankwright.topology.device_table import MIB
 from rankwright.topology.devices import DEVICES
 from rankwright.topology.errors import ProbeError, find_failure
 from rankwright.topology.pci_ids import PCI_IDS
+from rankwright.topology.readers.amd_smi import amd_machine, is_amd_topology, parse_amd_topology
+from rankwright.topology.readers.amd_smi_gpus import is_amd_listing, parse_amd_listing
 from rankwright.topology.readers.assemble import make_cluster, with_numa
 from rankwright.topology.readers.found import FoundGpu, FoundMachine
 from rankwright.topology.readers.infiniband_text import nics_of, parse_rdma, rdma_tool
@@ -29,6 +31,7 @@ from rankwright.topology.readers.nvidia_smi_table import is_smi_table, parse_smi
 from rankwright.topology.readers.nvlink_status import is_nvlink_status, parse_nvlink_status
 from rankwright.topology.readers.peer_access import is_peer_access, parse_peer_access
 from rankwright.topology.readers.rocm_smi import (
+    RocmTopology,
     is_rocm_topology,
     parse_rocm_topology,
     rocm_machine,
@@ -72,8 +75,8 @@ def probe_from_text(text: str) -> Cluster:
 
     It needs links and names: the table of `nvidia-smi topo -m` with the output of `nvidia-smi -L`
     (or `-q`, or `--query-gpu=index,name,... --format=csv`) beside it; `rocm-smi --showtopo` with
-    `--showproductname`; or a topology file of NCCL, whose PCI ids name the GPUs. Ports that
-    `ibstat` lists in the same capture become the node's.
+    `--showproductname`; `amd-smi topology` with `amd-smi static`; or a topology file of NCCL, whose
+    PCI ids name the GPUs. Ports that `ibstat` lists in the same capture become the node's.
 
     Raises:
         ProbeError: The capture holds an error of its tool, or contradicts itself.
@@ -83,6 +86,8 @@ def probe_from_text(text: str) -> Cluster:
         return make_cluster(_xml_machine(text), "NCCL topology file")
     if is_rocm_topology(text):
         return make_cluster(rocm_machine(text), "rocm-smi text")
+    if is_amd_topology(text):
+        return make_cluster(amd_machine(text), "amd-smi text")
     matrix = parse_topo_m(text)
     listed = _gpus_beside(text, len(matrix.gpu_names))
     if len(listed) != len(matrix.gpu_names):
@@ -209,7 +214,16 @@ def _peer_access(text: str) -> _Page:
 
 
 def _rocm_topology(text: str) -> _Page:
-    topology = parse_rocm_topology(text)
+    return _amd_links(parse_rocm_topology(text))
+
+
+def _amd_topology(text: str) -> _Page:
+    topology = parse_amd_topology(text)
+    page = _amd_links(topology.links)
+    return {**page, "bus_ids": list(topology.buses), "access": _rows(topology.access)}
+
+
+def _amd_links(topology: RocmTopology) -> _Page:
     tokens = topology.link_type
     return {
         "n_gpus": len(topology.names),
@@ -310,6 +324,10 @@ def _gpu_page(gpu: ListedGpu) -> _Page:
     return page
 
 
+def _amd_listing(text: str) -> _Page:
+    return _listing(parse_amd_listing(text))
+
+
 def _rows(rows: Sequence[Sequence[str | None]] | None) -> list[list[str | None]] | None:
     return None if rows is None else [list(row) for row in rows]
 
@@ -324,9 +342,11 @@ KINDS: tuple[Kind, ...] = (
     Kind("nccl_topo_xml", is_nccl_xml, _nccl_xml),
     Kind("topo_m", has_links, _topo_m),
     Kind("rocm_showtopo", is_rocm_topology, _rocm_topology),
+    Kind("amd_smi_topology", is_amd_topology, _amd_topology),
     Kind("topo_p2p", is_peer_access, _peer_access),
     Kind("topo_m", is_topo_m, _topo_m),
     Kind("smi_q", is_smi_log, _smi_log),
+    Kind("amd_smi_static", is_amd_listing, _amd_listing),
     Kind("smi_table", is_smi_table, _of_list(parse_smi_table)),
     Kind("query_gpu_csv", is_query, _of_list(list_query)),
     Kind("nvlink_status", is_nvlink_status, _nvlink_status),

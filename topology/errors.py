@@ -27,7 +27,8 @@ class Failure:
     remedy: str
 
 
-# In order: the first pattern that is found decides. Texts are those of nvidia-smi and NVML.
+# In order: the first pattern that is found decides. Texts are those of nvidia-smi and
+# NVML, then of amd-smi and rocm-smi.
 FAILURES: tuple[Failure, ...] = (
     Failure(
         "driver_library_mismatch",
@@ -84,10 +85,28 @@ FAILURES: tuple[Failure, ...] = (
         "check `lspci | grep -i nvidia`, CUDA_VISIBLE_DEVICES and the container's GPU request",
     ),
     Failure(
+        "no_permission",
+        r"user is missing the following required groups|permission needed to access required gpu",
+        "this user may not read the AMD GPUs",
+        "join the groups that own /dev/kfd and /dev/dri/*, usually render and video",
+    ),
+    Failure(
+        "no_devices",
+        r"unable to detect any gpu devices|driver not initialized \(amdgpu",
+        "the AMD driver is not loaded or sees no GPU",
+        "run `modprobe amdgpu`, then see `dmesg`",
+    ),
+    Failure(
         "tool_not_found",
         r"nvidia-smi.{0,4}(command not found|no such file or directory|is not recognized)",
         "nvidia-smi is not installed here",
         "install the NVIDIA driver, or run where it is",
+    ),
+    Failure(
+        "tool_not_found",
+        r"(amd|rocm)-smi.{0,4}(command not found|no such file or directory|is not recognized)",
+        "neither amd-smi nor rocm-smi is installed here",
+        "install ROCm, or run where it is",
     ),
     Failure(
         "tool_hung",
@@ -113,7 +132,7 @@ _SURVIVING_GPU = re.compile(r"^\s*(\d+\s*,\s*\S|GPU \d+: \S)", re.MULTILINE)
 
 
 def failure_of(kind: str, detail: str) -> ProbeError:
-    """Return the error of a class of `FAILURES`, with what was seen of it."""
+    """Return the error of a class of `FAILURES` (NVIDIA's row of it), with what was seen of it."""
     failure = next(failure for failure in FAILURES if failure.kind == kind)
     return ProbeError(kind, f"{failure.meaning} ({detail}); {failure.remedy}")
 

@@ -1,7 +1,7 @@
 """Reads the machine that we run on as a `Cluster`; captures of one are in `captures.py`.
 
-NVML first, the text of nvidia-smi where NVML fails, rocm-smi where there is no GPU of NVIDIA's; CPU
-ranks where there is none of AMD's either.
+NVML first, the text of nvidia-smi where NVML fails, amd-smi or rocm-smi where there is no GPU of
+NVIDIA's; CPU ranks where there is none of AMD's either.
 """
 
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from rankwright.topology.cluster import Cluster, Gpu, Node
 from rankwright.topology.errors import ProbeError, failure_of
+from rankwright.topology.readers.amd_smi_tool import read_amd
 from rankwright.topology.readers.assemble import make_cluster
 from rankwright.topology.readers.cpu import read_cpu, usable_cores, usable_memory_bytes
 from rankwright.topology.readers.found import FoundMachine
 from rankwright.topology.readers.infiniband import read_nics
 from rankwright.topology.readers.nvidia_smi_tool import read_nvidia_smi
 from rankwright.topology.readers.nvml import read_nvml
-from rankwright.topology.readers.rocm_smi_tool import read_rocm_smi
 
 __all__ = ["ProbeError", "probe"]
 
@@ -87,7 +87,7 @@ def _read_amd() -> tuple[FoundMachine | None, tuple[str, ...]]:
         ProbeError: There are some, and they cannot be read.
     """
     try:
-        return read_rocm_smi(), ()
+        return read_amd(), ()
     except ProbeError as error:
         there = any(map(_is_amd_accelerator, _pci_devices()))
         if error.kind == "tool_not_found" and there:

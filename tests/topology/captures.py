@@ -155,6 +155,97 @@ GPU[2]		: (Topology) Numa Affinity: -1
 ================================== End of ROCm SMI Log ===================================
 """
 
+# As AMD SMI's change log (ROCm 6.1) shows tables, and captures in issues the rest.
+AMD_TOPOLOGY = """\
+ACCESS TABLE:
+             0000:0c:00.0 0000:22:00.0 0001:38:00.0
+0000:0c:00.0 ENABLED      ENABLED      DISABLED
+0000:22:00.0 ENABLED      ENABLED      ENABLED
+0001:38:00.0 DISABLED     ENABLED      ENABLED
+WEIGHT TABLE:
+             0000:0c:00.0 0000:22:00.0 0001:38:00.0
+0000:0c:00.0 0            15           72
+0000:22:00.0 15           0            30
+0001:38:00.0 72           30           0
+HOPS TABLE:
+             0000:0c:00.0 0000:22:00.0 0001:38:00.0
+0000:0c:00.0 0            1            3
+0000:22:00.0 1            0            1
+0001:38:00.0 3            1            0
+LINK TYPE TABLE:
+             0000:0c:00.0 0000:22:00.0 0001:38:00.0
+0000:0c:00.0 SELF         XGMI         PCIE
+0000:22:00.0 XGMI         SELF         XGMI
+0001:38:00.0 PCIE         XGMI         SELF
+NUMA BW TABLE:
+             0000:0c:00.0 0000:22:00.0 0001:38:00.0
+0000:0c:00.0 N/A          50000-50000  N/A
+0000:22:00.0 50000-50000  N/A          50000-50000
+0001:38:00.0 N/A          50000-50000  N/A
+
+Legend:
+  SELF = Current GPU
+  <BW from>-<BW to>
+"""
+
+AMD_STATIC = """\
+GPU: 0
+    ASIC:
+        MARKET_NAME: AMD Instinct MI300X
+        OAM_ID: 7
+    BUS:
+        BDF: 0000:0c:00.0
+        MAX_PCIE_WIDTH: 16
+        PCIE_INTERFACE_VERSION: Gen 5
+    VRAM:
+        TYPE: HBM3
+        SIZE: 196592 MB
+    CACHE_INFO:
+        CACHE_0:
+            CACHE_PROPERTIES: DATA_CACHE, SIMD_CACHE
+    NUMA:
+        NODE: 1
+
+GPU: 1
+    ASIC:
+        MARKET_NAME: AMD Instinct MI300X
+    BUS:
+        BDF: 0000:22:00.0
+    VRAM:
+        SIZE: 196592 MB
+
+GPU: 2
+    ASIC:
+        MARKET_NAME: AMD Instinct MI300X
+    BUS:
+        BDF: 0001:38:00.0
+    VRAM:
+        SIZE: 196592 MB
+"""
+
+# The plain `amd-smi` of ROCm 7, whose numbers go by PCI address and HIP's do not.
+AMD_TABLE = """\
++------------------------------------------------------------------------------+
+| AMD-SMI 26.2.2+unknown       amdgpu version: 6.16.6   ROCm version: 7.2.0    |
+|-------------------------------------+----------------------------------------|
+| BDF                        GPU-Name | Mem-Uti   Temp   UEC       Power-Usage |
+| GPU  HIP-ID  OAM-ID  Partition-Mode | GFX-Uti    Fan               Mem-Usage |
+|=====================================+========================================|
+| 0000:0c:00.0    AMD Instinct MI300X | 0 %      40 °C   0           140/750 W |
+|   0       2       7        SPX/NPS1 | 0 %        N/A           592/196592 MB |
+|-------------------------------------+----------------------------------------|
+| 0000:22:00.0    AMD Instinct MI300X | N/A        N/A   0           N/A/750 W |
+|   1       0       3        SPX/NPS1 | N/A        N/A           283/196592 MB |
+|-------------------------------------+----------------------------------------|
+| 0001:38:00.0    AMD Instinct MI300X | N/A        N/A   0           N/A/750 W |
+|   2       1       0        SPX/NPS1 | N/A        N/A           283/196592 MB |
++-------------------------------------+----------------------------------------+
+| Processes:                                                                   |
+|  GPU        PID  Process Name          GTT_MEM  VRAM_MEM  MEM_USAGE     CU % |
+|    0     250235  python3.12             7.9 MB    3.8 GB     4.1 GB  N/A     |
++------------------------------------------------------------------------------+
+"""
+
 IBSTAT = """\
 CA 'mlx5_0'
 \tCA type: MT4129
@@ -267,6 +358,8 @@ SAMPLES: dict[str, str] = {
     "smi_q": SMI_Q,
     "smi_table": SMI_TABLE,
     "rocm_showtopo": ROCM_TOPO,
+    "amd_smi_topology": AMD_TOPOLOGY,
+    "amd_smi_static": AMD_STATIC,
     "ibstat": IBSTAT,
     "ibstatus": IBSTATUS,
     "ibv_devinfo": IBV_DEVINFO,

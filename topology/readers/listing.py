@@ -1,4 +1,4 @@
-"""A GPU as a listing names it: `nvidia-smi`, its `-L`, `-q` and `--query-gpu`, and `rocm-smi`."""
+"""A GPU as a listing names it: of `nvidia-smi`, its `-L`, `-q` and `--query-gpu`, or of AMD's."""
 
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ class ListedGpu:
     max_clock_hz: float | None = None
     set_clock_hz: float | None = None
     default_clock_hz: float | None = None
+    numa_node: int | None = None
 
 
 def found_gpu(gpu: ListedGpu) -> FoundGpu:
@@ -57,6 +58,7 @@ def found_gpu(gpu: ListedGpu) -> FoundGpu:
         compute_capability=gpu.compute_capability,
         pcie_generation=gpu.pcie_generation,
         pcie_width=gpu.pcie_width,
+        numa_node=gpu.numa_node,
         num_processes=gpu.num_processes or 0,
         mig=bool(gpu.mig or gpu.mig_devices),
         sm_clock_hz=gpu.max_clock_hz,

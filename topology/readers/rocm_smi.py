@@ -130,14 +130,8 @@ def rocm_machine(text: str) -> FoundMachine:
         )
     gpus = tuple(found_gpu(gpu) for gpu in _with_memory(text, indices, names))
     kinds = {(indices[i], indices[j]): kind for (i, j), kind in link_kinds(topology).items()}
-    notes: list[str] = []
-    far = _far_pairs(topology)
-    if far:
-        notes.append(
-            f"{far} pairs of GPUs have no XGMI link of their own (weights above the least): their "
-            "traffic goes over other GPUs, and what it gets there is not counted"
-        )
-    return FoundMachine(with_numa(gpus, topology.numa_node), kinds, None, tuple(notes))
+    notes = far_pairs_note(topology)
+    return FoundMachine(with_numa(gpus, topology.numa_node), kinds, None, notes)
 
 
 def _with_memory(text: str, indices: list[int], names: dict[int, str]) -> list[ListedGpu]:
@@ -160,14 +154,23 @@ def _with_memory(text: str, indices: list[int], names: dict[int, str]) -> list[L
     ]
 
 
-def _far_pairs(topology: RocmTopology) -> int:
-    """Return how many pairs the driver weighs more than one XGMI link, 15 (Linux, amdkfd)."""
+def far_pairs_note(topology: RocmTopology) -> tuple[str, ...]:
+    """Return a note on pairs that the driver weighs more than one XGMI link, 15 (Linux, amdkfd).
+
+    Hops do not tell: both tools print one for every pair that XGMI reaches.
+    """
     if topology.weight is None or topology.link_type is None:
-        return 0
-    return sum(
+        return ()
+    far = sum(
         kind == "XGMI" and topology.weight[i][j].isdigit() and int(topology.weight[i][j]) > 15
         for i, row in enumerate(topology.link_type)
         for j, kind in enumerate(row[:i])
+    )
+    if not far:
+        return ()
+    return (
+        f"{far} pairs of GPUs have no XGMI link of their own (weights above the least): their "
+        "traffic goes over other GPUs, and what it gets there is not counted",
     )
 
 
@@ -181,7 +184,7 @@ def link_kinds(topology: RocmTopology) -> dict[tuple[int, int], str]:
         ValueError: The table of link types is missing, or has a type that is neither.
     """
     if topology.link_type is None:
-        raise ValueError("the table of link types is missing; use the whole `rocm-smi --showtopo`")
+        raise ValueError("the table of link types is missing; capture the whole topology")
     kinds: dict[tuple[int, int], str] = {}
     for i, row in enumerate(topology.link_type):
         for j in range(i + 1, len(row)):

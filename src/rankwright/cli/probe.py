@@ -24,8 +24,8 @@ def run(
         Path | None,
         typer.Option(
             help="Read saved output of `nvidia-smi topo -m` (and `-L`), of `rocm-smi --showtopo`, "
-            "`ibstat` and their like, NCCL's topology XML, or `kubectl get nodes -o json`, instead "
-            "of this machine."
+            "`amd-smi topology`, `ibstat` and their like, NCCL's topology XML, or `kubectl get "
+            "nodes -o json`, instead of this machine."
         ),
     ] = None,
     method: Annotated[

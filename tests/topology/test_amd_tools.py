@@ -1,13 +1,15 @@
-"""Machines with AMD GPUs, by a stand-in for the `rocm-smi` that they have."""
+"""Machines with AMD GPUs, by stand-ins for the `amd-smi` or `rocm-smi` that they have."""
 
+import json
 from pathlib import Path
 
 import pytest
+from tests.topology.test_amd_smi import metric_json, new_json, static_json
 
 from rankwright.topology import probe as probe_module
 from rankwright.topology.errors import ProbeError, failure_of
 from rankwright.topology.probe import probe
-from rankwright.topology.readers import rocm_smi_tool
+from rankwright.topology.readers import amd_smi_tool
 
 NAMES = "".join(f"GPU[{g}]\t\t: Card Series: \t\tAMD Instinct MI300X OAM\n" for g in range(3))
 MEMORY = "".join(
@@ -45,13 +47,23 @@ def _without_nvidia(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(rocm_smi_tool, "ROCM_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(amd_smi_tool, "AMD_TIMEOUT_S", 5.0)
 
 
 def install(folder: Path, says: str) -> None:
     (folder / "said").write_text(says)
     tool = folder / "rocm-smi"
     tool.write_text(f"#!/bin/sh\nexec /bin/cat {folder / 'said'}\n")
+    tool.chmod(0o755)
+
+
+def install_amd_smi(folder: Path, **says: object) -> None:
+    """Install an `amd-smi` that prints, for a command, JSON or text; nothing for any other."""
+    for command, said in says.items():
+        text = said if isinstance(said, str) else json.dumps(said, indent=4)
+        (folder / f"amd-smi-{command}").write_text(text)
+    tool = folder / "amd-smi"
+    tool.write_text(f"#!/bin/sh\n/bin/cat {folder}/amd-smi-$1 2>/dev/null || echo invalid $1\n")
     tool.chmod(0o755)
 
 
@@ -92,9 +104,9 @@ def test_a_tool_that_is_missing_or_finds_nothing_is_no_amd_machine(tmp_path: Pat
 
 def test_accelerators_without_their_tool_or_driver_are_not_passed_over(tmp_path: Path) -> None:
     show_card(tmp_path)
-    assert "rocm-smi is not installed here: they are left out" in probe().notes[-1]
+    assert "neither amd-smi nor rocm-smi is installed here: they are left out" in probe().notes[-1]
     install(tmp_path, "ERROR:root:Driver not initialized (amdgpu not found in modules)\n")
-    with pytest.raises(ProbeError, match=r"Driver not initialized.*amdgpu loaded") as caught:
+    with pytest.raises(ProbeError, match=r"Driver not initialized.*modprobe amdgpu") as caught:
         probe()
     assert caught.value.kind == "no_devices"
 
@@ -123,7 +135,45 @@ def test_a_tool_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.Monke
     tool = tmp_path / "rocm-smi"
     tool.write_text("#!/bin/sh\nexec /bin/sleep 30\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(rocm_smi_tool, "ROCM_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(amd_smi_tool, "AMD_TIMEOUT_S", 0.3)
     with pytest.raises(ProbeError, match="rocm-smi hangs") as caught:
         probe()
     assert caught.value.kind == "tool_hung"
+
+
+def test_amd_smi_goes_before_rocm_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, NAMES + MEMORY + TOPOLOGY)
+    install_amd_smi(tmp_path, topology=new_json(), static=static_json(), metric=metric_json())
+    cluster = probe(require_gpu=True)
+    assert cluster.describe() == "3 x mi300x"
+    assert [gpu.numa_node for gpu in cluster.nodes[0].gpus] == [0, 0, 1]
+    assert [gpu.memory_bytes for gpu in cluster.nodes[0].gpus] == [196000 * 2**20] * 3
+    assert "no plan has been run on one yet" in cluster.notes[-1]
+    # HIP counts the other way round, and its variable with it.
+    install_amd_smi(tmp_path, list=[{"gpu": gpu, "hip_id": 2 - gpu} for gpu in range(3)])
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "0,1")
+    kept = probe().nodes[0]
+    assert [gpu.index for gpu in kept.gpus] == [0, 1]
+    assert [link.kind for link in kept.links] == ["XGMI"]
+    assert [gpu.numa_node for gpu in kept.gpus] == [1, 0]
+
+
+def test_rocm_smi_answers_where_amd_smi_cannot(tmp_path: Path) -> None:
+    install_amd_smi(
+        tmp_path, topology="RuntimeError: User is missing the following required groups"
+    )
+    with pytest.raises(ProbeError, match="may not read the AMD GPUs") as caught:
+        probe()
+    assert caught.value.kind == "no_permission"
+    install(tmp_path, NAMES + MEMORY + TOPOLOGY)
+    assert probe().describe() == "3 x mi300x"
+
+
+def test_an_amd_smi_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, NAMES + MEMORY + TOPOLOGY)
+    tool = tmp_path / "amd-smi"
+    tool.write_text("#!/bin/sh\nexec /bin/sleep 30\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(amd_smi_tool, "AMD_TIMEOUT_S", 0.3)
+    with pytest.raises(ProbeError, match="amd-smi hangs"):
+        probe()
