@@ -67,15 +67,21 @@ def _vector_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Write one row: products in registers, added up across threads once at the end.
 
-    Where kernels overlap, the first step's weights are on their way before x is there.
+    Where kernels overlap, the first step's weights are on their way before x is there. `GATED`: the
+    weights are of as many gates and then of the outputs they belong to, taken in turn.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if GATED:
+        n_mask = n < 2 * num_outputs
+        n = n // 2 + n % 2 * num_outputs
+    else:
+        n_mask = n < num_outputs
     k = tl.arange(0, BLOCK_K)
-    n_mask = n < num_outputs
     w_at = w_ptr + n.to(tl.int64)[:, None] * w_stride + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     first = 0
@@ -95,7 +101,14 @@ def _vector_kernel(
     out = tl.sum(acc, axis=1)
     if HAS_BIAS:
         out += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n_mask)
+    dtype = out_ptr.dtype.element_ty
+    if GATED:
+        # Rounded as products that are written and read again are.
+        gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), [BLOCK_N // 2, 2]))
+        out = gate * tl.sigmoid(gate) * up
+        n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        n_mask = n < num_outputs
+    tl.store(out_ptr + n, out.to(dtype), mask=n_mask)
 
 
 @jit(do_not_specialize=("num_rows",))
@@ -235,31 +248,47 @@ def skinny_linear(
     if out_MN is None:
         out_MN = torch.empty((num_rows, num_outputs), dtype=x_MK.dtype, device=x_MK.device)
     assert out_MN.is_contiguous()
-    bias = x_MK if bias_N is None else bias_N
-    block_k = min(config.block_k, max(16, next_power_of_two(num_inputs)))
     if num_rows > 1:
-        config = replace(config, block_k=block_k)
-        _launch_rows(x_MK, weight_NK, bias, out_MN, config, has_bias=bias_N is not None)
-        return out_MN
-    _vector_kernel[(ceil_div(num_outputs, config.block_n),)](
-        x_MK, weight_NK, bias, out_MN, num_outputs, weight_NK.stride(0),
-        NUM_INPUTS=num_inputs, BLOCK_N=config.block_n, BLOCK_K=block_k, STAGES=config.num_stages,
-        HAS_BIAS=bias_N is not None, num_warps=config.num_warps, **overlap(x_MK),
-    )  # fmt: skip
+        _launch_rows(x_MK, weight_NK, bias_N, out_MN, config)
+    else:
+        launch_vector(x_MK, weight_NK, bias_N, out_MN, config, gated=False)
     return out_MN
+
+
+def launch_vector(
+    x_1K: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    out_1F: torch.Tensor,
+    config: SkinnyConfig,
+    *,
+    gated: bool,
+) -> None:
+    """Fill `out_1F` with the product of one row; gated with `silu(first half) * second half`."""
+    block_n = max(config.block_n, 2) if gated else config.block_n
+    _vector_kernel[(ceil_div(len(weight_NK), block_n),)](
+        x_1K, weight_NK, x_1K if bias_N is None else bias_N, out_1F, out_1F.shape[1],
+        weight_NK.stride(0),
+        NUM_INPUTS=x_1K.shape[1], BLOCK_N=block_n, BLOCK_K=_block_k(config, x_1K.shape[1]),
+        STAGES=config.num_stages, HAS_BIAS=bias_N is not None, GATED=gated,
+        num_warps=config.num_warps, **overlap(x_1K),
+    )  # fmt: skip
+
+
+def _block_k(config: SkinnyConfig, num_inputs: int) -> int:
+    return min(config.block_k, max(16, next_power_of_two(num_inputs)))
 
 
 def _launch_rows(
     x_MK: torch.Tensor,
     weight_NK: torch.Tensor,
-    bias: torch.Tensor,
+    bias_N: torch.Tensor | None,
     out_MN: torch.Tensor,
     config: SkinnyConfig,
-    *,
-    has_bias: bool,
 ) -> None:
     num_rows, num_inputs = x_MK.shape
     num_outputs = len(weight_NK)
+    config = replace(config, block_k=_block_k(config, num_inputs))
     tiles = ceil_div(num_outputs, config.block_n)
     steps = ceil_div(num_inputs, config.block_k)
     wanted = config.num_splits if tiles <= _MAX_SPLIT_TILES else 1
@@ -272,12 +301,12 @@ def _launch_rows(
         )
         finished = _finished_words(out_MN.device)
     _rows_kernel[(tiles, num_splits)](
-        x_MK, weight_NK, bias, out_MN, partial, finished, num_rows, num_outputs, num_inputs,
-        split_inputs, x_MK.stride(0), weight_NK.stride(0),
+        x_MK, weight_NK, x_MK if bias_N is None else bias_N, out_MN, partial, finished, num_rows,
+        num_outputs, num_inputs, split_inputs, x_MK.stride(0), weight_NK.stride(0),
         BLOCK_M=MAX_ROWS,
         BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         WHOLE_STEPS=num_inputs % config.block_k == 0, IS_SPLIT=num_splits > 1,
-        HAS_BIAS=has_bias, PRECISION=DOT_PRECISION[x_MK.dtype],
+        HAS_BIAS=bias_N is not None, PRECISION=DOT_PRECISION[x_MK.dtype],
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 

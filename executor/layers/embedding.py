@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from rankwright.executor.mesh import Mesh
+from rankwright.kernels.shard_embedding import shard_embedding
 
 
 class VocabularyEmbedding:
@@ -21,10 +22,9 @@ class VocabularyEmbedding:
         if self._mesh.tp.size == 1:
             return embedding(ids_T, self.weight_VD)
         ids_T = self._mesh.gather_tokens(ids_T)
-        start, stop = self._mesh.place.vocab
-        here_T = (ids_T >= start) & (ids_T < stop)
-        x_TD = embedding((ids_T - start).where(here_T, 0), self.weight_VD)
-        return self._mesh.sum_tokens(x_TD * here_T.unsqueeze(1).to(x_TD.dtype))
+        out_TD = self._mesh.part(len(ids_T), self.weight_VD.shape[1], self.weight_VD.dtype)
+        first, _ = self._mesh.place.vocab
+        return self._mesh.sum_tokens(shard_embedding(ids_T, self.weight_VD, first, out_TD))
 
 
 class VocabularyHead:

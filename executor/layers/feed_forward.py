@@ -9,7 +9,7 @@ from rankwright.cost_model.shards import column_range
 from rankwright.executor.layers.linear import ColumnParallelLinear, Part, RowParallelLinear
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.weights import Range, WeightSource
-from rankwright.kernels.swiglu import swiglu
+from rankwright.kernels.gated_linear import gated_linear
 
 
 class GatedMlp:
@@ -61,7 +61,8 @@ class GatedMlp:
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D]; without `reduce`, this rank's part of it."""
-        return self._down(swiglu(self._gate_up(x_TD)))
+        gate_up = self._gate_up
+        return self._down(gated_linear(x_TD, gate_up.weight_CD, gate_up.bias_C))
 
 
 def dense_columns(mesh: Mesh, intermediate_size: int) -> Range:

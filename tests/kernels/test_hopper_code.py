@@ -22,7 +22,7 @@ from rankwright.kernels import (
     all_reduce, decode_attention, decode_config, decode_merge, expert_exchange, filtered_sampling,
     mla_attention, mla_rotary, moe_align, moe_configs, moe_experts, moe_routing, noise,
     part_attention, peer_words, prefill_attention, prefill_config, pushed_sum, rms_norm, rotary,
-    sampling, skinny_linear, swiglu, token_feed, two_shot_sum,
+    sampling, shard_embedding, skinny_linear, swiglu, token_feed, two_shot_sum,
 )
 
 def resources(kernel, warps, stages, floats, unspecialized, **constants):
@@ -138,12 +138,19 @@ found["combine"] = resources(
     **to_experts)
 found["tell"] = resources(peer_words._tell_kernel, 1, 1, [], ["peer", "word", "count"])
 found["await"] = resources(peer_words._await_kernel, 1, 1, [], ["word", "count"])
+found["shard embedding"] = resources(
+    shard_embedding._shard_embedding_kernel, 4, 1, [], [], DIM=4096, BLOCK=1024)
 found["feed"] = resources(token_feed._feed_tokens_kernel, 4, 1, [], ["num_tokens"], BLOCK=256)
 cut = skinny_linear.skinny_config(1, 4096, 4096, torch.device("cpu"))
 found["linear 1"] = resources(
     skinny_linear._vector_kernel, cut.num_warps, cut.num_stages, [], [], NUM_INPUTS=4096,
     BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, STAGES=cut.num_stages,
-    OVERLAP=True)
+    GATED=False, OVERLAP=True)
+cut = skinny_linear.skinny_config(1, 4096, 28672, torch.device("cpu"))
+found["gated linear"] = resources(
+    skinny_linear._vector_kernel, cut.num_warps, cut.num_stages, [], [], NUM_INPUTS=4096,
+    BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, STAGES=cut.num_stages,
+    GATED=True, OVERLAP=True)
 for name, split in (("linear 16", False), ("linear 16 split", True)):
     found[name] = resources(
         skinny_linear._rows_kernel, 4, 4, [], ["num_rows"], BLOCK_M=16, BLOCK_N=64, BLOCK_K=128,
@@ -215,6 +222,9 @@ def compiled() -> dict[str, Any]:
         ("await", "ld.global.sys.acquire.b64"),
         ("combine", "ld.global.sys.acquire.b32"),
         ("linear 1", "cp.async.cg.shared.global"),
+        ("shard embedding", "ld.global.v4.b32"),
+        ("gated linear", "cp.async.cg.shared.global"),
+        ("gated linear", "ld.global.v4.b32"),
         ("linear 16", "cp.async.cg.shared.global"),
         ("linear 16", "wgmma.mma_async"),
         ("linear 16 split", "cp.async.cg.shared.global"),
@@ -234,7 +244,17 @@ def test_kernel_has_the_instructions_it_was_written_for(
 
 @pytest.mark.parametrize(
     "kernel",
-    ["rms_norm", "swiglu", "rotary", "decode", "merge", "sum of parts", "pushed sum", "linear 1"],
+    [
+        "rms_norm",
+        "swiglu",
+        "rotary",
+        "decode",
+        "merge",
+        "sum of parts",
+        "pushed sum",
+        "linear 1",
+        "gated linear",
+    ],
 )
 def test_kernels_that_overlap_write_only_when_the_one_before_is_done(
     kernel: str, compiled: dict[str, Any]
@@ -246,7 +266,9 @@ def test_kernels_that_overlap_write_only_when_the_one_before_is_done(
     assert "st.global" in after
 
 
-@pytest.mark.parametrize("kernel", ["rms_norm", "sum of parts", "pushed sum", "linear 1"])
+@pytest.mark.parametrize(
+    "kernel", ["rms_norm", "sum of parts", "pushed sum", "linear 1", "gated linear"]
+)
 def test_weights_are_read_before_the_kernel_before_is_done(
     kernel: str, compiled: dict[str, Any]
 ) -> None:
