@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rankwright.executor.messages import (
+    Abort,
     Hello,
     Message,
     News,
@@ -24,6 +25,9 @@ from rankwright.executor.messages import (
     decode,
     encode,
 )
+
+# What the message to a `CappedLeader` begins with; those of the front end are JSON.
+CAP = b"cap "
 
 
 @dataclass
@@ -89,6 +93,8 @@ class Client:
         lengths: Sequence[tuple[int, int]],
         in_flight: int,
         on_token: Callable[[Timeline], None] = lambda line: None,
+        *,
+        until: int | None = None,
     ) -> Timeline:
         """Send requests so that `in_flight` are always running; return when all are done.
 
@@ -96,6 +102,7 @@ class Client:
             lengths: Prompt and output tokens of each request.
             in_flight: How many are sent at once; the next one follows when one is done.
             on_token: Called with what came back until now, whenever a message came.
+            until: Done is when the first so many are; the others are aborted then. None: all.
         """
         line = Timeline()
         rng = random.Random(self._count)
@@ -106,6 +113,7 @@ class Client:
             name = f"r{self._count}"
             messages[name] = encode(Submit(request_id=name, prompt=prompt, sampling=sampling))
             self._count += 1
+        awaited = set(itertools.islice(messages, until))
         waiting = iter(messages.items())
         unfinished: set[str] = set()
 
@@ -116,8 +124,7 @@ class Client:
                 line.tokens[name] = []
                 self._connection.send_bytes(message)
 
-        send_next()
-        while unfinished:
+        def receive() -> None:
             answer = decode(self._connection.recv_bytes())
             now = time.perf_counter()
             for tokens in tokens_of(answer):
@@ -126,9 +133,22 @@ class Client:
                 line.tokens[tokens.request_id] += [now] * len(tokens.token_ids)
                 if tokens.finish_reason is not None:
                     unfinished.discard(tokens.request_id)
+                    awaited.discard(tokens.request_id)
+
+        send_next()
+        while awaited:
+            receive()
             send_next()
             on_token(line)
+        for name in unfinished:
+            self._connection.send_bytes(encode(Abort(request_id=name)))
+        while unfinished:  # one that ends by itself meanwhile says so too
+            receive()
         return line
+
+    def cap_cache(self, blocks: int | None) -> None:
+        """Leave so many blocks of each rank's cache to requests; for a `CappedLeader`."""
+        self._connection.send_bytes(CAP + (b"" if blocks is None else str(blocks).encode()))
 
     def stop(self) -> None:
         """End the replica, and read what it still says."""

@@ -1,4 +1,4 @@
-"""What the regret benchmark asks: scenarios, the plans of each, and how the chosen one fared.
+"""What the regret benchmark asks: scenarios, and the plans of each.
 
 A scenario is a model, a load, at times a limit, and a memory budget that makes smaller cards out of
 the GPUs that there are. Its plans are every split of the GPUs that fits, at the batch that the
@@ -6,13 +6,12 @@ memory or the load allows and, where a limit may ask for fewer requests at once,
 quarter of it. Equal (model, split, load, batch) of several scenarios are measured once.
 """
 
-import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
-from typing import Any, Literal
+from typing import Literal
 
 from rankwright.cost_model.model_spec import ModelSpec
+from rankwright.cost_model.predict import predict
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
 from rankwright.planner import candidates
@@ -20,6 +19,7 @@ from rankwright.planner.make_plan import NoFeasiblePlanError, Pins, make_plan
 from rankwright.planner.plan import Plan
 from rankwright.planner.shapes import find_shapes
 from rankwright.topology.cluster import Cluster
+from regret_load import SPREAD
 
 # Tokens of a step, in every plan: one process per split measures all of its loads and batches.
 CHUNK_TOKENS = 2048
@@ -66,18 +66,19 @@ class Scenario:
         return ", ".join(parts)
 
 
-# (model, limit on TPOT in ms, budgets in GB): cards of 24, 48 and 80 GB, and the GPU as it is.
-_MODELS = (
-    ("meta-llama/Llama-3.1-8B", 11, (24, 48, None)),
+# (model, limit on TPOT in ms, budgets in GB): cards of 24, 48 and 80 GB, and the GPU as it is where
+# that makes a difference: more memory than the load needs would be the same scenario again.
+_MODELS: tuple[tuple[str, float, tuple[float | None, ...]], ...] = (
+    ("meta-llama/Llama-3.1-8B", 11, (24, 48)),
     ("Qwen/Qwen3-32B", 28, (48, 80, None)),
-    ("Qwen/Qwen3-30B-A3B", 12, (48, 80, None)),
+    ("Qwen/Qwen3-30B-A3B", 12, (48, 80)),
 )
 # (prompt, output, in flight)
-_LOADS = ((1024, 128, 64), (128, 256, 128), (6000, 64, 8))
+_LOADS = ((1024, 128, 64), (128, 256, 128), (6000, 64, 8), (512, 16, 32))
 
 
 def default_scenarios() -> list[Scenario]:
-    """Return the scenarios of the published figures: 39, of three models."""
+    """Return the scenarios of the published figures: 38, of three models, no two with all alike."""
     found: list[Scenario] = []
     for model, tpot_ms, budgets in _MODELS:
         for budget in budgets:
@@ -91,22 +92,42 @@ def default_scenarios() -> list[Scenario]:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One run: a split of a model under so many requests at once in each replica."""
+    """One run: a split of a model under so many requests at once in each replica.
+
+    Attributes:
+        model: Its id.
+        split: Its label.
+        input_tokens: Of a prompt, on average.
+        output_tokens: Of an answer, on average.
+        batch_size: Requests on their way in each replica.
+        kv_blocks: Blocks of the cache of each rank; None: more than they can fill.
+    """
 
     model: str
     split: str
     input_tokens: int
     output_tokens: int
     batch_size: int
+    kv_blocks: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One plan of a scenario: its split, its batch, and whether it is the planner's choice."""
+    """One plan of a scenario: its split and its batch; the rest follows from these.
+
+    Attributes:
+        label: Of the split.
+        split: How the model is cut, with batch and chunk.
+        batch_size: Requests on their way in each replica.
+        kv_blocks: As of `Job`.
+        predicted: What the planner expects: tokens/s of all replicas, TPOT, seconds of a request.
+    """
 
     label: str
-    split: Split
+    split: Split = field(compare=False)
     batch_size: int
+    kv_blocks: int | None = field(default=None, compare=False)
+    predicted: dict[str, float] = field(default_factory=dict[str, float], compare=False)
 
     def job(self, scenario: Scenario) -> Job:
         """Return the run that tells how it does."""
@@ -116,6 +137,7 @@ class Option:
             scenario.input_tokens,
             scenario.output_tokens,
             self.batch_size,
+            self.kv_blocks,
         )
 
 
@@ -157,88 +179,36 @@ def find_options(scenario: Scenario, model: ModelSpec, cluster: Cluster) -> list
             made = plan(scenario, model, cluster, pins, limited=False)
             if made is None:
                 continue
-            most = min(made.limits.max_num_seqs, ceil(scenario.concurrency / dp))
+            most = _batch_of(made, scenario)
             batches = {most}
             if scenario.tpot_limit_s is not None:
                 batches |= {max(1, most // 2), max(1, most // 4)}
-            found += [Option(made.split.label(), made.split, batch) for batch in sorted(batches)]
+            found += [option_of(made, scenario, batch) for batch in sorted(batches)]
     return found
 
 
-def option_of(made: Plan, scenario: Scenario) -> Option:
-    """Return what a plan amounts to when it runs."""
-    batch = min(made.limits.max_num_seqs, ceil(scenario.concurrency / made.split.dp))
-    return Option(made.split.label(), made.split, batch)
-
-
-def score(scenario: Scenario, row: Mapping[str, Any] | None) -> float | None:
-    """Return how good a measured run is, more being better; None where it was not or is too slow.
-
-    The limit holds for the median request.
-    """
-    if row is None:
-        return None
-    if scenario.tpot_limit_s is not None and row["tpot_s"] > scenario.tpot_limit_s:
-        return None
-    if scenario.objective == "latency":
-        return 1 / float(row["request_s"])
-    return float(row["output_tokens_per_s"])
-
-
-def judge(
-    scenario: Scenario,
-    chosen: Option | None,
-    options: Iterable[Option],
-    rules: Mapping[str, Option | None],
-    measured: Mapping[Job, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """Return one row of the result: the best measured plan, and how far each choice is from it."""
-    scores = {
-        (one.label, one.batch_size): value
-        for one in options
-        if (value := score(scenario, measured.get(one.job(scenario)))) is not None
+def option_of(made: Plan, scenario: Scenario, batch_size: int | None = None) -> Option:
+    """Return what a plan amounts to when it runs, with fewer requests at once if asked to."""
+    batch = batch_size or _batch_of(made, scenario)
+    split = made.split.model_copy(update={"max_batch_size": batch, "chunk_tokens": CHUNK_TOKENS})
+    said = predict(made.model, made.cluster, scenario.workload(limited=False), split)
+    request_s = said.ttft_s.value + (scenario.output_tokens - 1) * said.tpot_s.value
+    predicted = {
+        "output_tokens_per_s": said.output_tokens_per_s.value,
+        "tpot_s": said.tpot_s.value,
+        "request_s": request_s,
     }
-    best = max(scores, key=scores.__getitem__) if scores else None
-
-    def miss(option: Option | None) -> dict[str, Any] | None:
-        if option is None:
-            return None
-        row = measured.get(option.job(scenario))
-        value = score(scenario, row)
-        return {
-            "split": option.label,
-            "batch_size": option.batch_size,
-            "measured": row is not None,
-            "breaks_limit": row is not None and value is None,
-            "regret": None if value is None or best is None else 1 - value / scores[best],
-        }
-
-    return {
-        "scenario": scenario.describe(),
-        "chosen": miss(chosen),
-        "best": None if best is None else {"split": best[0], "batch_size": best[1]},
-        "rules": {name: miss(option) for name, option in rules.items()},
-        "plans_measured": len(scores),
-    }
+    return Option(made.split.label(), split, batch, _kv_blocks(made, scenario, batch), predicted)
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the figures over all scenarios: of the planner, and of each rule."""
-    picks: dict[str, list[dict[str, Any] | None]] = {"planner": [row["chosen"] for row in rows]}
-    for row in rows:
-        for name, pick in row["rules"].items():
-            picks.setdefault(name, []).append(pick)
-    return {name: _summary(of_name) for name, of_name in picks.items()}
+def _batch_of(made: Plan, scenario: Scenario) -> int:
+    return min(made.limits.max_num_seqs, ceil(scenario.concurrency / made.split.dp))
 
 
-def _summary(picks: list[dict[str, Any] | None]) -> dict[str, Any]:
-    made = [pick for pick in picks if pick is not None and pick["measured"]]
-    regrets = [pick["regret"] for pick in made if pick["regret"] is not None]
-    return {
-        "scenarios": len(picks),
-        "measured": len(made),
-        "without_a_plan": sum(pick is None for pick in picks),
-        "mean_regret": statistics.fmean(regrets) if regrets else None,
-        "worst_regret": max(regrets, default=None),
-        "limits_broken": sum(pick["breaks_limit"] for pick in made),
-    }
+def _kv_blocks(made: Plan, scenario: Scenario, batch: int) -> int | None:
+    """Return the blocks of a rank's cache under the budget, if `batch` requests may fill them."""
+    blocks, size = made.kv_cache.num_blocks, made.kv_cache.block_tokens
+    longest = ceil((1 + SPREAD) * (scenario.input_tokens + scenario.output_tokens))
+    sequences = ceil(batch / made.split.tp) if made.split.attention == "dp" else batch
+    needed = sequences * ceil(ceil(longest / made.split.cp) / size)
+    return blocks if blocks < needed else None

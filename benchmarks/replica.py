@@ -102,6 +102,7 @@ def run(
     function: Callable[..., Any],
     *arguments: Any,
     runner: Any = None,
+    leader: type[Leader] = Leader,
 ) -> Any:
     """Serve until `function(client, *arguments)` returns in a process of its own.
 
@@ -110,6 +111,7 @@ def run(
         function: Importable by its name.
         arguments: Picklable.
         runner: What the leader runs instead of the replica's runner.
+        leader: Its class.
 
     Returns:
         What the function returned.
@@ -132,7 +134,7 @@ def run(
     # Ours would keep them open: a leader whose client died must notice.
     theirs.close()
     results_there.close()
-    Leader(plan, mesh, runner or replica.runner, ours, eos_token_ids=()).run()
+    leader(plan, mesh, runner or replica.runner, ours, eos_token_ids=()).run()
     ours.close()
     returned, error = results.recv() if results.poll(60) else (None, "the client is gone")
     child.join()
