@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from rankwright.executor.graph_inputs import GraphInputs
-from rankwright.executor.messages import News, Sampling, encode
+from rankwright.executor.messages import Sampling, encode
 from rankwright.executor.rank_batch import Parts, rank_batch
 from rankwright.executor.scheduler import Scheduler
 from rankwright.executor.shared_channel import SharedChannel
@@ -85,7 +85,7 @@ def step_row(batch: int) -> tuple[dict[str, Any], bytes]:
         part = spent("part", rank_batch, read, Parts(BLOCK_TOKENS))
         spent("fill", inputs.fill, part, batch)
         news = spent("complete", scheduler.complete, before, [7] * len(before))
-        spent("news", encode, News(tokens=tuple(news)))
+        spent("news", encode, news)
         before = sampled
     parts = spent.least_us
     leader = sum(parts[name] for name in parts if name != "decode")

@@ -163,7 +163,7 @@ class Client:
 def tokens_of(message: Message) -> tuple[Tokens, ...]:
     """Return the tokens in a message of a leader."""
     if isinstance(message, News):
-        return message.tokens
+        return tuple(message.each())
     return (message,) if isinstance(message, Tokens) else ()
 
 

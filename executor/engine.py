@@ -10,11 +10,13 @@ else ready then.
 """
 
 import os
+import select
 import time
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+from rankwright.executor.continuation import continued
 from rankwright.executor.drawn import Drawn
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.messages import (
@@ -32,18 +34,22 @@ from rankwright.executor.runner import Runner
 from rankwright.executor.scheduler import Scheduler
 from rankwright.executor.sequence import Sequence
 from rankwright.executor.stage_memory import VARIABLE
-from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.step_batch import Continuation, StepBatch
 from rankwright.executor.token_returns import TokenReturns, token_returns
 from rankwright.planner.plan import Plan
 
-# First byte of a control message.
-BATCH, IDLE, STOP = b"b", b"i", b"s"
+# First bytes of a control message: eight, so that the arrays after them are aligned.
+BATCH, NEXT, IDLE, STOP = (name.ljust(8) for name in (b"batch", b"next", b"idle", b"stop"))
+_KIND_BYTES = 8
 # An idle leader speaks up this often, so that silence means death (mesh.CONTROL_TIMEOUT).
 HEARTBEAT_S = 5.0
 # State for /metrics and /health, at most this often.
 STATS_S = 0.1
 # How long an idle leader waits for a request before it looks at the clock again.
 IDLE_WAIT_S = 0.5
+# Messages of the front end that a busy leader takes between two steps: those of a burst of requests
+# cost some 0.1 ms each, and the GPU has one step to go on with.
+MESSAGES_AT_ONCE = 32
 
 
 def default_ahead(mesh: Mesh, runner: Runner) -> int:
@@ -89,17 +95,26 @@ class Follower:
         self._runner = runner
         self._is_eager = bool(default_ahead(mesh, runner) if ahead is None else ahead)
         self._returns = _returns(mesh, runner)
+        self._last: StepBatch | None = None  # what the leader told of before
 
     def run(self) -> None:
         """Run batches until the leader says stop."""
-        while (message := self._next_message())[:1] != STOP:
-            if message[:1] == BATCH:
-                # A copy, because the offset of one byte leaves the arrays unaligned.
-                self._run(StepBatch.decode(bytes(memoryview(message)[1:])))
+        while (message := self._next_message())[:_KIND_BYTES] != STOP:
+            if message[:_KIND_BYTES] != IDLE:
+                self._last = batch = self._heard(message)
+                self._run(batch)
         if self._returns is not None:
             self._returns.finish()
         self._runner.finish()
         self._mesh.finish()
+
+    def _heard(self, message: bytes) -> StepBatch:
+        """Return the batch that a message tells of."""
+        content = memoryview(message)[_KIND_BYTES:]
+        if message[:_KIND_BYTES] == BATCH:
+            return StepBatch.decode(content)
+        assert self._last is not None
+        return continued(self._last, Continuation.decode(content))
 
     def _run(self, batch: StepBatch) -> None:
         if self._returns is None:
@@ -156,6 +171,9 @@ class Leader:
         self._mesh = mesh
         self._runner = runner
         self._connection = connection
+        # Kept: Connection.poll makes a selector each time, for a look between any two steps.
+        self._news_poll = select.poll()
+        self._news_poll.register(connection.fileno(), select.POLLIN)
         self.scheduler = Scheduler(
             num_blocks=plan.kv_cache.num_blocks,
             block_tokens=plan.kv_cache.block_tokens * plan.split.cp,
@@ -207,11 +225,13 @@ class Leader:
         return not (self._stopping.drain and self.scheduler.has_work)
 
     def _take_messages(self) -> None:
-        idle = not (self.scheduler.has_work or self._in_flight or self._stopping)
+        is_idle = not (self.scheduler.has_work or self._in_flight or self._stopping)
         try:
-            while self._connection.poll(IDLE_WAIT_S if idle else 0):
+            for _ in range(MESSAGES_AT_ONCE):
+                if not self._news_poll.poll(IDLE_WAIT_S * 1e3 if is_idle else 0):
+                    break
                 self._take(self._connection.recv_bytes())
-                idle = False
+                is_idle = False
         except (EOFError, OSError):
             # The front end is gone, and with it everybody who could read a token.
             self._stopping = Stop()
@@ -248,7 +268,8 @@ class Leader:
             return False
         batch, sampled = scheduled
         if self._mesh.control.size > 1:
-            self._mesh.tell(BATCH + batch.encode())
+            follows = batch.continues
+            self._mesh.tell(BATCH + batch.encode() if follows is None else NEXT + follows.encode())
             self._last_word = time.monotonic()
         if self._returns is None:
             drawn = self._runner.execute(batch)
@@ -267,8 +288,8 @@ class Leader:
             assert oldest.drawn is not None
             tokens = oldest.drawn.wait()
         news = self.scheduler.complete(oldest.sampled, tokens)
-        if news:
-            self._send(News(tokens=tuple(news)))
+        if news.request_ids:
+            self._send(news)
 
     def _report(self) -> None:
         now = time.monotonic()

@@ -220,7 +220,7 @@ class FrontEnd:
         if isinstance(message, Stats):
             replica.stats = message
         elif isinstance(message, News):
-            for tokens in message.tokens:
+            for tokens in message.each():
                 self._hand_on(replica, tokens)
         elif isinstance(message, Tokens):
             self._hand_on(replica, message)

@@ -16,6 +16,8 @@ from rankwright.executor.rank_batch import RankBatch
 # Sets of host buffers: one that is being filled while copies of the steps before may still wait for
 # the GPU to come to them.
 NUM_HOST_SETS = 3
+# Ids, positions and slots of a row that is there for the shape alone.
+_PADDING = np.array([[0], [0], [-1]])
 # Where each array begins: kernels load 16 bytes at a time.
 _ALIGN_BYTES = 256
 
@@ -41,6 +43,16 @@ class _Arrays:
         return self.memory[: self._tables_at + count * self._row_bytes]
 
 
+class _HostSet:
+    """Arrays on the host, as numpy sees them, and when their copy to the device is done."""
+
+    def __init__(self, arrays: _Arrays, *, on_gpu: bool) -> None:
+        self.arrays = arrays
+        self.wide, self.lens = arrays.wide.numpy(), arrays.lens.numpy()
+        self.tables = arrays.tables.numpy()
+        self.copied = torch.cuda.Event() if on_gpu else None
+
+
 class GraphInputs:
     """Fixed places on the device, and the way of a batch to them.
 
@@ -60,13 +72,10 @@ class GraphInputs:
         self.wide, self.lens = self._there.wide, self._there.lens
         self.tables = self._there.tables
         self.wide[2].fill_(-1)
-        self._on_gpu = device.type == "cuda"
+        on_gpu = device.type == "cuda"
         cpu = torch.device("cpu")
         self._host_sets = deque(
-            (
-                _Arrays(largest, max_blocks, cpu, pinned=self._on_gpu),
-                torch.cuda.Event() if self._on_gpu else None,
-            )
+            _HostSet(_Arrays(largest, max_blocks, cpu, pinned=on_gpu), on_gpu=on_gpu)
             for _ in range(NUM_HOST_SETS)
         )
 
@@ -79,21 +88,22 @@ class GraphInputs:
         """
         count = batch.num_tokens
         width = batch.block_tables_SN.shape[1]
-        host, copied = self._host_sets[0]
+        host = self._host_sets[0]
         self._host_sets.rotate(-1)
-        if copied is not None:
-            copied.synchronize()  # the copy of some steps before may still read it
-        wide, lens, tables = host.wide.numpy(), host.lens.numpy(), host.tables.numpy()
-        wide[:, count:size] = np.array([[0], [0], [-1]])
+        if host.copied is not None:
+            host.copied.synchronize()  # the copy of some steps before may still read it
+        wide, lens = host.wide, host.lens
+        if size > count:
+            wide[:, count:size] = _PADDING
+            lens[count:size] = 0
         wide[0, :count] = batch.token_ids_T
         wide[1, :count] = batch.positions_T
         wide[2, :count] = batch.slots_T
-        lens[count:size] = 0
         lens[:count] = batch.context_lens_S
-        tables[:count, :width] = batch.block_tables_SN
-        self._there.bytes_of(count).copy_(host.bytes_of(count), non_blocking=True)
-        if copied is not None:
-            copied.record()
+        host.tables[:count, :width] = batch.block_tables_SN
+        self._there.bytes_of(count).copy_(host.arrays.bytes_of(count), non_blocking=True)
+        if host.copied is not None:
+            host.copied.record()
 
 
 def _aligned(num_bytes: int) -> int:

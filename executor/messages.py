@@ -11,6 +11,8 @@ from pydantic import Field, TypeAdapter
 from rankwright.topology.value import Value
 
 FinishReason = Literal["stop", "length", "abort", "error"] | None
+# Why the engine ends a request that nothing is wrong with.
+EndReason = Literal["stop", "length"]
 
 
 class Sampling(Value):
@@ -73,10 +75,26 @@ class Tokens(Value):
 
 
 class News(Value):
-    """Leader to front end: what one step brought, in one message, as a batch has many requests."""
+    """Leader to front end: what one step brought, a token of each of its requests.
+
+    In columns: a value and an object for each of 256 requests take longer than the step's schedule.
+    """
 
     kind: Literal["news"] = "news"
-    tokens: tuple[Tokens, ...]
+    request_ids: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    ends: tuple[tuple[int, EndReason], ...] = Field(
+        default=(), description="which of the requests ended, by their place here, and why"
+    )
+
+    def each(self) -> list[Tokens]:
+        """Return the news of each request."""
+        reasons: dict[int, EndReason] = dict(self.ends)
+        rows = zip(self.request_ids, self.token_ids, strict=True)
+        return [
+            Tokens(request_id=name, token_ids=(token,), finish_reason=reasons.get(place))
+            for place, (name, token) in enumerate(rows)
+        ]
 
 
 class Stats(Value):

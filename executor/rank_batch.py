@@ -138,6 +138,8 @@ def rank_batch(batch: StepBatch, parts: Parts, *, max_gathered_blocks: int = 1) 
         max_gathered_blocks: Blocks of prompts that one gather takes at most, where a single prompt
             does not have more.
     """
+    if parts.is_whole and batch.decode_only:
+        return _whole_decode(batch, parts.block_tokens)
     if parts.is_whole:
         starts = np.cumsum(batch.query_lens_S[batch.num_decodes :])
         positions = batch.positions()
@@ -154,6 +156,25 @@ def rank_batch(batch: StepBatch, parts: Parts, *, max_gathered_blocks: int = 1) 
             prefill_context_lens=batch.context_lens_S[batch.num_decodes :].tolist(),
         )
     return _Builder(batch, parts, max_gathered_blocks).build()
+
+
+def _whole_decode(batch: StepBatch, block_tokens: int) -> RankBatch:
+    """Return the batch in which every sequence decodes a token, by fewest operations."""
+    positions = batch.context_lens_S - 1
+    places, offsets = np.divmod(positions, block_tokens)
+    slots = batch.block_tables_SN[batch.sample_rows_R, places] * np.int64(block_tokens) + offsets
+    return RankBatch(
+        num_decodes=batch.num_decodes,
+        token_ids_T=batch.token_ids_T,
+        positions_T=positions,
+        slots_T=slots,
+        context_lens_S=batch.context_lens_S,
+        block_tables_SN=batch.block_tables_SN,
+        sample_rows_R=batch.sample_rows_R,
+        sampled_by_R=None,
+        prefill_query_starts=[0],
+        prefill_context_lens=[],
+    )
 
 
 def _starts(pieces: list[tuple[int, int, int]]) -> list[int]:

@@ -15,15 +15,15 @@ With attention DP each rank of a stage has sequences of its own (a part, see `Ca
 joins the part with most blocks free when it starts, and the token budget is shared out.
 """
 
+import secrets
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain
 
-import numpy as np
-
 from rankwright.executor.cache_room import CacheRoom
 from rankwright.executor.decided_batch import decided_batch
-from rankwright.executor.messages import FinishReason, Sampling, Tokens
+from rankwright.executor.going_on import GoingOn
+from rankwright.executor.messages import EndReason, News, Sampling
 from rankwright.executor.sequence import Sequence
 from rankwright.executor.step_batch import StepBatch
 
@@ -81,6 +81,7 @@ class Scheduler:
         self.num_prompt_tokens = 0
         self.num_reused_tokens = 0  # not computed, because blocks that hold them were known
         self._by_id: dict[str, Sequence] = {}
+        self._going_on = GoingOn(self.room)
         # Prompt tokens of the other batches of a round.
         self._prompts_of_last: deque[int] = deque(maxlen=depth - 1)
 
@@ -108,18 +109,15 @@ class Scheduler:
             )
         if request_id in self._by_id:
             raise ValueError(f"request id {request_id!r} is in use")
-        seed = (
-            sampling.seed
-            if sampling.seed is not None
-            else int(np.random.default_rng().integers(2**62))
-        )
+        stop_ids = frozenset(sampling.stop_token_ids)
         sequence = Sequence(
             request_id=request_id,
             tokens=tokens,
             num_prompt=len(tokens),
             sampling=sampling,
-            seed=seed,
+            seed=secrets.randbits(62) if sampling.seed is None else sampling.seed,
             max_tokens=min(len(tokens) + sampling.max_tokens, self.max_model_len),
+            stop_ids=stop_ids if sampling.ignore_eos else stop_ids | self.eos_token_ids,
         )
         self._by_id[request_id] = sequence
         self.waiting.append(sequence)
@@ -138,13 +136,34 @@ class Scheduler:
         # Each part may fill its share of the step.
         num_parts = len(self.room.pools)
         budgets = [max(1, self.max_batched_tokens // num_parts)] * num_parts
+        onward = None
+        if self.ahead and self.depth == 1 and len(self.running) <= budgets[0]:
+            onward = self._going_on.find(self.running, self._decodes)
+        decodes = self._decoding(budgets) if onward is None else onward.sequences
+        for sequence in decodes if num_parts > 1 else ():
+            budgets[sequence.part] -= 1
+        if num_parts == 1:
+            budgets[0] -= len(decodes)
+        share = self._prompt_share(LEAST_BESIDE if decodes else LEAST_ALONE)
+        chunks = self._prefill_chunks([min(one, share) for one in budgets], keep=decodes)
+        if not decodes and not chunks:
+            return None
+        self._prompts_of_last.append(sum(count for _, count in chunks))
+        if onward is None or chunks:
+            return self._batch(decodes, chunks)
+        self.num_steps += 1
+        return self._going_on.go_on(self.num_steps - 1, onward)
+
+    def _decoding(self, budgets: list[int]) -> list[Sequence]:
+        """Return the sequences that the next batch decodes, with blocks for a token more."""
         decodes: list[Sequence] = []
+        left = budgets.copy()
         # A share of the sequences a batch, so that the batches in flight fill the pipeline evenly.
         share = -(-len(self.running) // self.depth)
         for sequence in list(self.running):
             if len(decodes) == share:
                 break
-            if not self._decodes(sequence) or not budgets[sequence.part]:
+            if not self._decodes(sequence) or not left[sequence.part]:
                 continue
             # Victims are younger, so none of those chosen already.
             if self.room.is_full(sequence) and not self._reserve(sequence, 1, keep=[]):
@@ -152,13 +171,8 @@ class Scheduler:
                 # younger ones would run on while it waits.
                 break
             decodes.append(sequence)
-            budgets[sequence.part] -= 1
-        share = self._prompt_share(LEAST_BESIDE if decodes else LEAST_ALONE)
-        chunks = self._prefill_chunks([min(one, share) for one in budgets], keep=decodes)
-        if not decodes and not chunks:
-            return None
-        self._prompts_of_last.append(sum(count for _, count in chunks))
-        return self._batch(decodes, chunks)
+            left[sequence.part] -= 1
+        return decodes
 
     def _decodes(self, sequence: Sequence) -> bool:
         """Whether its next token is to be computed from one that is known, or will be in time."""
@@ -279,46 +293,50 @@ class Scheduler:
         self, decodes: list[Sequence], chunks: list[tuple[Sequence, int]]
     ) -> tuple[StepBatch, list[Sequence]]:
         entries = [(sequence, 1) for sequence in decodes] + chunks
-        decided = decided_batch(self.num_steps, entries, num_decodes=len(decodes))
+        batch, sampled = decided_batch(self.num_steps, entries, num_decodes=len(decodes))
         for sequence, _ in entries:
             if sequence.num_cached >= (sequence.num_known + 1) * self.room.block_tokens:
                 self.room.know(sequence)
-        for sequence in decided[1]:
+        for sequence in sampled:
             sequence.num_pending += 1
+        self._going_on.note(batch, sampled)
         self.num_steps += 1
-        return decided
+        return batch, sampled
 
-    def complete(self, sampled: list[Sequence], token_ids: list[int]) -> list[Tokens]:
+    def complete(self, sampled: list[Sequence], token_ids: list[int]) -> News:
         """Take in the tokens of a batch; return what to tell the front end."""
-        assert len(sampled) == len(token_ids)
-        news: list[Tokens] = []
+        self._going_on.note_complete(sampled)
+        names: list[str] = []
+        told: list[int] = []
+        ends: list[tuple[int, EndReason]] = []
+        # A loop over every sequence in every step: it has nothing in it that can be elsewhere.
         for sequence, token in zip(sampled, token_ids, strict=True):
             sequence.num_pending -= 1
             if sequence.finished:  # aborted, or ended by the token before this one
                 if not sequence.in_flight:
                     self.room.take_back(sequence)
                 continue
-            sequence.tokens.append(token)
-            self.num_generated += 1
-            reason = self._finish_reason(sequence, token)
-            if reason is not None:
-                self._finish(sequence)
-            news.append(
-                Tokens(request_id=sequence.request_id, token_ids=(token,), finish_reason=reason)
-            )
-        return news
+            tokens = sequence.tokens
+            tokens.append(token)
+            if token in sequence.stop_ids or len(tokens) >= sequence.max_tokens:
+                reason = self._end_reason(sequence, token)
+                if reason is not None:
+                    self._finish(sequence)
+                    ends.append((len(names), reason))
+            names.append(sequence.request_id)
+            told.append(token)
+        self.num_generated += len(told)
+        return News(request_ids=tuple(names), token_ids=tuple(told), ends=tuple(ends))
 
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason:
-        sampling = sequence.sampling
-        if (
-            token in sampling.stop_token_ids
-            or (token in self.eos_token_ids and not sampling.ignore_eos)
-        ) and sequence.num_output >= sampling.min_tokens:
+    def _end_reason(self, sequence: Sequence, token: int) -> EndReason | None:
+        stops = token in sequence.stop_ids and sequence.num_output >= sequence.sampling.min_tokens
+        if stops:
             return "stop"
         return "length" if len(sequence.tokens) >= sequence.max_tokens else None
 
     def _finish(self, sequence: Sequence) -> None:
         sequence.finished = True
+        self._going_on.note_end()
         self._by_id.pop(sequence.request_id, None)
         if sequence in self.running:
             self.running.remove(sequence)

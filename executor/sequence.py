@@ -15,6 +15,7 @@ class Sequence:
     sampling: Sampling
     seed: int
     max_tokens: int  # prompt and output
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it
     num_cached: int = 0  # scheduled into the cache, in flight or done
     blocks: list[int] = field(default_factory=list)
     part: int = 0  # whose pool they are of

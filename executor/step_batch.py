@@ -39,6 +39,37 @@ def known_tokens(token_ids_T: Int64, drawn_R: Int64) -> Int64:
     return known
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Continuation:
+    """What has to be known of a batch beside the one before, whose draws it goes on from.
+
+    Args:
+        step: Its number.
+        kept_R: Rows that the batch before samples whose sequences go on; None: all.
+        grown_3G: For each block more: row of this batch, place in its table, number of the block.
+    """
+
+    step: int
+    kept_R: Int32 | None
+    grown_3G: Int32
+
+    def encode(self) -> bytes:
+        """Return it as bytes."""
+        num_kept = -1 if self.kept_R is None else len(self.kept_R)
+        head = np.array([self.step, num_kept], dtype=np.int64).tobytes()
+        kept = b"" if self.kept_R is None else self.kept_R.tobytes()
+        return head + kept + self.grown_3G.tobytes()
+
+    @classmethod
+    def decode(cls, data: bytes | memoryview) -> Self:
+        """Return what `encode` wrote."""
+        step, num_kept = np.frombuffer(data, dtype=np.int64, count=2).tolist()
+        numbers = np.frombuffer(data, dtype=np.int32, offset=16)
+        count = max(num_kept, 0)
+        kept_R = None if num_kept < 0 else numbers[:count]
+        return cls(step, kept_R, numbers[count:].reshape(3, -1))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepBatch:
     """One forward pass over T tokens of S sequences, and which R of them to sample after."""
@@ -56,6 +87,8 @@ class StepBatch:
     top_k_R: Int64
     seeds_R: Int64
     sample_positions_R: Int64  # position of the token to be drawn
+    # How it follows from the batch before, where that says it all; it does not travel with a batch.
+    continues: Continuation | None = None
 
     @property
     def num_sequences(self) -> int:

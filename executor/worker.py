@@ -9,6 +9,7 @@ launcher to show.
 
 import argparse
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -144,6 +145,9 @@ def run(
                 print(f"  compiled {line}", flush=True)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     peaks = tuple(mesh.gather_integers(peak))
+    # What is there now stays: no collection between two steps need go through all of torch for it.
+    gc.collect()
+    gc.freeze()
     progress("ready")
     if mesh.is_leader:
         connection = Client(_front_end(), authkey=bytes.fromhex(os.environ["RANKWRIGHT_AUTHKEY"]))

@@ -231,7 +231,7 @@ def _client(
     heard = 0
     while unfinished:
         message = decode(connection.recv_bytes())
-        news = message.tokens if isinstance(message, News) else (message,)
+        news = message.each() if isinstance(message, News) else (message,)
         for tokens in news:
             if not isinstance(tokens, Tokens):
                 continue

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rankwright.executor.continuation import continued
 from rankwright.executor.messages import FinishReason, Sampling, Tokens
 from rankwright.executor.scheduler import Scheduler
 from rankwright.executor.sequence import Sequence
-from rankwright.executor.step_batch import StepBatch
+from rankwright.executor.step_batch import Continuation, StepBatch
 
 
 def make(**changes: int | bool) -> Scheduler:
@@ -37,9 +38,19 @@ class Cache:
         self.depth = depth
         self.slots: dict[tuple[int, int], int] = {}
         self.drawn: dict[int, list[int]] = {}
+        self.last: StepBatch | None = None
+
+    def told(self, batch: StepBatch) -> StepBatch:
+        """Return the batch as it travels."""
+        if batch.continues is None:
+            return StepBatch.decode(batch.encode())
+        assert self.last is not None
+        heard = continued(self.last, Continuation.decode(batch.continues.encode()))
+        assert heard.encode() == batch.encode()
+        return heard
 
     def run(self, batch: StepBatch) -> list[int]:
-        batch = StepBatch.decode(batch.encode())  # as it travels
+        batch = self.last = self.told(batch)
         parts = batch.parts_S.repeat(batch.query_lens_S)
         slots = batch.slots(self.block_tokens)
         for part, slot, token in zip(parts, slots, batch.token_ids_T, strict=True):
@@ -89,7 +100,7 @@ def drain(scheduler: Scheduler, requests: dict[str, tuple[list[int], int]]) -> d
             assert scheduler.ahead or (batch.token_ids_T >= 0).all()
             in_flight.append((sampled, cache.run(batch)))
         if in_flight and (scheduled is None or len(in_flight) >= scheduler.max_in_flight):
-            for news in scheduler.complete(*in_flight.popleft()):
+            for news in scheduler.complete(*in_flight.popleft()).each():
                 out[news.request_id] += news.token_ids
         if not waiting and not in_flight and not scheduler.has_work:
             return out
@@ -238,7 +249,7 @@ def test_eos_ends_a_sequence_unless_ignored() -> None:
         scheduler.add("a", [1], Sampling(max_tokens=5, ignore_eos=ignore))
         scheduled = scheduler.schedule()
         assert scheduled is not None
-        assert scheduler.complete(scheduled[1], [0]) == [
+        assert scheduler.complete(scheduled[1], [0]).each() == [
             Tokens(request_id="a", token_ids=(0,), finish_reason=reason)
         ]
 
@@ -258,7 +269,58 @@ def test_a_step_ahead_goes_on_from_a_row_of_the_step_before() -> None:
     third = scheduler.schedule()
     assert third is not None
     assert third[0].token_ids_T.tolist() == [-1]  # b will have its two tokens
-    assert [news.token_ids for news in scheduler.complete(second[1], [13, 14])] == [(13,), (14,)]
+    assert scheduler.complete(second[1], [13, 14]).token_ids == (13, 14)
+
+
+def test_a_step_that_only_goes_on_is_told_by_what_differs_from_the_last() -> None:
+    scheduler = make(ahead=1, num_blocks=9)
+    for name, length, count in (("a", 2, 9), ("b", 1, 3), ("c", 3, 9)):
+        scheduler.add(name, [9] * length, Sampling(max_tokens=count, ignore_eos=True, top_k=length))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert first[0].continues is None
+    batches, before = [second[0]], first[1]
+    for _ in range(2):
+        scheduler.complete(before, [7] * len(before))
+        decided = scheduler.schedule()
+        assert decided is not None
+        before, batch = second[1], decided[0]
+        batches.append(batch)
+        second = decided
+    told = [batch.continues for batch in batches]
+    assert all(one is not None for one in told)
+    assert [one.kept_R is None for one in told if one is not None] == [True, True, False]
+    assert [batch.token_ids_T.tolist() for batch in batches] == [[-1, -2, -3]] * 2 + [[-1, -3]]
+    assert [batch.context_lens_S.tolist() for batch in batches] == [[3, 2, 4], [4, 3, 5], [5, 6]]
+    assert [batch.top_k_R.tolist() for batch in batches] == [[2, 1, 3]] * 2 + [[2, 3]]
+    # Each gets its second block with its fifth token.
+    tables = [batch.block_tables_SN.tolist() for batch in batches]
+    assert tables == [[[0], [1], [2]], [[0, 0], [1, 0], [2, 3]], [[0, 4], [2, 3]]]
+    assert max(len(one.encode()) for one in told if one is not None) <= 36
+
+
+def test_a_request_that_comes_or_goes_is_not_missed_by_steps_that_go_on() -> None:
+    scheduler = make(ahead=1)
+    for name in "ab":
+        scheduler.add(name, [5], Sampling(max_tokens=9, ignore_eos=True))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert scheduler.abort("a")
+    scheduler.add("c", [6, 6], Sampling(max_tokens=9))
+    scheduler.complete(first[1], [7, 7])
+    third = scheduler.schedule()
+    assert third is not None
+    assert third[0].token_ids_T.tolist() == [-2, 6, 6]
+    assert [one.request_id for one in third[1]] == ["b", "c"]
+    assert third[0].continues is None
+    scheduler.complete(second[1], [7, 7])
+    fourth = scheduler.schedule()
+    assert fourth is not None
+    assert fourth[0].continues is not None
+    assert fourth[0].token_ids_T.tolist() == [-1, -2]
+    assert fourth[0].context_lens_S.tolist() == [4, 3]
 
 
 def test_in_a_pipeline_a_step_ahead_goes_on_from_the_step_one_round_before() -> None:
@@ -286,11 +348,11 @@ def test_what_came_too_much_is_dropped_and_its_blocks_are_free_then(how: str) ->
     assert second is not None
     if how == "abort":
         assert scheduler.abort("a")
-    news = scheduler.complete(first[1], [0])
+    news = scheduler.complete(first[1], [0]).each()
     assert [one.finish_reason for one in news] == ([] if how == "abort" else ["stop"])
     assert scheduler.room.num_free_blocks == 6  # the step in flight writes to them
     assert scheduler.schedule() is None
-    assert scheduler.complete(second[1], [9]) == []
+    assert scheduler.complete(second[1], [9]).each() == []
     assert scheduler.room.num_free_blocks == 8
 
 
@@ -302,7 +364,7 @@ def test_an_aborted_request_in_flight_gives_its_blocks_back_when_it_returns() ->
     assert scheduler.abort("a")
     assert not scheduler.abort("a")
     assert scheduler.room.num_free_blocks == 6
-    assert scheduler.complete(scheduled[1], [3]) == []
+    assert scheduler.complete(scheduled[1], [3]).each() == []
     assert scheduler.room.num_free_blocks == 8
     assert not scheduler.has_work
 
