@@ -5,8 +5,7 @@ binds: what would be better if only that limit were wider.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import ceil
 
 from rankwright.cost_model.efficiency import device_class
 from rankwright.cost_model.model_spec import ModelSpec
@@ -14,18 +13,18 @@ from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas, StageModels
 from rankwright.cost_model.serving import (
     Serving,
-    find_flow,
     micro_batches_of,
     prompt_tokens,
     serve_closed,
     serve_open,
 )
-from rankwright.cost_model.shards import Shares
 from rankwright.cost_model.step import Pipeline
 from rankwright.cost_model.workload import Workload
-from rankwright.planner.balance import RankCosts, StageCosts, balance_both, balance_layers
+from rankwright.planner.balance import StageCosts
+from rankwright.planner.cache_blocks import CacheBlocks
 from rankwright.planner.candidate import Candidate, Constraint
-from rankwright.planner.homes import Home, Stage, find_home
+from rankwright.planner.cuts import Cut, Cutter
+from rankwright.planner.homes import Home, find_home
 from rankwright.planner.memory_table import MemoryTable
 from rankwright.planner.pools import Pool, find_pools
 from rankwright.planner.shapes import Pins, Shape
@@ -35,7 +34,6 @@ from rankwright.topology.cluster import Cluster
 MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
 MAX_BATCH_CPU = 32  # a few cores are busy long before
 CHUNK_LEVELS: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-BLOCK_TOKENS = {"cuda": 64, "cpu": 16}
 # Replica counts tried under a request rate, where the wait depends on them.
 _REPLICA_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
 
@@ -76,19 +74,14 @@ class Evaluator:
         self.memory = MemoryTable(model, memory_budget_bytes)
         self._unlike = UnlikeSlots(self.models, self.memory, workload)
         self._dp = pins.dp if pins else None
-        self._sizes: dict[tuple[object, ...], list[int]] = {}
-        self._layer_seconds: dict[tuple[object, ...], list[float]] = {}
         self.is_cpu = all(device_class(gpu) == "cpu" for node in cluster.nodes for gpu in node.gpus)
-
-    @property
-    def _usual_block_tokens(self) -> int:
-        """Tokens of a KV block."""
-        return BLOCK_TOKENS["cpu" if self.is_cpu else "cuda"]
+        self._blocks = CacheBlocks(workload, self.is_cpu)
+        self._cutter = Cutter(self.models, self.memory, workload, self._blocks)
 
     def candidates(self, shape: Shape) -> Iterator[Candidate]:
         """Yield `shape` at every batch level, chunk and pool."""
         levels = self.batch_levels(shape)
-        known: dict[tuple[object, ...], list[_Cut]] = {}  # pools inside machines and over them
+        known: dict[tuple[object, ...], list[Cut]] = {}  # pools inside machines and over them
         for pool in find_pools(shape):
             alike = None if self._unlike.is_in(shape, pool) else self._home(shape, pool)
             pipelines: dict[tuple[object, ...], list[Pipeline]] = {}
@@ -98,11 +91,11 @@ class Evaluator:
                     homes = (
                         [(pool, alike)] if alike else self._dealt(shape, pool, batch_size, chunk)
                     )
-                    cuts: list[tuple[Pool, Home, _Cut]] = []
+                    cuts: list[tuple[Pool, Home, Cut]] = []
                     for dealt, home in homes:
                         key = (home.kinds, batch_size, chunk)
                         if key not in known:
-                            known[key] = self._cuts(home, batch_size, chunk)
+                            known[key] = self._cutter.cuts(home, batch_size, chunk)
                         cuts += [(dealt, home, cut) for cut in known[key]]
                     able = [one for one in cuts if one[2].fits]
                     for dealt, home, cut in able or cuts:
@@ -134,8 +127,7 @@ class Evaluator:
         """Drop the times that were kept; what is asked for again is worked out again."""
         self.models.forget()
         self._unlike.forget()
-        self._layer_seconds.clear()
-        self._sizes.clear()
+        self._cutter.forget()
 
     def batch_levels(self, shape: Shape) -> list[int]:
         """Return powers of two, and what the workload's concurrency comes to for a replica."""
@@ -185,23 +177,12 @@ class Evaluator:
         return max(1, min(most, fitting))
 
     def kv_tokens(self, shape: Shape, batch_size: int) -> int:
-        """Return the tokens of cache that `batch_size` requests take of a rank, in whole blocks.
-
-        Attention DP deals requests to its ranks, context parallelism cuts each into parts.
-        """
-        tokens = self.workload.input_tokens + self.workload.output_tokens
-        block_tokens = self.block_tokens(shape.cp)
-        blocks = ceil(ceil(tokens / shape.cp) / block_tokens)
-        sequences = ceil(batch_size / shape.tp) if shape.attention == "dp" else batch_size
-        return sequences * blocks * block_tokens
+        """Return the tokens of cache that `batch_size` requests take of a rank, in whole blocks."""
+        return self._blocks.kv_tokens(shape, batch_size)
 
     def block_tokens(self, cp: int) -> int:
-        """Return the tokens of a KV block on one rank.
-
-        Under context parallelism a rank's prompt tokens are runs of one block each: twice the usual
-        size fills the 128 rows that a program of the prefill kernel takes.
-        """
-        return self._usual_block_tokens * (2 if cp > 1 and not self.is_cpu else 1)
+        """Return the tokens of a KV block on one rank; see `CacheBlocks.block_tokens`."""
+        return self._blocks.block_tokens(cp)
 
     def chunk_levels(self, batch_size: int, pp: int) -> list[int]:
         """Return the tokens of a step that are tried: up to one that takes a whole prompt."""
@@ -218,7 +199,7 @@ class Evaluator:
         pool: Pool,
         batch_size: int,
         chunk: int,
-        cut: "_Cut",
+        cut: Cut,
         pipelines: list[Pipeline],
     ) -> Iterator[Candidate]:
         for count in self._replica_levels(pool):
@@ -254,6 +235,22 @@ class Evaluator:
                 limits.percentile,
             )
 
+    def stage_costs(
+        self, shape: Shape, pool: Pool, batch_size: int, chunk: int, tokens: StepTokens
+    ) -> list[StageCosts]:
+        """Return what each stage costs per layer, for the placement that is hardest.
+
+        A pool with several kinds of GPU is cut for the slowest and the smallest of each stage.
+
+        Args:
+            shape: How it is cut.
+            pool: Where.
+            batch_size: Slots of one replica, which size its cache.
+            chunk: Tokens of one step at most, which size its buffers.
+            tokens: Of the step that is timed.
+        """
+        return self._cutter.stage_costs(self._home(shape, pool), batch_size, chunk, tokens)
+
     def pipeline(self, replicas: Replicas, stage_layers: tuple[int, ...], shape: Shape) -> Pipeline:
         """Return the pipeline of one of `replicas`, cut as `shape` says."""
         return self.models.pipeline(
@@ -281,124 +278,3 @@ class Evaluator:
             batch_size=batch_size,
             chunk_tokens=chunk,
         )
-
-    def _cuts(self, home: Home, batch_size: int, chunk: int) -> "list[_Cut]":
-        """Return the stages that can be best; where memory allows none, those without its limit.
-
-        Several where steps with prompts and steps without are balanced by different ones.
-        """
-        pp = home.shape.pp
-        slots = ceil(batch_size / micro_batches_of(pp, batch_size))
-        flow = find_flow(self.workload, slots, chunk)
-        costs = self._stage_costs(home, batch_size, chunk, flow.mixed)
-        if pp > 1 and flow.mixed_share < 1 and flow.plain.decode:
-            plain = self._stage_costs(home, batch_size, chunk, flow.plain)
-            cuts = balance_both(costs, plain)
-        else:
-            best = balance_layers(costs)
-            cuts = [] if best is None else [best]
-        fits = bool(cuts)
-        if not fits:
-            roomy = [replace(stage, budget_bytes=inf, ranks=()) for stage in costs]
-            free = balance_layers(roomy)
-            assert free is not None, "without a memory limit every shape has a cut"
-            cuts = [free]
-        return [_Cut(layers, fits, *_fullest(costs, layers)) for layers in cuts]
-
-    def stage_costs(
-        self, shape: Shape, pool: Pool, batch_size: int, chunk: int, tokens: StepTokens
-    ) -> list[StageCosts]:
-        """Return what each stage costs per layer, for the placement that is hardest.
-
-        A pool with several kinds of GPU is cut for the slowest and the smallest of each stage.
-
-        Args:
-            shape: How it is cut.
-            pool: Where.
-            batch_size: Slots of one replica, which size its cache.
-            chunk: Tokens of one step at most, which size its buffers.
-            tokens: Of the step that is timed.
-        """
-        return self._stage_costs(self._home(shape, pool), batch_size, chunk, tokens)
-
-    def _stage_costs(
-        self, home: Home, batch_size: int, chunk: int, tokens: StepTokens
-    ) -> list[StageCosts]:
-        shape = home.shape
-        layer_bytes = self._layer_bytes(shape, batch_size)
-        costs: list[StageCosts] = []
-        for stage in home.stages:
-            extra_s = 0.0
-            if stage.index == 0:
-                extra_s += max([model.first_s(tokens) for model in stage.models])
-            if stage.index == shape.pp - 1:
-                extra_s += max([model.last_s(tokens) for model in stage.models])
-            else:
-                extra_s += max([model.handover_s for model in stage.models])
-            costs.append(
-                StageCosts(
-                    self._layer_s(stage, tokens),
-                    extra_s,
-                    layer_bytes,
-                    self.memory.extra_bytes(shape, stage.index, batch_size, chunk, stage.gpu),
-                    stage.budget_bytes,
-                    tuple(
-                        RankCosts(
-                            self._layer_bytes(shape, batch_size, *rank[1:]),
-                            *self.memory.layer_bytes(shape, *rank[1:]),
-                            self.memory.extra_bytes(shape, stage.index, batch_size, chunk, *rank),
-                            self.memory.budget_bytes(rank[0]),
-                        )
-                        for rank in stage.ranks
-                    ),
-                )
-            )
-        return [costs[index] for index in home.of_stage]
-
-    def _layer_bytes(
-        self, shape: Shape, batch_size: int, tp_rank: int = 0, shares: Shares | None = None
-    ) -> list[int]:
-        """Return the bytes of each layer with its part of the cache; one list for equal asks."""
-        key = (shape.tp, shape.ep, shape.cp, shape.attention, batch_size, tp_rank, shares)
-        if key not in self._sizes:
-            weights, kv = self.memory.layer_bytes(shape, tp_rank, shares)
-            tokens = self.kv_tokens(shape, batch_size)
-            self._sizes[key] = [
-                weight + tokens * per_token for weight, per_token in zip(weights, kv, strict=True)
-            ]
-        return self._sizes[key]
-
-    def _layer_s(self, stage: Stage, tokens: StepTokens) -> list[float]:
-        """Return the seconds of each layer on the slowest of its GPUs; one list for equal asks."""
-        key = (tokens, stage.model_ids)
-        seconds = self._layer_seconds.get(key)
-        if seconds is None:
-            by_kind = [
-                max([model.layer_s(kind, tokens) for model in stage.models])
-                for kind in range(len(self.models.layers.kinds))
-            ]
-            seconds = [by_kind[kind] for kind in self.models.layers.of_layer]
-            self._layer_seconds[key] = seconds
-        return seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    """Stages of one candidate, and the rank that is closest to its budget."""
-
-    layers: tuple[int, ...]
-    fits: bool
-    memory_bytes: int
-    budget_bytes: int
-
-
-def _fullest(costs: list[StageCosts], layers: tuple[int, ...]) -> tuple[int, int]:
-    """Return the bytes and the budget of the rank that is closest to its budget."""
-    start = 0
-    ranks: list[tuple[int, int]] = []
-    for stage, count in zip(costs, layers, strict=True):
-        for rank in stage.ranks or (stage,):
-            size = sum(rank.layer_bytes[start : start + count]) + rank.extra_bytes
-            ranks.append((round(size), round(rank.budget_bytes)))
-        start += count
-    return max(ranks, key=lambda rank: rank[0] / rank[1])
