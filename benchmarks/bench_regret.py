@@ -52,7 +52,7 @@ from regret_scenarios import (
 from result import RESULTS, write_result
 
 # Requests measured in a run for each that is on its way; see `regret_load.py` for what that gives.
-ROUNDS = 2.0
+ROUNDS = 1.0
 PASSES = 2
 # Left at the end for the judgement, and for the start of an engine without which none begins.
 _CLOSING_S, _START_S = 5.0, 30.0

@@ -3,9 +3,9 @@
 What is asked for is a steady state, in few seconds: as many requests always on their way as the
 plan takes, each somewhere between its beginning and its end. So
 
-- the first requests are cut short, their answers evenly from nearly nothing to whole, as if the run
-  had found them under way, and their prompts, which come all at once, to a quarter: those that
-  follow then start one after another;
+- the first requests are cut short, their answers to a random part, as if the run had found them
+  under way, and their prompts, which come all at once, to a quarter: those that follow then start
+  one after another, and now and then two in one step, as they do later on;
 - those that are measured follow them. They are the same requests, in the same order, for every
   plan of a load, dealt to its replicas in turn; of each eight, lengths and outputs lie once in each
   eighth of their range, so that any stretch of them is of nearly the mean length;
@@ -29,9 +29,9 @@ from client import Timeline
 SPREAD = 0.5
 STRATA = 8
 _FIRST_PROMPTS = 0.25  # of those that follow
-# Requests measured in each replica: at least so many, and where there are few on their way, so many
-# for each.
-_LEAST, _OF_FEW, _FEW = 16, 4, 8
+# Requests measured in each replica: one for each that is on its way, at least so many, and where
+# there are few on their way, no more than so many for each.
+_LEAST, _MANY, _OF_FEW = 16, 64, 4
 _FILLERS = 2  # for each that is on its way: enough for one half as long again as the others
 
 Lengths = list[tuple[int, int]]
@@ -76,15 +76,15 @@ def make_load(
         replica: Which.
         dp: Of how many; the requests of a load are dealt to them, eight by eight.
     """
-    wanted = max(round(rounds * in_flight), _OF_FEW * min(in_flight, _FEW), _LEAST)
+    wanted = max(round(rounds * in_flight), min(_MANY, _OF_FEW * in_flight), _LEAST)
     num_measured = -(-wanted // STRATA) * STRATA
     rng = random.Random(f"{input_tokens}+{output_tokens}")
     groups = (num_measured // STRATA + -(-_FILLERS * in_flight // STRATA)) * dp
     stream = [_eight(rng, input_tokens, output_tokens) for _ in range(groups)]
     mine = [one for group in stream[replica::dp] for one in group]
-    under_way = random.Random(replica).sample(range(in_flight), in_flight)
+    phases = random.Random(replica)
     short = max(1, round(_FIRST_PROMPTS * input_tokens))
-    first = [(short, max(2, round(output_tokens * (part + 0.5) / in_flight))) for part in under_way]
+    first = [(short, max(2, round(output_tokens * phases.random()))) for _ in range(in_flight)]
     return Load(first + mine, in_flight, num_measured)
 
 

@@ -87,11 +87,12 @@ class SimulatedReplica:
             if issued and (decided is None or len(issued) >= scheduler.max_in_flight):
                 done_s, sampled = issued.popleft()
                 self._now_s = max(self._now_s, done_s)
-                for tokens in scheduler.complete(sampled, [0] * len(sampled)):
-                    line.tokens[tokens.request_id].append(self._now_s)
-                    if tokens.finish_reason is not None:
-                        awaited.discard(int(tokens.request_id))
-                        send(self._now_s + CLIENT_S)
+                news = scheduler.complete(sampled, [0] * len(sampled))
+                for name in news.request_ids:
+                    line.tokens[name].append(self._now_s)
+                for place, _ in news.ends:
+                    awaited.discard(int(news.request_ids[place]))
+                    send(self._now_s + CLIENT_S)
             elif decided is None:
                 self._now_s = max(self._now_s, arriving[0][0])
         for name in line.sent:
