@@ -120,6 +120,23 @@ def test_nvlink_status_is_read_link_by_link() -> None:
         assert refusal_of(broken)[0] == "inconsistent_topology"
 
 
+@pytest.mark.parametrize("gap", ["\t [...]\n", "\t ...\n", ""])
+def test_links_between_which_lines_are_left_out_are_refused(gap: str) -> None:
+    """As people quote them: 18 links must not become two."""
+    text = f"GPU 0: NVIDIA H100\n\t Link 0: 26.562 GB/s\n{gap}\t Link 17: 26.562 GB/s\n"
+    assert "link 0 goes before: lines are cut" in refusal_of(text)[1]
+
+
+def test_a_board_in_mig_mode_without_memory_keeps_its_power_limit() -> None:
+    text = SMI_TABLE.replace("55MiB / 143771MiB", "              N/A")
+    first = described(text)["gpus"][0]
+    assert (first["memory_total_bytes"], first["power_limit_w"]) == (None, 700.0)
+
+
+def test_two_blanks_before_an_identity_are_no_part_of_the_name() -> None:
+    assert described("GPU 0: NVIDIA Thor  (UUID: 54d0-1)\n")["gpus"][0]["name"] == "NVIDIA Thor"
+
+
 def test_lists_of_gpus_are_read_in_order() -> None:
     gpus = described(QUERY)["gpus"]
     assert [(gpu["index"], gpu["ecc"], gpu["memory_total_mib"]) for gpu in gpus] == [

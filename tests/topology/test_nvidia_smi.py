@@ -391,3 +391,38 @@ def test_every_real_list_of_known_gpus_is_read(kind: str) -> None:
             if "unknown GPU" not in str(error):
                 unread.append((entry["file"], str(error)))
     assert not unread
+
+
+BLANK_CPUS = """\
+\tGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID
+GPU0\t X \tNV18\tPIX\t8-15\t0\t\tN/A
+GPU1\tNV18\t X \tSYS\t\t1\t\tN/A
+NIC0\tPIX\tSYS\t X \t\t\t\t
+"""
+
+
+def test_a_job_without_cpus_of_a_socket_still_has_its_numa_node() -> None:
+    """Slurm gave it the CPUs of the other one; only the tabs tell which cell is blank."""
+    table = parse_topo_m(BLANK_CPUS)
+    assert table.cpu_affinity == ("8-15", None)
+    assert table.numa_affinity == ("0", "1")
+    assert table.gpu_numa_id == ("N/A", "N/A")
+    with pytest.raises(ProbeError, match="under the 3 columns"):
+        parse_topo_m(BLANK_CPUS.replace("\t", "    "))
+    with pytest.raises(ProbeError, match="under the 3 columns"):
+        parse_topo_m(BLANK_CPUS.replace("\t1\t\tN/A", "\t1\tN/A"))
+
+
+PLAIN = "\tGPU0\tGPU1\nGPU0\t X \tPIX\nGPU1\tPIX\t X \n"
+
+
+def test_a_table_of_peers_may_follow_without_a_legend_but_no_second_machine() -> None:
+    peers = "\n$ nvidia-smi topo -p2p rw\n \tGPU0\tGPU1\n GPU0\tX\tOK\n GPU1\tOK\tX\n"
+    assert parse_topo_m(PLAIN + peers).matrix == (("X", "PIX"), ("PIX", "X"))
+    with pytest.raises(ProbeError, match="a second table"):
+        parse_topo_m(PLAIN + "after:\n" + PLAIN.replace("PIX", "SYS"))
+
+
+def test_a_quoted_mail_with_its_own_legend_is_read() -> None:
+    mail = "".join(f">>> {line}\n" for line in (PLAIN + "Where:\n  X    = Self\n").splitlines())
+    assert parse_topo_m(mail + ">>>\n").matrix == (("X", "PIX"), ("PIX", "X"))

@@ -133,9 +133,13 @@ def _read_rows(lines: list[str], start: int, nics: list[str], num_devices: int) 
     seen: set[str] = set()
     known = set(nics)
     for number, line in enumerate(lines[start:], start=start + 1):
+        if _is_header(line) and seen:
+            if _tells_links(lines[number:]):
+                raise refusal(number, line, "a second table; give one machine, once")
+            break  # of peer access, say
         name = next(iter(line.split(maxsplit=1)), "")
         if not (re.fullmatch(r"GPU\d+|NIC\d+", name) or name in known):
-            if re.match(r"\s*(NIC )?Legend", line) or _is_header(line):  # or a second table
+            if re.match(r"\s*((NIC )?Legend|X\s*=\s*Self)", line):
                 break
             if _TOKEN.match(line):
                 raise refusal(number, line, "a row is wrapped, or lost its name")
@@ -150,6 +154,12 @@ def _read_rows(lines: list[str], start: int, nics: list[str], num_devices: int) 
         seen.add(name)
         rows.append(_Row(number, name, cells, rest))
     return rows
+
+
+def _tells_links(lines: list[str]) -> bool:
+    """Return whether the first row of a table has links, not words such as OK of `-p2p`."""
+    row = next((line for line in lines if line.strip()), "")
+    return len(_TOKEN.findall(re.sub(r"^\s*GPU\d+", "", row))) > 1
 
 
 def _read_cells(body: str, limit: int) -> tuple[tuple[str, ...], str]:

@@ -32,7 +32,9 @@ LIMIT_FIELDS = (
 BASIC_FIELDS = ("index", "name", "uuid", "memory.total", "memory.free", "driver_version")
 
 # A uuid may be masked: `(UUID: GPU-...)`. Environment reports name equal GPUs on one line.
-_LISTED = re.compile(r"\s*GPU (\d{1,3}(?:,\d{1,3})*): (.+?)(?: \(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
+_LISTED = re.compile(
+    r"\s*GPU (\d{1,3}(?:,\d{1,3})*): (.+?)(?: +\(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$"
+)
 _MIG_LISTED = re.compile(r"\s+MIG (\S+)\s+Device\s+(\d+): \(UUID: (MIG-[\w/-]*(?:\.\.\.)?)\)\s*$")
 _FIELD = re.compile(r"[a-z]\w*(?:\.\w+)*(?: \[\w?[^\]]*\])?$")
 _NAMES = {"gpu_name": "name", "gpu_uuid": "uuid", "gpu_bus_id": "pci.bus_id"}

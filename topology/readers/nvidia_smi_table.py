@@ -83,17 +83,17 @@ def _first_line(
 
 
 def _with_memory(number: int, line: str, cells: list[str], gpu: ListedGpu) -> ListedGpu:
+    power = _POWER.search(cells[0])
+    gpu = replace(gpu, power_limit_w=float(power[1]) if power else None)
     if len(cells) == 3 and re.fullmatch(_UNTOLD, cells[1].strip()):
         return gpu
     memory = _MEMORY.match(cells[1]) if len(cells) == 3 else None
     if memory is None or int(memory[1]) > int(memory[2]):
         raise refusal(number, line, "expected the memory of a GPU, as `211MiB / 8192MiB`")
-    power = _POWER.search(cells[0])
     return replace(
         gpu,
         memory_total_bytes=int(memory[2]) * MIB,
         memory_free_bytes=(int(memory[2]) - int(memory[1])) * MIB,
-        power_limit_w=float(power[1]) if power else None,
     )
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from rankwright.topology.readers.text import numbered_lines, refusal
 
-_GPU = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: \(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
+_GPU = re.compile(r"\s*GPU (\d{1,3}): (.+?)(?: +\(UUID: ([\w-]+(?:\.\.\.)?)\))?\s*$")
 _LINK = re.compile(r"\s*Link (\d{1,2}): (\d{1,4}(?:\.\d+)? GB/s|<?inactive>?)\s*$", re.IGNORECASE)
 _LINK_LIKE = re.compile(r"\s*Link\s*\d")
 # What the driver says instead of links: all inactive, not supported, or hidden by MIG.
@@ -36,7 +36,7 @@ def parse_nvlink_status(text: str) -> tuple[NvlinkGpu, ...]:
     """Return the GPUs in the text with their links.
 
     Raises:
-        ProbeError: A link belongs to no GPU, is listed twice, or cannot be read.
+        ProbeError: A link belongs to no GPU, is listed twice, or cannot be read, or one is missing.
         ValueError: There is no such listing.
     """
     gpus: list[NvlinkGpu] = []
@@ -57,6 +57,8 @@ def parse_nvlink_status(text: str) -> tuple[NvlinkGpu, ...]:
             last = gpus[-1]
             if last.message is not None or int(link[1]) in dict(last.links):
                 raise refusal(number, line, f"a second word on link {link[1]}")
+            if last.links and int(link[1]) != last.links[-1][0] + 1:
+                raise refusal(number, line, f"link {last.links[-1][0]} goes before: lines are cut")
             links = (*last.links, (int(link[1]), link[2]))
             gpus[-1] = NvlinkGpu(last.index, last.name, links, None)
         elif is_open and re.search(r"\w", line):

@@ -7,6 +7,7 @@ certainty and refuses the rest: a wrong matrix costs more than a second look at 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from rankwright.topology.errors import ProbeError
 
@@ -24,6 +25,7 @@ _PREFIXES = tuple(
         r"([ \d]*\d: )",
         r"([\w.-]+: )",
         r"(\u2502) ?",
+        r"(?:> ?)+()",  # a mail's quotation
     )
 )
 
@@ -37,6 +39,7 @@ class TableRow:
     cells: tuple[str, ...]
 
 
+@lru_cache(maxsize=2)  # each kind of capture asks for the same text
 def clean(text: str) -> str:
     """Return the text without terminal escapes and byte-order mark, with Unix line ends.
 

@@ -64,13 +64,30 @@ def read_cells(number: int, rest: str, columns: list[str]) -> dict[str, str | No
         cells[:1] = split_fused(cells[0]) or cells[:1]
     if len(cells) == len(columns):
         return dict(zip(columns, cells, strict=True))
-    # NVML prints CPU and NUMA together or not at all, and always an id if it has one.
+    tabbed = _read_tabbed(rest, columns)
+    if tabbed is not None:
+        return tabbed
+    # Without tabs: CPU and NUMA are mostly blank together, and an id is printed if there is one.
     if not columns or (not words and not cells):
         return dict.fromkeys(columns)
     if not words and len(cells) == 1 and columns[-1] == "id" and _ID.fullmatch(cells[0]):
         return {**dict.fromkeys(columns), "id": cells[0]}
     found = " ".join((*cells, *words)) or "nothing"
     raise refusal(number, rest, f"{found[:40]!r} under the {len(columns)} columns behind the links")
+
+
+def _read_tabbed(rest: str, columns: list[str]) -> dict[str, str | None] | None:
+    """Return the cells where the text has kept its tabs, which alone tell a blank from the next.
+
+    A job whose CPUs are all of another socket has a NUMA node here and no CPU.
+    """
+    fields = [field.strip() for field in rest.rstrip("\n").split("\t")]
+    if columns != ["cpu", "numa", "id"] or len(fields) != 5 or fields[0] or fields[3]:
+        return None
+    cells = [fields[1], fields[2], fields[4]]
+    if not all(_CELL.fullmatch(cell) or not cell for cell in cells):
+        return None
+    return {name: cell or None for name, cell in zip(columns, cells, strict=True)}
 
 
 def split_fused(word: str) -> tuple[str, str] | None:
