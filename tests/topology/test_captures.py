@@ -133,6 +133,12 @@ def test_a_board_in_mig_mode_without_memory_keeps_its_power_limit() -> None:
     assert (first["memory_total_bytes"], first["power_limit_w"]) == (None, 700.0)
 
 
+def test_the_driver_is_named_without_the_remark_of_newer_ones() -> None:
+    remark = "580.95.05 [Deprecated; use KMD Version]\nKMD Version               : 580.95.05"
+    page = described(SMI_Q.replace("580.95.05", remark, 1))
+    assert page["gpus"][0]["driver"] == "580.95.05"
+
+
 def test_two_blanks_before_an_identity_are_no_part_of_the_name() -> None:
     assert described("GPU 0: NVIDIA Thor  (UUID: 54d0-1)\n")["gpus"][0]["name"] == "NVIDIA Thor"
 

@@ -66,7 +66,8 @@ def parse_smi_log(text: str) -> SmiLog:
     if attached is not None and len(logs) > attached:
         raise refusal(1, "Attached GPUs", f"{attached} are attached, {len(logs)} described")
     complete = attached == len(logs)
-    driver = head.get(("Driver Version",))
+    # Since 610 the second has a remark behind it, "[Deprecated; ... Use KMD Version instead]".
+    driver = head.get(("KMD Version",)) or head.get(("Driver Version",))
     gpus = tuple(
         _listed(position if complete else None, bus, values, processes, driver)
         for position, (bus, values, processes) in enumerate(logs)
