@@ -108,6 +108,7 @@ def judge(
             1 - max(others) / scores[best] if best is not None and others else None
         ),
         "rules": {name: miss(option) for name, option in rules.items()},
+        "best_of_peer_space": _best_of_peer_space(scores),
         "plans": [_describe(option, found) for option, found in passes.items()],
     }
 
@@ -131,6 +132,16 @@ def _crossed_regret(
         best = max(twice, key=lambda option: twice[option][picking])
         found.append(1 - twice[chosen][judging] / twice[best][judging])
     return statistics.fmean(found)
+
+
+def _best_of_peer_space(scores: Mapping[Option, float]) -> float | None:
+    """Return the regret of the best plan that AIConfigurator's search looks at, by measurement.
+
+    It has no pipelines unless they are written down for it (`agg_pp_candidates: [1]`), and no cut
+    contexts for these models: whatever it predicts, it can pick nothing better than this.
+    """
+    inside = [value for option, value in scores.items() if option.split.pp == option.split.cp == 1]
+    return 1 - max(inside) / max(scores.values()) if inside else None
 
 
 def _describe(option: Option, passes: Passes) -> dict[str, Any]:
@@ -162,12 +173,18 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name, pick in row["rules"].items():
             picks.setdefault(name, []).append(pick)
     crossed = [row["crossed_regret"] for row in whole if row["crossed_regret"] is not None]
+    inside = [row["best_of_peer_space"] for row in whole if row["best_of_peer_space"] is not None]
     return {
         "scenarios": len(rows),
         "scenarios_complete": len(whole),
         "best_split": dict(Counter(row["best"]["split"] for row in whole if row["best"])),
         "mean_crossed_regret": statistics.fmean(crossed) if crossed else None,
         "worst_crossed_regret": max(crossed, default=None),
+        "best_of_peer_space": {
+            "without_a_plan": len(whole) - len(inside),
+            "mean_regret": statistics.fmean(inside) if inside else None,
+            "worst_regret": max(inside, default=None),
+        },
         "choices": {name: _summary(of_name) for name, of_name in picks.items()},
     }
 

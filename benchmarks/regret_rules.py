@@ -21,6 +21,10 @@ def rules_of_thumb(
     TP over all GPUs, whatever the model; the tree of vLLM's guide (docs, distributed serving): one
     GPU each where the model fits one, tensor parallelism over the machine where it does not; and
     the narrowest group that holds 1.5 times the weights, as often as there is room for it.
+
+    None of them looks at the load, and none can pick a pipeline, experts whole on their ranks of a
+    model without latent attention, or fewer requests at once for a limit. What AIConfigurator's
+    search could pick at best is in `regret_judge.py`.
     """
     whole = Pins(tp=cluster.num_gpus, pp=1, dp=1, cp=1, attention="tp")
     copies = Pins(tp=1, pp=1, dp=cluster.num_gpus, cp=1)

@@ -11,7 +11,7 @@ from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.split import Split
 from rankwright.topology.shorthand import parse_cluster
 from regret_judge import contenders, judge, noise, summarise
-from regret_load import figures, make_load
+from regret_load import Load, figures, make_load
 from regret_parts import read_parts, write_part
 from regret_scenarios import Job, Option, Scenario, default_scenarios
 from simulated_replica import simulated_replica
@@ -28,19 +28,22 @@ def small_model() -> ModelSpec:
     return model.model_copy(update={"layer_runs": (run.model_copy(update={"count": 4}),)})
 
 
+def measured(load: Load) -> list[tuple[int, int]]:
+    """The requests whose figures count."""
+    return load.lengths[load.num_before : load.until]
+
+
 def test_replicas_serve_the_requests_of_one_between_them() -> None:
-    alone = make_load(1024, 128, 32, rounds=2)
-    halves = [make_load(1024, 128, 16, rounds=2, replica=one, dp=2) for one in (0, 1)]
-    assert sorted(alone.lengths[32:96]) == sorted(
-        one for half in halves for one in half.lengths[16:48]
-    )
+    alone = make_load(1024, 128, 128, rounds=2)
+    halves = [make_load(1024, 128, 64, rounds=2, replica=one, dp=2) for one in (0, 1)]
+    assert sorted(measured(alone)) == sorted(one for half in halves for one in measured(half))
 
 
 def test_any_eight_measured_requests_are_of_nearly_the_mean_length() -> None:
     load = make_load(1000, 200, 8, rounds=4)
-    measured = load.lengths[load.in_flight : load.until]
-    for start in range(0, len(measured), 8):
-        prompts, outputs = zip(*measured[start : start + 8], strict=True)
+    assert load.num_measured >= 32
+    for start in range(0, load.num_measured, 8):
+        prompts, outputs = zip(*measured(load)[start : start + 8], strict=True)
         assert statistics.fmean(prompts) == pytest.approx(1000, rel=0.07)
         assert statistics.fmean(outputs) == pytest.approx(200, rel=0.07)
 
@@ -49,7 +52,7 @@ def test_rates_follow_from_the_measured_requests_alone() -> None:
     load = make_load(10, 3, 2, rounds=2)
     line = Timeline()
     for index in range(load.until + 2):
-        is_measured = load.in_flight <= index < load.until
+        is_measured = load.num_before <= index < load.until
         line.sent[str(index)] = float(index)
         # Measured: first token after 1 s, two more every 2 s. The others would give other rates.
         line.tokens[str(index)] = [index + (1.0 if is_measured else 9.0) + 2 * t for t in range(3)]
@@ -67,7 +70,7 @@ def test_a_short_run_tells_nearly_what_a_long_one_does() -> None:
         row = figures(line, load)
         rates.append(row["output_tokens_per_s"])
         # Tokens of the window in which the measured requests were sent.
-        names = list(line.sent)[load.in_flight : load.until]
+        names = list(line.sent)[load.num_before : load.until]
         start, stop = line.sent[names[0]], line.sent[names[-1]]
         count = sum(start < moment <= stop for one in line.tokens.values() for moment in one)
     assert rates[0] == pytest.approx(rates[1], rel=0.05)
@@ -98,8 +101,9 @@ SCENARIO = Scenario(LLAMA_8B, 1024, 128, 64, tpot_limit_s=0.010)
 
 
 def option(label: str, batch_size: int = 64) -> Option:
-    """A plan; only its name matters here."""
-    return Option(label, TP2, batch_size)
+    """A plan; only its name matters here, and whether it is a pipeline."""
+    split = TP2.model_copy(update={"pp": 2, "stage_layers": (2, 2)}) if "PP" in label else TP2
+    return Option(label, split, batch_size)
 
 
 def passes(*rates: float, tpot_s: float = 0.009) -> list[dict[str, float]]:
@@ -134,6 +138,16 @@ def test_regret_is_against_the_best_mean_that_keeps_the_limit() -> None:
     assert (summary["scenarios"], summary["scenarios_complete"]) == (2, 1)
     assert summary["choices"]["planner"]["worst_regret"] == row["chosen"]["regret"]
     assert summary["choices"]["pipeline"]["limits_broken"] == 1
+
+
+def test_a_search_without_pipelines_misses_the_best_one() -> None:
+    unlimited = Scenario(LLAMA_8B, 1024, 128, 64)
+    rates = {"TP2": 80.0, "PP2": 100.0, "DP2": 90.0}
+    options = [option(label) for label in rates]
+    measured = {one.job(unlimited): passes(rates[one.label]) for one in options}
+    row = judge(unlimited, option("PP2"), options, {}, measured)
+    assert row["best_of_peer_space"] == pytest.approx(0.1)
+    assert summarise([row])["best_of_peer_space"]["worst_regret"] == pytest.approx(0.1)
 
 
 def test_noise_is_the_spread_of_one_figure() -> None:
