@@ -27,6 +27,8 @@ from result import RESULTS, write_result
 
 # Since then the host decides the next step while one runs, and one row has kernels of its own.
 ENGINE_SINCE = "2026-11-22T03:00:00+00:00"
+# Since then padding of attention DP goes to no expert: before, it was computed like a prompt.
+PADDING_SINCE = "2026-11-22T10:30:00+00:00"
 KINDS = ("engine-*.json", "points-*.json", "profile-*.json")
 BLOCK_TOKENS = 64  # of the KV cache of a GPU
 # Output tokens of the rows of bench_engine.py and bench_profile.py, by batch, where these differ
@@ -74,7 +76,9 @@ def rows_of(recorded: dict[str, Any], since: str) -> Iterator[Row]:
         elif row["what"] in ("prompt", "ttft"):
             measured_s = row.get("measured_ms", row.get("ttft_ms")) / 1e3
             made_s = prompt_s(pipeline, split, context)
-            yield Row(run, "prompt", 1, context, measured_s, made_s, *version)
+            commit, current = version
+            current &= split.attention == "tp" or environment["date"] >= PADDING_SINCE
+            yield Row(run, "prompt", 1, context, measured_s, made_s, commit, current)
     if recorded.get("peak_memory_bytes"):
         tokens = recorded["num_kv_blocks"] * BLOCK_TOKENS
         groups = choose_replicas(cluster, split)

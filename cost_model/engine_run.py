@@ -20,10 +20,16 @@ _PROFILED_SEQUENCES = 256
 
 
 def chunk_tokens(split: Split, engine: str) -> int:
-    """Return the tokens of a step at most: the split's, where it says, else the engine's own."""
+    """Return the tokens of a step at most: the split's, where it says, else the engine's own.
+
+    Of all ranks: under attention DP each has a scheduler of its own, in most engines with a whole
+    step of its own.
+    """
     if engine not in ENGINE_ROWS or "chunk_tokens" in split.model_fields_set:
         return split.chunk_tokens
-    return ENGINE_ROWS[engine].chunk_tokens
+    row = ENGINE_ROWS[engine]
+    schedulers = split.tp if split.attention == "dp" and row.steps_of_ranks else 1
+    return row.chunk_tokens * schedulers
 
 
 def kv_capacity_tokens(spec: ModelSpec, split: Split, gpu: Gpu, engine: str) -> float:
@@ -32,13 +38,13 @@ def kv_capacity_tokens(spec: ModelSpec, split: Split, gpu: Gpu, engine: str) -> 
     Never below one token: a model that does not fit is for the memory figures to tell.
     """
     row = ENGINE_ROWS[engine]
-    chunk = chunk_tokens(split, engine)
     fixed = RESERVED_BYTES["cuda"] + activation_bytes(
         spec,
         tp=split.tp,
         ep=split.ep,
         attention=split.attention,
-        max_batched_tokens=chunk,
+        # Experts get the tokens of all ranks, and make room for all pairs of them.
+        max_batched_tokens=chunk_tokens(split, engine),
         max_num_seqs=_PROFILED_SEQUENCES,
     )
     tokens = float("inf")
@@ -75,6 +81,7 @@ def run_on_engine(
         kv_capacity_tokens(spec, split, gpu, engine),
         row.split_prompts,
         row.reserved_share,
+        split.tp if split.attention == "dp" else 1,
         row.host_token_s if served else 0.0,
         row.host_request_s if served else 0.0,
     )

@@ -26,6 +26,8 @@ class Engine:
             both sides. Where a workload does not say, so are ours: equal requests that start
             together stay together, and real ones do not.
         request_s: Of each request outside the engine's steps, beside others: HTTP and queues.
+        steps_of_ranks: Whether ranks that attend for sequences of their own (attention DP) each
+            fill a step of `chunk_tokens`; else all of them together.
         source: Of these.
         host_token_s: Of each token in the one process that hands them to clients, one after
             another; `simulate.py` says what follows. 0 where published runs show no such limit.
@@ -43,6 +45,7 @@ class Engine:
     source: str
     host_token_s: float = 0.0
     host_request_s: float = 0.0
+    steps_of_ranks: bool = True
 
 
 # Requests of a closed run, for each that is in flight at a time (InferenceX benchmarks send
@@ -64,6 +67,7 @@ _SGLANG = Engine(
     request_s=0.0097,
     host_token_s=4.8e-5,
     host_request_s=1.0e-3,
+    steps_of_ranks=False,  # chunked_prefill_size is divided by dp_size
     source="SGLang 0.5 ServerArgs defaults",
 )
 

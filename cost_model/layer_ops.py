@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import log, sqrt
 
 from rankwright.cost_model.dtypes import BITS, Dtype
+from rankwright.cost_model.latent_prefill import latent_prefill
 from rankwright.cost_model.model_spec import Layer, ModelSpec
 from rankwright.cost_model.ops import Op, OpKind, StepTokens
 from rankwright.cost_model.parameters import Tensor, head_tensor, layer_tensors, tensor_bytes
@@ -68,6 +69,8 @@ class LayerModel:
         attention: AttentionSplit = "tp",
         fused_norms: bool = False,
         tile_keys: float = 0.0,
+        pads_gathers: bool = False,
+        expands_by_heads: bool = False,
         tp_rank: int = 0,
         shares: Shares | None = None,
     ) -> None:
@@ -82,11 +85,15 @@ class LayerModel:
             attention: `dp` when each rank attends for its own share of the sequences.
             fused_norms: Whether norms cost no kernel of their own.
             tile_keys: Of attention of prompts; see `tiles.prefill_flops`.
+            pads_gathers: Whether ranks with sequences of their own gather as many tokens of each.
+            expands_by_heads: How latents of prompts are expanded; see `latent_prefill.py`.
             tp_rank: Whose part; of equal shares rank 0's is the fullest.
             shares: Of the ranks, where they are unequal.
         """
         self._cp = cp
         self._tile_keys = tile_keys
+        self._pads_gathers = pads_gathers
+        self._expands_by_heads = expands_by_heads and layer.attention.kind == "mla"
         self._spec = spec
         self._layer = layer
         self._ep = ep
@@ -157,13 +164,28 @@ class LayerModel:
         decode, prefill = self._attended(tokens)
         return decode + prefill
 
+    def gathered(self, tokens: StepTokens) -> float:
+        """Return the tokens that parts of the layer which all ranks share work on.
+
+        Under attention DP the executor gathers as many rows of every rank as the fullest has, so
+        that a prompt that is alone comes with as much padding from each of the others.
+        """
+        if self._attention_ranks == 1 or not self._pads_gathers:
+            return tokens.total
+        return self._attention_ranks * self.rows(tokens)
+
+    def _normed(self, tokens: StepTokens, rows: float) -> float:
+        """Return the tokens whose residual this rank keeps: under attention DP its own."""
+        return tokens.total if self._attention_ranks == 1 else rows
+
     def other_ops(self, tokens: StepTokens) -> tuple[Op, ...]:
         """Return the ops but for attention itself: these depend on `tokens.total` and `rows`."""
         rows = self.rows(tokens)
         feed_forward, activated = self._feed_forward(tokens, rows)
         # Two norms read hidden and residual and write both; rotary and KV write pass over the
         # heads; the activation reads gate and up and writes their product.
-        values = tokens.total * 8 * self._spec.hidden_size + self._rotated(rows) + 3 * activated
+        values = self._normed(tokens, rows) * 8 * self._spec.hidden_size
+        values += self._rotated(rows) + 3 * activated
         norms = self._norms(values, self._launches)
         projections = (self._qkv.op(rows, self._width), self._output.op(rows, self._width))
         return (*projections, *feed_forward, norms)
@@ -176,7 +198,7 @@ class LayerModel:
         """
         rows = self.rows(tokens)
         feed_forward, activated = self._feed_forward(tokens, rows)
-        norm = tokens.total * 4 * self._spec.hidden_size
+        norm = self._normed(tokens, rows) * 4 * self._spec.hidden_size
         last = self._launches // 2
         attention = [self._qkv.op(rows, self._width), self._output.op(rows, self._width)]
         attention += self.attention_ops(tokens)
@@ -195,13 +217,12 @@ class LayerModel:
         ops: list[Op] = []
         activated = 0.0
         if self._mlp is not None:
-            taken = rows if self._mlp_of_own else tokens.total
+            taken = rows if self._mlp_of_own else self.gathered(tokens)
             ops.append(self._mlp.op(taken, self._width))
             activated += taken * self._columns
         if self._experts is not None:
-            ops.append(self._router_op(tokens.total))
             pairs, expert_op = self._expert_op(self._experts, tokens.total)
-            ops.append(expert_op)
+            ops += [self._router_op(self.gathered(tokens), pairs), expert_op]
             activated += pairs * self._expert_columns
         return ops, activated
 
@@ -215,7 +236,8 @@ class LayerModel:
         if ranks == 1:
             return tokens.decode, tokens.prefill
         decode = max(tokens.decode / ranks, min(1.0, tokens.decode))
-        return decode, tokens.prefill / min(ranks, max(1.0, tokens.prompts))
+        prompts = max(1.0, tokens.prompts, tokens.sequences)
+        return decode, tokens.prefill / min(ranks, prompts)
 
     def attention_ops(self, tokens: StepTokens) -> list[Op]:
         """Return the ops of attention, which depend on contexts too."""
@@ -243,6 +265,8 @@ class LayerModel:
             name: OpKind = "attention decode"
             # Split over the context, then merged.
             ops.append(Op(name, name, pairs * decode_flops, pairs * token_bytes, 2, spec.dtype))
+            if self._expands_by_heads:
+                ops.append(self._latent_queries(decode))
         if prompt:
             context = min(tokens.prefill_context, window)
             moved = prompt * self._queries * head_values * self._width
@@ -253,7 +277,8 @@ class LayerModel:
                 reach = min(
                     tokens.prefill_context + prompt / (2 * max(1.0, tokens.prompts)), window
                 )
-                pair_flops = 2 * head_values
+                # FlashAttention wants values as wide as keys.
+                pair_flops = 4 * heads.head_dim if self._expands_by_heads else 2 * head_values
                 taken = prefill_flops(
                     prompt, context, reach, self._queries, pair_flops, self._tile_keys
                 )
@@ -272,6 +297,15 @@ class LayerModel:
         moved = 2 * 4 * self._cp * values
         return Op("merge", "elementwise", 0, moved, self._cp, self._spec.dtype)
 
+    def _latent_queries(self, rows: float) -> Op:
+        """Return both parts of the queries copied side by side, and what was found in order."""
+        heads = self._layer.attention
+        assert heads.kv_lora_rank is not None
+        assert heads.rope_head_dim is not None
+        width = heads.kv_lora_rank + heads.rope_head_dim + heads.value_head_dim
+        values = 2 * rows * self._queries * width
+        return Op("latent copies", "elementwise", 0, values * self._width, 3, self._spec.dtype)
+
     def _expansion_ops(self, prompt: float, tokens: StepTokens) -> list[Op]:
         """Return the expansion of latents of earlier chunks and of other ranks of a context group.
 
@@ -279,15 +313,30 @@ class LayerModel:
         """
         if self._expansion is None:
             return []
-        reach = max(1.0, tokens.prompts) * tokens.prefill_context + prompt * self._cp / 2
+        # Of this rank: under attention DP prompts are shared out.
+        prompts = max(1.0, tokens.prompts, tokens.sequences)
+        prompts = max(1.0, prompts / self._attention_ranks)
+        reach = prompts * tokens.prefill_context + prompt * self._cp / 2
         others = reach - prompt
-        return [self._expansion.op(others, self._width)] if others > 0.5 else []
+        ops = [self._expansion.op(others, self._width)] if others > 0.5 else []
+        if self._expands_by_heads:
+            size, launches = latent_prefill(
+                self._layer.attention, self._queries, prompt, prompts, reach / prompts, self._width
+            )
+            name = "latent copies"
+            ops.append(Op(name, "elementwise", 0, size, launches, self._spec.dtype))
+        return ops
 
-    def _router_op(self, tokens: float) -> Op:
-        """Return logits, top-k, sorting tokens by expert, and the weighted sum of the results."""
+    def _router_op(self, tokens: float, pairs: float) -> Op:
+        """Return logits, top-k, sorting tokens by expert, and the weighted sum of the results.
+
+        Args:
+            tokens: That are routed.
+            pairs: Of them and experts of this rank: as many rows are summed.
+        """
         spec, block = self._spec, self._layer.feed_forward
         size = block.num_experts * spec.hidden_size
-        moved = tokens * (block.experts_per_token + 1) * spec.hidden_size * self._width
+        moved = (tokens + pairs) * spec.hidden_size * self._width
         weights = size * BITS[spec.weight_dtypes.other] / 8
         return Op("router", "elementwise", 2 * tokens * size, weights + moved, 4, spec.dtype)
 
@@ -367,6 +416,6 @@ def _product(
         sum(tensor_bytes(tensor, spec.weight_dtypes) for tensor in chosen),
         sum(tensor.copies * (tensor.rows + tensor.columns) for tensor in chosen),
         launches,
-        # FP8 weights multiply in FP8; other small formats are widened on the way in.
-        "float8" if stored == "float8" else spec.dtype,
+        # Those that have no arithmetic of their own are widened on the way in (`ops.Rates`).
+        stored if stored in ("float8", "mxfp4", "int4") else spec.dtype,
     )

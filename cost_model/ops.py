@@ -14,7 +14,13 @@ from rankwright.cost_model.dtypes import Dtype
 from rankwright.cost_model.efficiency import Efficiency, find_efficiency
 from rankwright.cost_model.prediction import Bound
 from rankwright.topology.cluster import Gpu
-from rankwright.topology.devices import flops_per_s, memory_bytes_per_s
+from rankwright.topology.devices import device_of, flops_per_s, memory_bytes_per_s
+
+# Weights of 4 bits are widened in registers. From there Hopper's processors take them by the older
+# instructions only, which reach some 60 % of its peak (arXiv 2402.13499, section on tensor cores);
+# Ampere and Ada have no others.
+_HOPPER = (9, 0)
+_WIDENED_SHARE = 0.6
 
 OpKind = Literal["gemm", "vector", "moe", "attention prefill", "attention decode", "elementwise"]
 
@@ -31,6 +37,7 @@ class StepTokens(NamedTuple):
         prefill: Prompt tokens.
         prefill_context: Mean tokens that each prompt token attends to.
         prompts: Prompts that end in this step, whose last token gets logits.
+        sequences: Prompts that share the prompt tokens, where known to be more than end.
     """
 
     decode: float = 0
@@ -38,6 +45,7 @@ class StepTokens(NamedTuple):
     prefill: float = 0
     prefill_context: float = 0
     prompts: float = 0
+    sequences: float = 0
 
     @property
     def total(self) -> float:
@@ -67,11 +75,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What one GPU does in a second under one engine."""
+    """What one GPU does in a second under one engine.
+
+    Args:
+        flops_per_s: Peak, by what is multiplied.
+        memory_bytes_per_s: Peak.
+        efficiency: The engine's shares of these.
+        widened_share: Of a product's FLOP/s, that weights which are widened on their way leave.
+    """
 
     flops_per_s: dict[Dtype, float]
     memory_bytes_per_s: float
     efficiency: Efficiency
+    widened_share: float = 1.0
 
     def cost(self, op: Op) -> Cost:
         """Return the seconds of `op`: the longer of compute and memory, and its launches.
@@ -132,16 +148,31 @@ class Rates:
         }
         peaks: dict[tuple[OpKind, Dtype], tuple[float, float, float]] = {}
         for kind, (compute, memory) in shares.items():
+            launch_s = share.launch_s + starts.get(kind, 0.0)
             for dtype, flops in self.flops_per_s.items():
-                of_dtype = compute
-                if dtype == "float8" and kind in ("gemm", "vector", "moe"):
-                    of_dtype *= share.gemm_compute_float8 / share.gemm_compute
-                launch_s = share.launch_s + starts.get(kind, 0.0)
-                peaks[kind, dtype] = flops * of_dtype, self.memory_bytes_per_s * memory, launch_s
+                reached = flops * compute
+                if kind in ("gemm", "vector", "moe"):
+                    reached = compute * self._product_flops_per_s(dtype)
+                peaks[kind, dtype] = reached, self.memory_bytes_per_s * memory, launch_s
         return peaks
+
+    def _product_flops_per_s(self, dtype: Dtype) -> float:
+        """Return the FLOP/s of which products with weights of `dtype` reach the share of 16 bits.
+
+        MXFP4 weights meet FP8 inputs where a GPU multiplies both; everywhere else weights of 4 bits
+        are widened on their way to the processors.
+        """
+        rates, share = self.flops_per_s, self.efficiency
+        float8 = rates["float8"] * share.gemm_compute_float8 / share.gemm_compute
+        if dtype == "float8" or (dtype == "mxfp4" and rates["mxfp4"] > rates["float8"]):
+            return float8
+        return rates[dtype] * (self.widened_share if dtype in ("mxfp4", "int4") else 1.0)
 
 
 def find_rates(gpu: Gpu, engine: str) -> Rates:
     """Return what `gpu` does under `engine`."""
     rates: dict[Dtype, float] = {dtype: flops_per_s(gpu, dtype) for dtype in get_args(Dtype)}
-    return Rates(rates, memory_bytes_per_s(gpu), find_efficiency(engine, gpu))
+    device = device_of(gpu)
+    capability = gpu.compute_capability or (device.compute_capability if device else None)
+    widened = _WIDENED_SHARE if capability is not None and capability >= _HOPPER else 1.0
+    return Rates(rates, memory_bytes_per_s(gpu), find_efficiency(engine, gpu), widened)

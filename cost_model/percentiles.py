@@ -114,14 +114,18 @@ def _timer(pipeline: Pipeline, schedule: Schedule) -> Callable[[StepTokens], flo
         return pipeline.round_s
 
     def round_s(tokens: StepTokens) -> float:
+        # Fewer sequences than stages cannot be in as many batches: one alone passes all stages.
+        sequences = max(1, int(tokens.decode))
+        parts = micro_batches if tokens.prefill else min(micro_batches, sequences)
         part = StepTokens(
-            tokens.decode / micro_batches,
+            tokens.decode / parts,
             tokens.decode_context,
-            tokens.prefill / micro_batches,
+            tokens.prefill / parts,
             tokens.prefill_context,
-            tokens.prompts / micro_batches,
+            tokens.prompts / parts,
+            tokens.sequences / parts,
         )
-        return pipeline.round_s(part, micro_batches)
+        return pipeline.round_s(part, parts)
 
     return round_s
 

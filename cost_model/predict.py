@@ -11,7 +11,14 @@ from rankwright.cost_model.collectives import Group
 from rankwright.cost_model.engines import ENGINE_ROWS
 from rankwright.cost_model.fullest import fullest_rank
 from rankwright.cost_model.held_weights import held_by
-from rankwright.cost_model.intervals import MEMORY, Intervals, estimate, intervals_of
+from rankwright.cost_model.intervals import (
+    LAUNCHED,
+    MEMORY,
+    Intervals,
+    engine_intervals,
+    estimate,
+    intervals_of,
+)
 from rankwright.cost_model.layout import (
     SlotKind,
     boundary_groups,
@@ -26,7 +33,7 @@ from rankwright.cost_model.ops import Rates, find_rates
 from rankwright.cost_model.prediction import Estimate, Part, Prediction
 from rankwright.cost_model.serving import Serving, serve_closed, serve_open
 from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
-from rankwright.cost_model.stage import LayerKinds, StageModel
+from rankwright.cost_model.stage import LAUNCHES, LayerKinds, StageModel
 from rankwright.cost_model.step import Pipeline, make_pipeline
 from rankwright.cost_model.unlike_stage import UnlikeStage
 from rankwright.cost_model.workload import Workload
@@ -198,7 +205,7 @@ def _predict_engine(
     rate = sum(run.requests_per_s * group.count for run, group in zip(runs, groups, strict=True))
     if workload.concurrency is not None:  # a replica's share of it was rounded up
         rate *= workload.concurrency / (split.dp * -(-workload.concurrency // split.dp))
-    intervals = intervals_of(engine, "analytic")
+    intervals = engine_intervals(engine, models.spec, gpu)
     return steady.model_copy(
         update={
             "ttft_s": estimate(max(run.ttft_s() for run in runs), intervals.prompt),
@@ -296,7 +303,7 @@ def predict_replicas(
     )
     intervals = intervals_of(models.engine, pipeline.stages[0].provenance)
     return Prediction(
-        ttft_s=_ttft([state for state, _, _ in served], intervals),
+        ttft_s=_ttft([(state, pipeline) for state, pipeline, _ in served], intervals),
         tpot_s=estimate(max(state.tpot_s for state, _, _ in served), intervals.tpot),
         output_tokens_per_s=estimate(requests_per_s * workload.output_tokens, intervals.rate),
         memory_bytes_per_gpu=estimate(sum(part.bytes for part in memory), MEMORY),
@@ -332,13 +339,15 @@ def cap_requests(requests_per_s: float, workload: Workload, slots: int) -> float
     return requests_per_s
 
 
-def _ttft(states: Sequence[Serving], intervals: Intervals) -> Estimate:
+def _ttft(states: Sequence[tuple[Serving, Pipeline]], intervals: Intervals) -> Estimate:
     """Return the TTFT of the slowest of `states`: its prompt and wait have their own intervals."""
-    state = max(states, key=lambda one: one.ttft_s)
+    state, pipeline = max(states, key=lambda one: one[0].ttft_s)
     prompt_s, wait_s = state.ttft_s - state.wait_s, state.wait_s
+    is_launched = any(part.name == LAUNCHES for part in prefill_parts(pipeline, state))
+    factors = LAUNCHED if is_launched else intervals.prompt
     low, high = (
         prompt_s * prompt + wait_s * wait
-        for prompt, wait in zip(intervals.prompt, intervals.wait, strict=True)
+        for prompt, wait in zip(factors, intervals.wait, strict=True)
     )
     return Estimate(value=state.ttft_s, low=low, high=high)
 

@@ -48,6 +48,7 @@ class Schedule:
             step (one longer than `chunk_tokens` enters alone).
         reserved_share: Share of a request's output that must have room before it enters. An engine
             that evicts requests when memory ends enters them with less than all of it.
+        ranks: That have sequences of their own (attention DP), and each an equal part of a step.
         host_token_s: Seconds of the host for a token on its way to the client.
         host_request_s: Seconds of the host for a request on its way to the engine.
     """
@@ -58,6 +59,7 @@ class Schedule:
     kv_tokens: float = float("inf")
     split_prompts: bool = True
     reserved_share: float = 1.0
+    ranks: int = 1
     host_token_s: float = 0.0
     host_request_s: float = 0.0
 
@@ -238,6 +240,7 @@ class _Replica:
                 tokens,
                 pairs / tokens,
                 len(done),
+                len(taken),
             )
         )
         self._now_s += step_s
@@ -258,8 +261,10 @@ class _Replica:
         """Return the prompts of this step with their tokens, and the pairs they attend to."""
         taken: list[tuple[_Prompt, int]] = []
         pairs = 0.0
+        # A sequence is on one rank, which has its part of the step and no more.
+        most = self._schedule.chunk_tokens // self._schedule.ranks
         for prompt in self._prompts:
-            count = min(prompt.left, budget)
+            count = min(prompt.left, budget, most)
             if count < prompt.left and not self._schedule.split_prompts:
                 if taken:
                     break

@@ -4,6 +4,7 @@ A `StageModel` times the layers of one kind of stage; `step.Pipeline` puts stage
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from math import log2
 
@@ -111,11 +112,12 @@ class StageModel:
                 attention=attention,
                 fused_norms=self.fused_norms,
                 tile_keys=rates.efficiency.tile_keys,
+                pads_gathers=rates.efficiency.pads_gathers,
+                expands_by_heads=rates.efficiency.expands_by_heads,
             )
             for layer in layers.kinds
         ]
-        # By kind of layer, with decoding, and ops of attention.
-        self._launches: dict[tuple[int, bool, int], int] = {}
+        self._launches: dict[int, int] = {}  # by kind of layer, but for attention itself
         self._cache: dict[tuple[int, StepTokens], float] = {}
         # By kind of layer, all tokens, and tokens that a rank attends for.
         self._others_s: dict[tuple[int, float, float], float] = {}
@@ -137,11 +139,11 @@ class StageModel:
             seconds = others_s + self._rates.seconds(attention)
             if self._context.size > 1:
                 seconds += self._context_s(kind, tokens)[0]
-            seconds = max(seconds, self._eager_s(kind, mine, len(attention)))
+            seconds = max(seconds, self._eager_s(kind, mine, attention))
             self._cache[kind, tokens] = seconds
         return seconds
 
-    def _eager_s(self, kind: int, tokens: StepTokens, attention_ops: int) -> float:
+    def _eager_s(self, kind: int, tokens: StepTokens, attention: Sequence[Op]) -> float:
         """Return the seconds in which the host launches a layer of a step with prompts.
 
         Decoding replays graphs; steps with prompts are of any size and run without. The host is
@@ -150,20 +152,19 @@ class StageModel:
         Args:
             kind: Of layer.
             tokens: What a rank computes.
-            attention_ops: How many ops its attention has: all that tokens change in the launches.
+            attention: Its ops of attention, whose launches depend on the tokens.
         """
         launch_s = self._rates.efficiency.eager_launch_s
         if not tokens.prefill or not launch_s:
             return 0.0
-        key = (kind, tokens.decode > 0, attention_ops)
-        launches = self._launches.get(key)
+        launches = self._launches.get(kind)
         if launches is None:
-            launches = sum(op.launches for op in self._layers[kind].ops(tokens))
+            launches = sum(op.launches for op in self._layers[kind].other_ops(tokens))
             if self._group.size > 1:
                 # Sums of prompts are too large for the kernel that has the norm in it.
                 launches += 4 if self._peer_sums else 2
-            self._launches[key] = launches
-        return launches * launch_s
+            self._launches[kind] = launches
+        return (launches + sum(op.launches for op in attention)) * launch_s
 
     def layer_parts(self, kind: int, tokens: StepTokens) -> list[Part]:
         """Return the terms of one layer of kind `kind`."""
@@ -174,11 +175,11 @@ class StageModel:
         if self._context.size > 1:
             name = "context ring" if self._is_ring and tokens.prefill else "context exchange"
             parts.append(link_part(name, *self._context_s(kind, tokens)))
-        attention_ops = len(self._layers[kind].attention_ops(mine))
-        host_s = self._eager_s(kind, mine, attention_ops) - sum(part.seconds for part in parts)
+        attention = self._layers[kind].attention_ops(mine)
+        host_s = self._eager_s(kind, mine, attention) - sum(part.seconds for part in parts)
         if host_s > 0:
             parts.append(
-                Part(name="launches", seconds=host_s, bound="launch", source=self.provenance)
+                Part(name=LAUNCHES, seconds=host_s, bound="launch", source=self.provenance)
             )
         return parts
 
@@ -236,6 +237,10 @@ class StageModel:
     def message_bytes(self, tokens: StepTokens) -> float:
         """Return the bytes of hidden states of all `tokens`."""
         return tokens.total * self._spec.hidden_size * self._width
+
+    def _gathered_bytes(self, tokens: StepTokens) -> float:
+        """Return the bytes of hidden states that ranks with tokens of their own gather."""
+        return self._layers[0].gathered(tokens) * self._spec.hidden_size * self._width
 
     def handover_bytes(self, tokens: StepTokens) -> float:
         """Return the bytes that a rank hands to the next stage."""
@@ -312,15 +317,19 @@ class StageModel:
         """Return how tokens reach all ranks' parts of a layer and come back, and the seconds."""
         return choose_exchange(
             None if kind is None else self._layer_kinds[kind].feed_forward,
-            self.message_bytes(tokens),
+            self._gathered_bytes(tokens),
             self._group,
             ep=self._ep,
             allowed=self._rates.efficiency.expert_exchanges,
         )
 
     def host_s(self, tokens: StepTokens) -> float:
-        """Return the seconds of the host's work for the sequences of a step."""
-        return self._rates.efficiency.host_sequence_s * tokens.decode
+        """Return the seconds of the host's work for the sequences of a step.
+
+        Under attention DP each rank's process has its own.
+        """
+        mine = tokens.decode / (self._group.size if self._attention == "dp" else 1)
+        return self._rates.efficiency.host_sequence_s * mine
 
     def _exchange(self, tokens: StepTokens, times: int = 2, kind: int | None = None) -> Part:
         name = "all-reduce"
@@ -341,6 +350,7 @@ class StageModel:
         )
 
 
+LAUNCHES = "launches"  # the part of a layer in which the GPU waits for the host
 _ALONE = Group(1)
 # NVLink begins at 100 GB/s each way on the GPUs that serve (A100: 300); PCIe 5 has 63.
 _NVLINK_BYTES_PER_S = 100e9

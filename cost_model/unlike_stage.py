@@ -137,7 +137,7 @@ class UnlikeStage(StageModel):
 
     def _launched_s(self, kind: int, tokens: StepTokens) -> float:
         """Return the seconds in which the host launches a layer, which is the same on all ranks."""
-        return self._eager_s(kind, tokens, len(self._layers[kind].attention_ops(tokens)))
+        return self._eager_s(kind, tokens, self._layers[kind].attention_ops(tokens))
 
     def least_s(self, kind: int, tokens: StepTokens) -> float:
         """Return what both halves of a layer take at least, for the host launches no faster."""

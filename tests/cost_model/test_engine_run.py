@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from rankwright.cost_model.engine_run import chunk_tokens, kv_capacity_tokens
 from rankwright.cost_model.engines import ENGINE_ROWS
-from rankwright.cost_model.predict import predict
+from rankwright.cost_model.ops import StepTokens
+from rankwright.cost_model.predict import StageModels, choose_replicas, predict
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.workload import Workload
@@ -112,3 +113,38 @@ def test_any_engine_gives_sound_figures(
         assert made.output_tokens_per_s.value <= 1.2 * batch / made.tpot_s.value * outputs / (
             outputs - 1
         )
+
+
+EXPERTS = read_model("Qwen/Qwen3-30B-A3B")
+
+
+def test_ranks_with_sequences_of_their_own_fill_steps_and_hand_tokens_on_by_themselves() -> None:
+    split = split_of(tp=4, layers=48, ep=4, attention="dp")
+    # max_num_tokens is of each rank's scheduler; SGLang divides its chunk by the ranks.
+    assert chunk_tokens(split, "trtllm") == 4 * 8192
+    assert chunk_tokens(split, "sglang") == 8192
+    cluster = parse_cluster("4xh200-sxm")
+    hosts_s = []
+    for attention in ("tp", "dp"):
+        cut = split_of(tp=4, layers=48, ep=4, attention=attention)
+        models = StageModels(EXPERTS, cluster, "trtllm")
+        pipeline = models.pipeline_of(choose_replicas(cluster, cut)[0], cut)
+        hosts_s.append(pipeline.stages[0].host_s(StepTokens(decode=1024)))
+    assert hosts_s[0] == pytest.approx(4 * hosts_s[1])
+
+
+def test_a_sequence_that_is_alone_passes_the_stages_one_after_another() -> None:
+    # Two stages have room for two batches; one sequence is in one of them, whatever the room.
+    cluster = parse_cluster("2xh100-sxm")
+    load = LOAD.model_copy(update={"concurrency": 1})
+    alone, room = (
+        predict(
+            EXPERTS,
+            cluster,
+            load,
+            Split(pp=2, stage_layers=(24, 24), max_batch_size=batch, micro_batches=min(2, batch)),
+            "vllm",
+        )
+        for batch in (1, 8)
+    )
+    assert room.tpot_s.value == pytest.approx(alone.tpot_s.value)

@@ -7,7 +7,18 @@ import pytest
 from fit_calibrations import held_back_ratios, row_of
 from rankwright.cost_model.calibration import read_calibration
 from rankwright.cost_model.efficiency import find_efficiency
-from rankwright.cost_model.intervals import ENGINES, OURS, Intervals
+from rankwright.cost_model.intervals import (
+    BEYOND,
+    ENGINES,
+    LAUNCHED,
+    OURS,
+    Intervals,
+    engine_intervals,
+)
+from rankwright.cost_model.predict import predict
+from rankwright.cost_model.read_model import read_model
+from rankwright.cost_model.split import Split
+from rankwright.cost_model.workload import Workload
 from rankwright.topology.shorthand import parse_cluster
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -47,3 +58,21 @@ def test_intervals_narrow_with_what_was_measured() -> None:
     for row in (*OURS.values(), *ENGINES.values()):
         for low, high in (row.tpot, row.rate, row.prompt, row.wait):
             assert 0 < low < 1 < high
+
+
+def test_what_was_not_fitted_to_has_wider_intervals() -> None:
+    dense, experts = map(read_model, ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B"))
+    h100, b200 = (parse_cluster(f"1x{name}").nodes[0].gpus[0] for name in ("h100-sxm", "b200-sxm"))
+    for engine, fitted in ENGINES.items():
+        assert engine_intervals(engine, dense, h100) == fitted
+        assert engine_intervals(engine, dense, b200) == BEYOND
+        assert engine_intervals(engine, experts, h100) == BEYOND
+
+
+def test_first_tokens_that_wait_for_the_host_may_take_twice_as_long() -> None:
+    model, cluster = read_model("meta-llama/Llama-3.1-8B"), parse_cluster("1xh200-sxm")
+    split = Split(stage_layers=(32,))
+    for tokens, factors in ((128, LAUNCHED), (2000, OURS["measured table"].prompt)):
+        load = Workload(input_tokens=tokens, output_tokens=128)
+        made = predict(model, cluster, load, split).ttft_s
+        assert (made.low / made.value, made.high / made.value) == pytest.approx(factors)

@@ -28,6 +28,27 @@ def test_predictions_obey_what_holds_for_all(case: int) -> None:
     assert list(broken(draw(random_, "rankwright"), random_)) == []
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+def test_predictions_of_other_engines_obey_them_too(engine: str) -> None:
+    random_ = random.Random(f"laws of {engine}")
+    assert list(broken(draw(random_, engine), random_)) == []
+
+
+def test_what_does_not_run_at_once_is_held_to_no_law_of_latency() -> None:
+    # Weights of half the size leave room for more at once, each of which waits longer for a token.
+    point = Point(
+        read_model("Qwen/Qwen3-30B-A3B"),
+        H100,
+        batch_size=256,
+        input_tokens=6000,
+        output_tokens=128,
+        engine="vllm",
+    )
+    assert not point.all_run_at_once
+    assert replace(point, batch_size=2).all_run_at_once
+    assert replace(point, engine="rankwright").all_run_at_once
+
+
 def test_floors_are_those_of_the_published_sizes() -> None:
     # 8.03 G parameters, of which 0.53 G are the embedding, which is looked up, and 0.53 G the head.
     assert active_parameters(LLAMA_8B) == pytest.approx(6.98e9, rel=0.01)

@@ -176,3 +176,50 @@ def test_a_faster_gpu_is_never_slower(tokens: StepTokens, factor: float, tp: int
     assert more_bytes.seconds(ops) <= rates.seconds(ops)
     assert more_flops.seconds(ops) <= rates.seconds(ops)
     assert rates.seconds(ops) == pytest.approx(sum(rates.cost(op).seconds for op in ops))
+
+
+def test_a_rank_with_sequences_of_its_own_norms_those_and_gathers_padding() -> None:
+    model = read_model("Qwen/Qwen3-30B-A3B")
+    layer = model.layer_runs[-1].layer
+    padded, exact = (
+        LayerModel(model, layer, tp=4, ep=4, attention="dp", pads_gathers=pads)
+        for pads in (True, False)
+    )
+    alone = StepTokens(prefill=1000, prefill_context=500, prompts=1)
+    assert (padded.gathered(alone), exact.gathered(alone)) == (4000, 1000)
+    # Four prompts are shared out: nothing is padding.
+    spread = StepTokens(prefill=1000, prefill_context=500, prompts=1, sequences=4)
+    assert padded.rows(spread) == 250
+    assert padded.gathered(spread) == 1000
+    decode = StepTokens(decode=64, decode_context=500)
+    norms = {op.name: op for op in exact.ops(decode)}["norms"]
+    whole = {op.name: op for op in LayerModel(model, layer, tp=4, ep=4).ops(decode)}["norms"]
+    # Of 16 sequences instead of 64: 48 rows fewer are read and written by two norms.
+    assert whole.bytes - norms.bytes == pytest.approx(48 * 8 * 2048 * 2)
+
+
+def test_weights_of_4_bits_multiply_like_8_where_a_gpu_has_arithmetic_for_them() -> None:
+    product = Op("experts", "moe", 1e15, 0.0, 0, "mxfp4")
+    seconds = {
+        name: find_rates(parse_cluster(f"1x{name}").nodes[0].gpus[0], "trtllm").seconds([product])
+        for name in ("b200-sxm", "h200-sxm", "a100-sxm")
+    }
+    shares = find_efficiency("trtllm", H100)
+    float8 = 4.5e15 * shares.moe_compute * shares.gemm_compute_float8 / shares.gemm_compute
+    assert seconds["b200-sxm"] == pytest.approx(1e15 / float8)
+    # Hopper widens them and multiplies by the older instructions; Ampere has no others.
+    assert seconds["h200-sxm"] == pytest.approx(1e15 / (0.6 * 989e12 * shares.moe_compute))
+    assert seconds["a100-sxm"] == pytest.approx(1e15 / (312e12 * shares.moe_compute))
+
+
+def test_latents_that_are_expanded_by_heads_take_a_kernel_for_every_group_of_them() -> None:
+    model = read_model("deepseek-ai/DeepSeek-V2-Lite")
+    layer = model.layer_runs[-1].layer
+    last = StepTokens(prefill=2048, prefill_context=7 * 1024, prompts=1)
+    one_kernel, by_heads = (
+        LayerModel(model, layer, tp=2, expands_by_heads=expands).attention_ops(last)
+        for expands in (False, True)
+    )
+    # The last 2,048 of 8,192 tokens: eight heads, one at a time, with seven kernels each.
+    more = sum(op.launches for op in by_heads) - sum(op.launches for op in one_kernel)
+    assert more == 2 + 7 * 8

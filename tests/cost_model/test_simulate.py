@@ -83,6 +83,14 @@ def test_whole_prompts_only() -> None:
     assert long.ttft_s == 1.0
 
 
+def test_a_prompt_takes_no_more_than_its_ranks_part_of_a_step() -> None:
+    schedule = Schedule(chunk_tokens=8, ranks=2)
+    (alone,) = simulate(one_second, schedule, closed_loop(8, 1, 8, 1), concurrency=1)
+    assert alone.ttft_s == 2.0  # four tokens a step, on its rank
+    both = simulate(one_second, schedule, closed_loop(8, 1, 8, 2), concurrency=2)
+    assert [one.ttft_s for one in both] == [2.0, 2.0]  # each on its own
+
+
 def test_open_arrivals_wait_for_nobody_when_far_apart() -> None:
     requests = [Request(100.0 * i, 4, 3, 4) for i in range(5)]
     seen = simulate(one_second, Schedule(chunk_tokens=4), requests)
