@@ -79,8 +79,12 @@ def decode_s(pipeline: Pipeline, split: Split, batch: int, context: float) -> fl
 
 
 def prompt_s(pipeline: Pipeline, split: Split, tokens: int) -> float:
-    """Return the predicted seconds of a prompt that is alone, in chunks."""
-    steps = ceil(tokens / split.chunk_tokens)
+    """Return the predicted seconds of a prompt that is alone, in chunks.
+
+    Ranks with sequences of their own each have a part of a step's tokens.
+    """
+    ranks = split.tp if split.attention == "dp" else 1
+    steps = ceil(tokens / (split.chunk_tokens // ranks))
     mean = StepTokens(prefill=tokens / steps, prefill_context=tokens / 2, prompts=1 / steps)
     return pipeline.prompt_s(mean, steps)
 

@@ -313,9 +313,7 @@ class LayerModel:
         """
         if self._expansion is None:
             return []
-        # Of this rank: under attention DP prompts are shared out.
-        prompts = max(1.0, tokens.prompts, tokens.sequences)
-        prompts = max(1.0, prompts / self._attention_ranks)
+        prompts = max(1.0, tokens.prompts / self._attention_ranks)
         reach = prompts * tokens.prefill_context + prompt * self._cp / 2
         others = reach - prompt
         ops = [self._expansion.op(others, self._width)] if others > 0.5 else []
