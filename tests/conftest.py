@@ -21,8 +21,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models of tests are tiny: threads only wait for each other, for 25 times the CPU time on a busy
 # machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# How long an example takes says how busy the machine is, not whether it is right.
-hypothesis.settings.register_profile("rankwright", deadline=None)
+# How long an example takes, and how long it is drawn, says how busy the machine is, not whether it
+# is right.
+hypothesis.settings.register_profile(
+    "rankwright", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("rankwright")
 HAS_GPU = shutil.which("nvidia-smi") is not None
 if not HAS_GPU:

@@ -3,11 +3,9 @@
 A process of its own: Ray warns, and its threads and signal handlers would be the tests'.
 """
 
-import contextlib
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 from typing import Any
@@ -21,6 +19,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 from ray._private import services
 from ray.cluster_utils import Cluster
+from tests.ports import free_port
 
 # A node waits 15 s, which no setting changes, for each port that its Python agents choose, and then
 # ends itself. For ports that are given it does not wait, but Ray's Python forgets to hand one on.
@@ -51,9 +50,7 @@ def start(folder: str) -> Cluster:
 
 def free_ports() -> dict[str, Any]:
     """A port for each of a node's agents, none of them twice."""
-    with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.create_server(("", 0))) for _ in AGENT_PORTS]
-        return dict(zip(AGENT_PORTS, (each.getsockname()[1] for each in made), strict=True))
+    return {each: free_port() for each in AGENT_PORTS}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import time
 from types import SimpleNamespace
 
 import pynvml
-import pytest
 
 from board import Board, summary
 from measure_products import settled_round_s
@@ -14,7 +13,8 @@ def refuse(*arguments: object) -> int:
     raise RuntimeError("not supported")
 
 
-# A board at its power limit: 1,400 MHz, 700 W by its energy counter; it does not tell its heat.
+# A board at its power limit: 1,400 MHz, 700 W by its energy counter, 100 W as it reads power at
+# once; it does not tell its heat.
 NVML = SimpleNamespace(
     nvmlClocksEventReasonAll=511,
     nvmlClocksEventReasonNone=0,
@@ -26,7 +26,7 @@ NVML = SimpleNamespace(
     nvmlInit=lambda: None,
     nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-18": "board"}[uuid],
     nvmlDeviceGetClockInfo=lambda handle, clock: 1400,
-    nvmlDeviceGetPowerUsage=lambda handle: 650_000,
+    nvmlDeviceGetPowerUsage=lambda handle: 100_000,
     nvmlDeviceGetTotalEnergyConsumption=lambda handle: int(time.monotonic() * 700_000),
     nvmlDeviceGetTemperature=refuse,
     nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 5,
@@ -47,7 +47,8 @@ def test_a_board_is_watched_while_work_runs() -> None:
     assert result == 42.0
     assert seen["sm_hz"] == 1.4e9
     assert seen["limited_by"] == ["SwPowerCap"]
-    assert seen["power_w"] == pytest.approx(700, rel=0.1)
+    # A busy machine may take its time between a look at the clock and one at the counter.
+    assert 350 < seen["power_w"] < 1400
     assert "temperature_c" not in seen
 
 

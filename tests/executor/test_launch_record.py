@@ -50,7 +50,8 @@ def test_a_launch_is_listed_while_it_runs_and_stop_drains_it(
 ) -> None:
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER}
     plan = cpu_plan(SPEC, dp=2)
-    with launched(tmp_path, plan, environment={"TEST_STEP_S": "0.02"}, **options) as it:
+    # The request takes 3 s, within which it has to be seen running.
+    with launched(tmp_path, plan, environment={"TEST_STEP_S": "0.05"}, **options) as it:
         url = it.url()
         answers: list[dict[str, Any]] = []
         job = threading.Thread(

@@ -5,7 +5,6 @@ They are processes of this machine, on CPU ranks over gloo.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.ports import free_port
 from tests.templates.slurm_rig.rig import SlurmRig, why_not
 
 from rankwright.cli import main
@@ -27,21 +27,6 @@ from rankwright.topology.shorthand import parse_cluster
 
 PROBE = (sys.executable, "-m", "rankwright", "probe", "--measure")
 OPERATIONS = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"}
-
-
-def free_ports() -> int:
-    """A port whose next two are free too."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                with (
-                    socket.create_server(("127.0.0.1", port + 1)),
-                    socket.create_server(("127.0.0.1", port + 2)),
-                ):
-                    return port
-            except (OSError, OverflowError):
-                continue
 
 
 def check(cluster: Cluster, ranks: tuple[int, int]) -> None:
@@ -73,7 +58,7 @@ def check(cluster: Cluster, ranks: tuple[int, int]) -> None:
 
 
 def test_two_agents_of_torchrun_measure_together(tmp_path: Path) -> None:
-    port = free_ports()
+    port = free_port(3)
     made = tmp_path / "cluster.json"
     agents = [
         subprocess.Popen(

@@ -63,13 +63,18 @@ def test_a_model_is_served_over_two_ray_nodes_until_a_rank_is_killed(
     assert "(Ray node " in message
 
 
+def lines_of(url: str, metric: str) -> str:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return "\n".join(line for line in lines if line.startswith(metric))
+
+
 def test_ranks_see_the_gpus_of_their_node_and_a_signal_drains(
     ray_address: str, tmp_path: Path
 ) -> None:
     # Ray hands out the 2 x 2 GPUs; the device is `cpu` since there is no driver to ask.
     plan = two_nodes(cpu_plan(SPEC, dp=4, device="h100-sxm"))
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER, "device": "cpu"}
-    slow = {"TEST_STEP_S": "0.02", "TORCH_SETTING_OF_THE_SHELL": "1"}
+    slow = {"TEST_STEP_S": "0.05", "TORCH_SETTING_OF_THE_SHELL": "1"}
     with launched_on_ray(tmp_path, plan, ray_address, environment=slow, **options) as it:
         it.wait_for(lambda: "ready in" in it.text, within_s=90)
         for rank in range(4):
@@ -85,8 +90,7 @@ def test_ranks_see_the_gpus_of_their_node_and_a_signal_drains(
             target=lambda: answers.append(complete(url, prompt="ab", max_tokens=60))
         )
         job.start()
-        it.wait_for(lambda: "requests_running" in httpx.get(f"{url}/metrics").text)
-        time.sleep(0.3)
+        it.wait_for(lambda: "} 1.0" in lines_of(url, "rankwright_requests_running"))
         it.process.send_signal(signal.SIGTERM)
         job.join(30)
         assert answers[0]["choices"][0]["text"] == "ab" * 30

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from tests.executor.plans import cpu_plan, two_nodes
 from tests.executor.ranks_on_ray import pids_of_ranks
 from tests.executor.test_launch import SPEC
 from tests.executor.tiny_tokenizer import write_tokenizer
+from tests.ports import free_port
 
 from rankwright.cli.errors import exit_code
 from rankwright.cost_model.read_model import read_model
@@ -88,8 +88,7 @@ def test_the_rendered_application_serves_a_model_over_two_ray_nodes(
     reference = references["llama"]
     folder = write_tokenizer(reference.folder)
     plan = two_nodes(cpu_plan(read_model(folder), pp=2))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     config = rendered_config(plan, tmp_path, port)
     url = f"http://127.0.0.1:{port}"
     with served(config, ray_address) as said:

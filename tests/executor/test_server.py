@@ -42,11 +42,16 @@ class Running:
         return httpx.post(self.url + path, json=body, timeout=20)
 
     def wait_for_event(self, reason: str) -> None:
-        for _ in range(500):
-            if self.events.exists() and reason in self.events.read_text().split():
-                return
+        self.wait_until(
+            lambda: self.events.exists() and reason in self.events.read_text().split(),
+            f"the engine never saw {reason!r}",
+        )
+
+    def wait_until(self, is_so: Callable[[], bool], otherwise: str) -> None:
+        deadline_s = time.monotonic() + 20
+        while not is_so():
+            assert time.monotonic() < deadline_s, otherwise
             time.sleep(0.01)
-        raise AssertionError(f"the engine never saw {reason!r}")
 
     def metrics(self) -> dict[str, float]:
         lines = httpx.get(self.url + "/metrics").text.splitlines()
@@ -94,7 +99,7 @@ def serve(folder: Path, *, with_leader: bool = True, **environment: str) -> Iter
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
-    assert up.wait(20)
+    assert up.wait(40)
     host, port = listening.getsockname()
 
     def run_in_loop(call: Callable[[], object]) -> object:
@@ -339,7 +344,9 @@ def test_an_error_of_the_engine_is_told_and_the_server_goes_on(server: Running) 
 def test_metrics_count_requests_tokens_and_times(own_server: Running) -> None:
     own_server.post("/v1/completions", prompt="abc", max_tokens=5)
     own_server.post("/v1/completions", prompt="abc", max_tokens=1)
-    time.sleep(0.3)  # the leader tells its state ten times a second
+    generated = 'rankwright_engine_generated_tokens_total{replica="0"}'
+    # The leader tells its state ten times a second.
+    own_server.wait_until(lambda: own_server.metrics().get(generated) == 6, "no word of 6 tokens")
     metrics = own_server.metrics()
     assert metrics["rankwright_prompt_tokens_total"] == 6
     assert metrics["rankwright_output_tokens_total"] == 6
@@ -349,7 +356,6 @@ def test_metrics_count_requests_tokens_and_times(own_server: Running) -> None:
     assert metrics['rankwright_requests_total{finish_reason="length"}'] == 2
     assert metrics['rankwright_requests_running{replica="0"}'] == 0
     assert metrics['rankwright_kv_cache_usage_ratio{replica="0"}'] == 0
-    assert metrics['rankwright_engine_generated_tokens_total{replica="0"}'] == 6
     assert metrics['rankwright_replica_up{replica="0"}'] == 1
 
 
@@ -360,7 +366,7 @@ def test_a_client_that_hangs_up_takes_its_request_back(tmp_path: Path, stream: b
         with (
             contextlib.suppress(httpx.ReadTimeout),
             httpx.stream(
-                "POST", server.url + "/v1/completions", json=body, timeout=0.3
+                "POST", server.url + "/v1/completions", json=body, timeout=1.0
             ) as response,
         ):
             next(response.iter_lines())
@@ -407,7 +413,9 @@ def test_a_replica_that_hangs_with_work_is_unhealthy(
             target=lambda: answer.append(server.post("/v1/completions", prompt="a").status_code)
         )
         waiting.start()
-        time.sleep(0.5)
+        server.wait_until(
+            lambda: httpx.get(server.url + "/health").status_code != 200, "it never stalled"
+        )
         health = httpx.get(server.url + "/health")
         assert (health.status_code, health.json()["status"]) == (503, "stalled: replica 0")
         server.run_in_loop(lambda: server.service.front_end.abort_all("enough"))

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from tests.executor.command import ROOT, command, complete
 from tests.executor.conftest import Reference
@@ -125,7 +126,9 @@ def test_a_model_is_served_over_two_nodes_until_it_is_stopped(
         body = {"prompt": prompt, "max_tokens": 200, "ignore_eos": True}
         request = threading.Thread(target=lambda: answers.append(complete(url, **body)))
         request.start()
-        time.sleep(0.2)
+        running = 'rankwright_requests_running{replica="0"} 1.0'
+        while request.is_alive() and running not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.02)
         assert request.is_alive(), "the request ended before the stop"
         assert main(["stop", found["id"]]) == 0
         request.join()

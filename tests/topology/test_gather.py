@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tests.ports import free_port
 from tests.templates.slurm_rig.rig import SlurmRig, why_not
 
 from rankwright.cli import main
@@ -25,19 +26,6 @@ from rankwright.topology.shorthand import parse_cluster
 
 PROBE = (sys.executable, "-m", "rankwright", "probe")
 KEY = b"k" * 32
-
-
-def free_port() -> int:
-    """A port whose next one is free too."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            try:
-                two.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 def run_of_torchrun(number: int, count: int, port: int, **more: str) -> dict[str, str]:
@@ -55,7 +43,7 @@ def run_of_torchrun(number: int, count: int, port: int, **more: str) -> dict[str
 
 
 def test_two_processes_join_over_sockets(tmp_path: Path) -> None:
-    port = free_port()
+    port = free_port(2)
     processes = [
         subprocess.Popen(
             [*PROBE, "--json", "--fabric", "eth25"],
@@ -77,7 +65,7 @@ def test_two_processes_join_over_sockets(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torchrun comes with torch")
 def test_two_agents_of_torchrun_give_one_cluster(tmp_path: Path) -> None:
-    port = free_port()
+    port = free_port(2)
     made = tmp_path / "cluster.yaml"
     agents = [
         subprocess.Popen(
@@ -151,7 +139,7 @@ def test_a_machine_that_stays_away_is_named() -> None:
 def test_a_machine_that_never_answers_is_a_probe_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in run_of_torchrun(0, 2, free_port()).items():
+    for name, value in run_of_torchrun(0, 2, free_port(2)).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ProbeError, match="no word from machine 1") as caught:
         gather(timeout_s=0.2)
@@ -270,7 +258,7 @@ def test_a_slurm_node_without_a_gpu_is_named_where_one_is_required(
 
 @pytest.mark.parametrize("broken", [0, 1])
 def test_a_machine_that_cannot_be_read_ends_the_wait_of_all(broken: int) -> None:
-    port = free_port()  # of torchrun, which has the next one for us
+    port = free_port(2)  # of torchrun, which has the next one for us
     ended: dict[int, str] = {}
 
     def run(number: int) -> None:

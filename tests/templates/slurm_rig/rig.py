@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from tests.ports import free_port
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo")
 PAPER_NODES = 16  # of each kind
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
@@ -178,7 +180,7 @@ class SlurmRig:
         self._poll("munged does not answer", socket_path.exists)
 
     def _configure(self) -> None:
-        ports = _free_ports(1 + self.num_nodes)
+        ports = [free_port() for _ in range(1 + self.num_nodes)]
         host = socket.gethostname().partition(".")[0]
         conf = _CONF.format(host=host, root=self.root, ports=ports)
         gres = "AutoDetect=off\n"
@@ -249,11 +251,3 @@ def _stop(daemon: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
