@@ -44,7 +44,7 @@ class Launched:
         found = self.wait_for(lambda: re.search(r"ready in .* on (http://\S+)", self.text))
         return str(found.group(1))
 
-    def wait_for(self, what: Callable[[], Any], within_s: float = 40) -> Any:
+    def wait_for(self, what: Callable[[], Any], within_s: float = 120) -> Any:
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             if value := what():
@@ -61,7 +61,7 @@ class Launched:
         return int(self.wait_for(find))
 
     def exit_code(self) -> int:
-        code = self.process.wait(40)
+        code = self.process.wait(120)
         self._reader.join(10)
         return code
 
@@ -106,6 +106,6 @@ def launched(folder: Path, plan: Plan | PartsPlan, **extra: Any) -> Iterator[Lau
 
 def complete(url: str, **body: Any) -> dict[str, Any]:
     """The answer of `/v1/completions`."""
-    response = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    response = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
     result: dict[str, Any] = response.json()
     return result

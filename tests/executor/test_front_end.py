@@ -17,7 +17,7 @@ from rankwright.executor.front_end import FrontEnd, ReplicaLostError
 from rankwright.executor.messages import Sampling, Tokens
 
 WORKER = Path(__file__).with_name("protocol_worker.py")
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tests.executor.tiny_tokenizer import write_tokenizer
 from rankwright.executor.generate import generate
 from rankwright.executor.session import LaunchError
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture

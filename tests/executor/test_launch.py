@@ -25,7 +25,7 @@ from rankwright.cost_model.read_model import read_model
 from rankwright.executor.preflight import check_machine, find_model, listen, make_options
 from rankwright.planner.plan import Plan
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 SPEC = read_model(
     {

@@ -26,7 +26,7 @@ from rankwright.executor.launch_record import (
 )
 from rankwright.executor.submit import launch_of
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(autouse=True)

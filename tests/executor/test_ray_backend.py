@@ -76,7 +76,7 @@ def test_ranks_see_the_gpus_of_their_node_and_a_signal_drains(
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER, "device": "cpu"}
     slow = {"TEST_STEP_S": "0.05", "TORCH_SETTING_OF_THE_SHELL": "1"}
     with launched_on_ray(tmp_path, plan, ray_address, environment=slow, **options) as it:
-        it.wait_for(lambda: "ready in" in it.text, within_s=90)
+        it.wait_for(lambda: "ready in" in it.text, within_s=180)
         for rank in range(4):
             # Not the one GPU of its actor: all that the plan counts.
             (log,) = tmp_path.glob(f"rankwright-*/rank-{rank}.log")
@@ -104,7 +104,7 @@ def test_an_actor_that_dies_takes_its_rank_along_and_is_named(
     plan = two_nodes(cpu_plan(SPEC, dp=2))
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER}
     with launched_on_ray(tmp_path, plan, ray_address, **options) as it:
-        it.wait_for(lambda: "ready in" in it.text, within_s=90)
+        it.wait_for(lambda: "ready in" in it.text, within_s=180)
         os.kill(parent_of(pids_of_ranks()[1]), signal.SIGKILL)
         assert it.exit_code() == 5
     assert "rank 1 (replica 1, stage 0" in it.lines[-1]
@@ -115,7 +115,7 @@ def test_a_launch_that_is_killed_takes_its_ranks_along(ray_address: str, tmp_pat
     plan = two_nodes(cpu_plan(SPEC, dp=2))
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER}
     with launched_on_ray(tmp_path, plan, ray_address, **options) as it:
-        it.wait_for(lambda: "ready in" in it.text, within_s=90)
+        it.wait_for(lambda: "ready in" in it.text, within_s=180)
         assert pids_of_ranks().keys() >= {0, 1}
         it.process.kill()
         assert it.exit_code() == -signal.SIGKILL

@@ -26,7 +26,7 @@ from rankwright.executor.tokenizer import load_tokenizer
 
 WORKER = Path(__file__).with_name("protocol_worker.py")
 MODEL = "test/echo"
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 
 @dataclass
