@@ -221,6 +221,16 @@ def test_a_server_that_is_not_there_is_exit_code_5(capsys: pytest.CaptureFixture
     assert "127.0.0.1:9" in err
 
 
+def test_an_interrupt_is_exit_code_130_as_a_shell_says_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rankwright.cli.build_app", interrupted)
+    assert run(capsys, "plan") == (130, "", "rankwright: stopped\n")
+
+
 def test_debug_shows_the_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.decode_attention import decode_attention
 from rankwright.kernels.decode_config import (
     DecodeConfig,
@@ -333,7 +334,7 @@ def test_a_rank_may_hold_parts_of_groups(
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("num_splits", [1, 3])
 def test_parts_of_a_context_merge_by_their_log_sum_exp(
-    num_splits: int, backend: str, device: str, assert_close: Close
+    num_splits: int, backend: Backend, device: str, assert_close: Close
 ) -> None:
     case = Case([17, 5, 70, 0], 6, 2, 64, torch.float32, device)
     whole_lse = torch.empty(4, 6, device=device)

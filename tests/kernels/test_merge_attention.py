@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.merge_attention import merge_attention
 
 Close = Callable[[torch.Tensor, torch.Tensor], None]
@@ -28,24 +29,31 @@ def parts_of(
 @pytest.mark.parametrize("dim", [1, 64, 80])
 @pytest.mark.parametrize("cuts", [[9], [4, 9], [0, 0, 9], [1, 5, 5, 9]])
 def test_parts_merge_to_the_whole(
-    cuts: list[int], dim: int, backend: str, device: str, assert_close: Close
+    cuts: list[int], dim: int, backend: Backend, device: str, assert_close: Close
 ) -> None:
     scores, v = 30 * torch.randn(3, 5, 9), torch.randn(9, dim)
     parts, whole = parts_of(scores.to(device), v.to(device), cuts)
-    assert_close(merge_attention(parts, torch.float32, backend=backend), whole)  # type: ignore[arg-type]
+    assert_close(merge_attention(parts, torch.float32, backend=backend), whole)
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_query_without_context_gets_zeros(backend: str, device: str) -> None:
+def test_a_query_without_context_gets_zeros(backend: Backend, device: str) -> None:
     parts = torch.zeros(2, 1, 1, 17, device=device)
     parts[..., -1] = -torch.inf
-    out = merge_attention(parts, torch.bfloat16, backend=backend)  # type: ignore[arg-type]
+    out = merge_attention(parts, torch.bfloat16, backend=backend)
     assert out.dtype == torch.bfloat16
     assert out.tolist() == [[[0.0] * 16]]
 
 
-def test_other_shapes_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"parts \(2, 3, 4\) of torch.float32; expected contiguous"
-    ):
-        merge_attention(torch.zeros(2, 3, 4), torch.float32)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        torch.zeros(2, 3, 4),
+        torch.zeros(2, 3, 4, 5, dtype=torch.float64),
+        torch.zeros(2, 3, 5, 4).transpose(2, 3),
+        torch.zeros(2, 3, 4, 1),
+    ],
+)
+def test_other_parts_are_refused(parts: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"parts \(2, 3, .* of torch.*; expected contiguous"):
+        merge_attention(parts, torch.float32)

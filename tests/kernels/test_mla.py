@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.decode_config import DecodeConfig
 from rankwright.kernels.mla_attention import mla_decode_attention
 from rankwright.kernels.mla_rotary import mla_rotary_and_cache
@@ -117,7 +118,7 @@ def test_rotary_step_is_the_norm_and_the_rotation_one_by_one(
     latent: int,
     rotary: int,
     dtype: torch.dtype,
-    backend: str,
+    backend: Backend,
     device: str,
     assert_close: Close,
 ) -> None:
@@ -133,7 +134,7 @@ def test_rotary_step_is_the_norm_and_the_rotation_one_by_one(
     out = q.clone()
     mla_rotary_and_cache(
         out, kv, norm, table, positions, slots, cache, 1e-6,
-        backend=backend,  # type: ignore[arg-type]
+        backend=backend,
     )  # fmt: skip
     # The same rotation as other attention has, of all heads and the key as one more.
     packed = torch.cat([q[..., before:].flatten(1), kv[:, latent:], kv[:, latent:]], dim=-1)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.conftest import DEVICE
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.moe_align import align, max_blocks
 from rankwright.kernels.moe_configs import ExpertsConfig, Tile, experts_config, rule_config
 from rankwright.kernels.moe_experts import Experts, run_experts, run_experts_reference
@@ -97,7 +98,8 @@ def test_alignment_holds_each_pair_of_this_rank_once(
 
 def test_alignment_of_more_pairs_than_one_round_takes(device: str) -> None:
     slots = torch.randint(-1, 3, (700, 3), dtype=torch.int32, device=device)
-    ours, theirs = (align(slots, 3, 16, backend=b) for b in ("triton", "reference"))  # type: ignore[arg-type]
+    ours = align(slots, 3, 16, backend="triton")
+    theirs = align(slots, 3, 16, backend="reference")
     used = int((theirs.block_slots >= 0).sum()) * 16
     assert torch.equal(ours.block_slots, theirs.block_slots)
     assert torch.equal(ours.pairs[:used], theirs.pairs[:used])
@@ -144,11 +146,11 @@ def test_tokens_may_be_strided(device: str, assert_close: Close) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_a_rank_that_is_not_chosen_returns_zeros(backend: str, device: str) -> None:
+def test_a_rank_that_is_not_chosen_returns_zeros(backend: Backend, device: str) -> None:
     x, experts, weights, slots = made_up(3, 2, 3, 20, 12, device=device)
-    out = run_experts(x, experts, weights, torch.full_like(slots, -1), backend=backend)  # type: ignore[arg-type]
+    out = run_experts(x, experts, weights, torch.full_like(slots, -1), backend=backend)
     assert torch.equal(out, torch.zeros_like(x))
-    none = run_experts(x[:0], experts, weights[:0], slots[:0], backend=backend)  # type: ignore[arg-type]
+    none = run_experts(x[:0], experts, weights[:0], slots[:0], backend=backend)
     assert none.shape == (0, 20)
 
 

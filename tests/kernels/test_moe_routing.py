@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.moe_routing import RoutingRule, SlotTable, route, route_reference
 
 SOFTMAX = RoutingRule(top_k=2)
@@ -66,19 +67,19 @@ def test_kernel_equals_reference(name: str, tokens: int, dtype: torch.dtype, dev
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_pairs_of_other_ranks_are_marked_and_loads_counted(backend: str, device: str) -> None:
+def test_pairs_of_other_ranks_are_marked_and_loads_counted(backend: Backend, device: str) -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]], device=device)
     load = torch.tensor([5, 0, 0, 0], device=device)
-    _, slots = route(logits, SOFTMAX, first_slot=1, num_slots=2, load_E=load, backend=backend)  # type: ignore[arg-type]
+    _, slots = route(logits, SOFTMAX, first_slot=1, num_slots=2, load_E=load, backend=backend)
     assert slots.tolist() == [[-1, 0], [-1, 1]]
     assert load.tolist() == [6, 1, 1, 1]
     counted = torch.tensor([0, 4], dtype=torch.int32, device=device)  # the first token is padding
-    route(logits, SOFTMAX, load_E=load, counted_T=counted, backend=backend)  # type: ignore[arg-type]
+    route(logits, SOFTMAX, load_E=load, counted_T=counted, backend=backend)
     assert load.tolist() == [6, 1, 2, 2]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_tokens_take_turns_over_replicas(backend: str, device: str) -> None:
+def test_tokens_take_turns_over_replicas(backend: Backend, device: str) -> None:
     # Expert 0 is in slots 3 and 0, expert 1 in slot 2; slot 1 is not used.
     table = SlotTable(
         torch.tensor([[3, 0], [2, -7]], dtype=torch.int32, device=device),
@@ -86,7 +87,7 @@ def test_tokens_take_turns_over_replicas(backend: str, device: str) -> None:
     )
     logits = torch.tensor([[9.0, 0.0]] * 3 + [[0.0, 9.0]], device=device)
     rule = RoutingRule(top_k=1)
-    _, slots = route(logits, rule, num_slots=4, table=table, backend=backend)  # type: ignore[arg-type]
+    _, slots = route(logits, rule, num_slots=4, table=table, backend=backend)
     assert slots.flatten().tolist() == [3, 0, 3, 2]
     _, slots = route(  # the rank of slots 2 and 3
         logits,
@@ -94,7 +95,7 @@ def test_tokens_take_turns_over_replicas(backend: str, device: str) -> None:
         first_slot=2,
         num_slots=2,
         table=table,
-        backend=backend,  # type: ignore[arg-type]
+        backend=backend,
     )
     assert slots.flatten().tolist() == [1, -1, 1, 0]
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.merge_attention import merge_attention
 from rankwright.kernels.paged_cache import kv_heads_of_queries
 from rankwright.kernels.part_attention import part_attention
@@ -92,7 +93,7 @@ PIECES = [(48, 16), (37, 5), (81, 1), (9, 9), (20, 0)]
     ],
 )
 def test_parts_merge_to_attention_over_the_whole(
-    parts: int, window: int | None, backend: str, device: str, assert_close: Close
+    parts: int, window: int | None, backend: Backend, device: str, assert_close: Close
 ) -> None:
     case = Case(PIECES, parts, heads=(4, 2) if backend == "reference" else (2, 1), device=device)
     assert_close(case.run(backend, window), case.token_by_token(window))

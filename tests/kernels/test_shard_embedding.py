@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from rankwright.kernels.backend import Backend
 from rankwright.kernels.shard_embedding import shard_embedding
 
 
@@ -9,7 +10,7 @@ from rankwright.kernels.shard_embedding import shard_embedding
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_shards_add_up_to_the_whole(
-    dtype: torch.dtype, dim: int, given: bool, backend: str, device: str
+    dtype: torch.dtype, dim: int, given: bool, backend: Backend, device: str
 ) -> None:
     whole = torch.randn(11, dim, device=device).to(dtype)
     ids = torch.tensor([0, 3, 4, 10, 4], device=device)
@@ -18,7 +19,7 @@ def test_shards_add_up_to_the_whole(
         wide = torch.full((stop - first, dim + 3), torch.nan, device=device, dtype=dtype)
         wide[:, :dim] = whole[first:stop]
         out = torch.full((5, dim), torch.nan, device=device, dtype=dtype) if given else None
-        part = shard_embedding(ids, wide[:, :dim], first, out, backend=backend)  # type: ignore[arg-type]
+        part = shard_embedding(ids, wide[:, :dim], first, out, backend=backend)
         assert out is None or part is out
         here = (ids >= first) & (ids < stop)
         assert torch.equal(part[here], whole[ids[here]])

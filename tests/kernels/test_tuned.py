@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rankwright.kernels import tuned
+from rankwright.kernels.decode_config import decode_config
 from rankwright.kernels.gpu_facts import GpuFacts
-from rankwright.kernels.tuned import read_table, tuned_rows
+from rankwright.kernels.tuned import read_table, rows_of, tuned_rows
 
 
 def test_without_a_table_nothing_is_tuned(tmp_path: Path) -> None:
@@ -31,3 +32,19 @@ def test_a_folder_of_own_tables_goes_before_those_that_ship(
     monkeypatch.setenv("RANKWRIGHT_KERNEL_TABLES", str(tmp_path))
     assert tuned_rows(torch.device("cuda"), "linear") == {(8, 4096, 6144): {"block_n": 64}}
     assert tuned_rows(torch.device("cuda"), "decode") == {}
+
+
+def test_measured_cuts_of_decode_attention_go_before_the_rules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = {"tile": 16, "num_warps": 2, "num_stages": 7}
+    rows = rows_of({"decode": [{"shape": [128, 2], "config": measured}]}, "decode")
+    monkeypatch.setattr(
+        "rankwright.kernels.decode_config.tuned_rows", lambda device, kind: {"decode": rows}[kind]
+    )
+    device = torch.device("cuda")
+    tuned_cut, by_rule = (
+        decode_config(8, 8, 128, 64, 64, torch.bfloat16, 132, at) for at in (device, None)
+    )
+    assert {name: getattr(tuned_cut, name) for name in measured} == measured
+    assert {name: getattr(by_rule, name) for name in measured} != measured

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,12 @@ def test_torch_takes_prompts_from_where_its_kernel_is_faster_on(
     times: dict[int, tuple[float, float, float]], expected: tuple[int, int] | None
 ) -> None:
     config = PrefillConfig(128, 64, 8, 3)
-    timers = {
-        f"1 x {tokens}": lambda how, of=of: of[{config: 0, "sdpa": 1, "cudnn": 2}[how]]
-        for tokens, of in times.items()
-    }
-    found = whole_prompts(timers, config)  # type: ignore[arg-type]
+    order: tuple[PrefillConfig | str, ...] = (config, "sdpa", "cudnn")
+
+    def timer(tokens: int) -> Callable[[PrefillConfig | str], float]:
+        return lambda how: times[tokens][order.index(how)]
+
+    found = whole_prompts({f"1 x {tokens}": timer(tokens) for tokens in times}, config)
     made = [(row["config"]["from_tokens"], row["config"]["is_cudnn"]) for row in found]
     assert made == ([] if expected is None else [expected])
 

@@ -87,6 +87,11 @@ def test_smollm2_runs_on_any_number_of_cpu_ranks(ranks: int) -> None:
     assert plan.prediction.memory_bytes_per_gpu.value < 3.5 * GB
 
 
+def test_cpu_ranks_have_room_for_a_conversation_beside_short_requests() -> None:
+    load = Workload(input_tokens=16, output_tokens=16, concurrency=1)
+    assert plan_of(SMOLLM2, "1xcpu", load).kv_cache.num_tokens == 8192
+
+
 @pytest.mark.parametrize(
     ("pins", "cluster"),
     [

@@ -31,6 +31,7 @@ from tests.topology.captures import (
 
 from rankwright.topology.captures import KINDS, describe_topology_text, probe_from_text
 from rankwright.topology.errors import ProbeError
+from rankwright.topology.readers.nvidia_smi_log import parse_smi_log
 
 CORPUS = Path(__file__).parents[2] / ".." / "shared" / "reference" / "topology"
 NUM_EXAMPLES = int(os.environ.get("RANKWRIGHT_FUZZ_EXAMPLES", "300"))
@@ -166,6 +167,16 @@ def test_the_log_of_everything_is_read_by_section() -> None:
     assert first["memory_free_bytes"] == 81000 * 2**20
     one = described(SMI_Q.split("GPU 00000000:3B")[0])
     assert (one["complete"], one["gpus"][0]["index"]) == (False, None)
+
+
+@pytest.mark.parametrize("title", ["GPU Power Readings", "Power Readings"])
+def test_a_log_says_what_limit_a_gpu_came_with(title: str) -> None:
+    limit = "        Current Power Limit               : 650.00 W\n"
+    default = limit.replace("Current", "Default").replace("650", "700")
+    log = SMI_Q.replace(limit, limit + default).replace("GPU Power Readings", title)
+    assert SMI_Q.count(limit) >= 1
+    gpus = parse_smi_log(log.replace("Current Power", "Power") if title[0] == "P" else log).gpus
+    assert (gpus[0].power_limit_w, gpus[0].default_power_limit_w) == (650, 700)
 
 
 def test_the_plain_tables_are_read() -> None:

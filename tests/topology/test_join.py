@@ -80,6 +80,12 @@ def test_only_neighbours_fold_so_that_machines_keep_their_numbers() -> None:
     assert [each.name for each in folded] == ["a", "b", "c"]
 
 
+def test_folded_machines_promise_the_memory_of_the_least() -> None:
+    least, most = 64 * 2**30, 64 * 2**30 + 2**20
+    folded = fold([node(name="a", host_memory_bytes=most), node(name="b", host_memory_bytes=least)])
+    assert [(each.count, each.host_memory_bytes) for each in folded] == [(2, least)]
+
+
 def test_a_busy_gpu_keeps_its_machine_apart() -> None:
     total = node().gpus[0].total_memory_bytes
     busy = with_free(node(name="b"), [total, total // 2, total, total])
