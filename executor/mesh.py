@@ -172,8 +172,7 @@ class Mesh:
             total = self._peers.sum(tensor)
             if total is not None:
                 return total
-        dist.all_reduce(tensor, group=self.tp.process_group)
-        return tensor
+        return self.tp.summed(tensor)
 
     @property
     def attention_ranks(self) -> int:
@@ -193,13 +192,11 @@ class Mesh:
     def sum_tokens(self, parts_TD: torch.Tensor) -> torch.Tensor:
         """Return the sum over the TP group of what its ranks made of `gather_tokens`' rows.
 
-        With attention TP of all rows, in place; with attention DP of this rank's own.
+        With attention TP of all rows; with attention DP of this rank's own. The parts are lost.
         """
         if self.attention_ranks == 1:
             return self.all_reduce(parts_TD)
-        out_TD = parts_TD.new_empty(len(parts_TD) // self.tp.size, *parts_TD.shape[1:])
-        dist.reduce_scatter_tensor(out_TD, parts_TD.contiguous(), group=self.tp.process_group)
-        return out_TD
+        return self.tp.summed_share(parts_TD)
 
     def gather_context(self, part: torch.Tensor) -> torch.Tensor:
         """Return the parts of all ranks of the CP group, [cp, ...]."""
@@ -228,10 +225,8 @@ class Mesh:
             part = arriving
 
     def sum_context(self, rows_RD: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `rows_RD` over the CP group, in place."""
-        if self.cp.size > 1:
-            dist.all_reduce(rows_RD, group=self.cp.process_group)
-        return rows_RD
+        """Return the sum of `rows_RD` over the CP group; what it held may be gone."""
+        return rows_RD if self.cp.size == 1 else self.cp.summed(rows_RD)
 
     def add_norm(
         self,
@@ -271,11 +266,8 @@ class Mesh:
         padded = shard_BV
         if shard_BV.shape[1] < widest:
             padded = torch.nn.functional.pad(shard_BV, (0, widest - shard_BV.shape[1]))
-        out = shard_BV.new_empty(self.tp.size, shard_BV.shape[0], widest)
-        dist.all_gather_into_tensor(
-            out.view(-1, widest), padded.contiguous(), group=self.tp.process_group
-        )
-        return torch.cat([out[i, :, :width] for i, width in enumerate(widths)], dim=1)
+        out_RBV = self.tp.gathered(padded)
+        return torch.cat([out_RBV[i, :, :width] for i, width in enumerate(widths)], dim=1)
 
     def send_to_next(self, hidden_TD: torch.Tensor) -> "dist.Work | None":
         """Start sending to the same rank of the next stage; keep the tensor until it is done."""

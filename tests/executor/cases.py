@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rankwright.executor.drawn import Drawn
 from rankwright.executor.engine import Follower, Leader
 from rankwright.executor.expert_slots import move_experts
 from rankwright.executor.mesh import Mesh
@@ -207,17 +208,22 @@ def stages_at_once(
     return seen
 
 
-def logits_and_tokens(
-    rank: int,
-    plan_json: str,
-    folder: str,
-    sequences: list[list[int]],
-    requests: list[tuple[str, list[int], dict[str, Any]]],
-) -> tuple[list[np.ndarray] | None, dict[str, list[int]] | None]:
-    """What `logits` and `serve` return, from one set of ranks."""
+def tokens_and_logits(
+    rank: int, plan_json: str, folder: str, requests: list[tuple[str, list[int], dict[str, Any]]]
+) -> tuple[dict[str, list[int]], dict[tuple[int, int], np.ndarray]]:
+    """Tokens from leaders; from samplers what each was drawn from, by seed and position."""
     plan, mesh, runner = make(rank, plan_json, folder)
-    found = teacher_logits(plan, mesh, runner, sequences)
-    return found, answers(plan, mesh, runner, requests)
+    rows: dict[tuple[int, int], np.ndarray] = {}
+    draw = runner._draw
+
+    def watched(logits_RV: torch.Tensor, batch: StepBatch) -> Drawn | None:
+        if mesh.is_sampler:
+            keys = zip(batch.seeds_R.tolist(), batch.sample_positions_R.tolist(), strict=True)
+            rows.update(zip(keys, logits_RV.float().numpy(), strict=True))
+        return draw(logits_RV, batch)
+
+    runner._draw = watched  # type: ignore[method-assign]
+    return answers(plan, mesh, runner, requests) or {}, rows
 
 
 def _client(

@@ -7,6 +7,7 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.executor.moe_models import MOE_MODELS
@@ -60,6 +61,7 @@ class Reference:
     model: Any
     vocab_size: int
     _greedy: dict[tuple[tuple[int, ...], int], list[int]] = field(default_factory=dict)
+    _drawn_from: dict[tuple[tuple[int, ...], int], np.ndarray] = field(default_factory=dict)
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """[T, V] of one sequence."""
@@ -83,6 +85,14 @@ class Reference:
                 guess = []
             self._greedy[key] = tokens[:count]
         return self._greedy[key]
+
+    def drawn_from(self, prompt: list[int], count: int) -> np.ndarray:
+        """[count, V]: the logits whose best are the `greedy` tokens."""
+        key = (tuple(prompt), count)
+        if key not in self._drawn_from:
+            tokens = [*prompt, *self.greedy(prompt, count)]
+            self._drawn_from[key] = self.logits(tokens[:-1])[-count:].numpy()
+        return self._drawn_from[key]
 
 
 def make_reference(

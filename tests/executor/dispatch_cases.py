@@ -1,6 +1,7 @@
 """What the ranks of a test of dispatch run."""
 
 import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from rankwright.executor.layers.exchange import VARIABLE
 from rankwright.executor.mesh import Mesh
 from rankwright.executor.record_load import record_load
 from rankwright.executor.runner import Runner
+from rankwright.executor.scheduler import Scheduler
+from rankwright.executor.sequence import Sequence
+from rankwright.executor.step_batch import StepBatch
 from rankwright.executor.weights import SafetensorsSource
 from rankwright.kernels.moe_experts import run_experts
 from rankwright.planner.plan import Plan
@@ -45,13 +49,40 @@ def tokens(
     folder: str,
     requests: list[tuple[str, list[int], dict[str, Any]]],
     exchange: str,
-) -> dict[str, list[int]] | None:
-    """`cases.serve` with tokens sent one way."""
-    os.environ[VARIABLE] = exchange
-    try:
-        return cases.serve(rank, plan_json, folder, requests)
-    finally:
-        del os.environ[VARIABLE]
+) -> tuple[dict[str, list[int]], set[str]]:
+    """`cases.serve` with tokens sent one way, and what the leader met meanwhile."""
+    met: set[str] = set()
+    schedule, preempt = Scheduler.schedule, Scheduler._preempt
+
+    def watched(self: Scheduler) -> tuple[StepBatch, list[Sequence]] | None:
+        scheduled = schedule(self)
+        if scheduled is not None:
+            met.update(_kinds_of(scheduled[0], len(self.room.pools)))
+        return scheduled
+
+    def sent_back(self: Scheduler, victim: Sequence) -> None:
+        met.add("a sequence sent back")
+        preempt(self, victim)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, exchange)
+        patch.setattr(Scheduler, "schedule", watched)
+        patch.setattr(Scheduler, "_preempt", sent_back)
+        return cases.serve(rank, plan_json, folder, requests) or {}, met
+
+
+def _kinds_of(batch: StepBatch, num_parts: int) -> Iterator[str]:
+    """Say what is unusual in a batch that ranks share out."""
+    counts = np.bincount(batch.parts_S, minlength=num_parts)
+    prompts = slice(batch.num_decodes, None)
+    if not counts.all():
+        yield "an idle rank"
+    if len(set(counts.tolist())) > 1:
+        yield "unequal shares"
+    if (batch.context_lens_S[prompts] > batch.query_lens_S[prompts]).any():
+        yield "a prompt in chunks"
+    if 0 < batch.num_decodes < batch.num_sequences:
+        yield "prompts beside decodes"
 
 
 def expert_rows(rank: int, plan_json: str, folder: str, sequences: list[list[int]]) -> int:

@@ -245,15 +245,14 @@ def test_smollm2_gives_the_greedy_tokens_of_transformers(
     results = pool.run(
         plan.num_gpus,
         CASES,
-        "logits_and_tokens",
+        "tokens_and_logits",
         plan.model_dump_json(),
         str(smollm2),
-        [],
         requests,
     )
     tokens: dict[str, list[int]] = {}
-    for _, answered in results:
-        tokens.update(answered or {})
+    for answered, _ in results:
+        tokens |= answered
     for name, prompt, _ in requests:
         assert tokens[name] == smollm2_reference.greedy(prompt, 12, tokens[name])
 

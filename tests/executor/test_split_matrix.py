@@ -1,209 +1,206 @@
-"""What the planner calls legal runs and is right: every family over products of parallel forms.
+"""What the planner calls legal runs and is right: every family in every product of parallel forms.
 
-Splits are drawn, by a fixed seed, from the planner's own legal set on up to 8 ranks: each form
-alone first, then products of two and three. Each case runs the real runner and engine over gloo:
-logits against transformers, and greedy tokens of requests that come and go. A part of the cases
-runs by default; `RANKWRIGHT_MATRIX=whole` runs all of them.
+Each case runs the real runner and engine over gloo, with requests that come, wait, share a prefix
+and go: the tokens are those that transformers would take, and the logits that they were drawn from
+are transformers'. A part of `split_cells.py`'s cases runs by default, beside some that Hypothesis
+draws from all legal splits; `RANKWRIGHT_MATRIX=whole` runs all cases and more draws.
 """
 
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from random import Random
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.executor.conftest import COMMON, MODELS, Reference
-from tests.executor.moe_models import MOE_MODELS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.executor.conftest import Reference
 from tests.executor.plans import cpu_plan
-from tests.executor.ranks import Ranks
+from tests.executor.ranks import Ranks, ranks
+from tests.executor.split_cells import (
+    FAMILIES,
+    MOE_FAMILIES,
+    MOST_FORMS,
+    Case,
+    cells,
+    every_case,
+    forms_of,
+    legal_splits,
+    usual_cases,
+)
 from tests.executor.test_parallel_equality import prompts
 
-from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
-from rankwright.cost_model.split import Split
 from rankwright.executor.models.supported import check_supported
-from rankwright.planner.shapes import Pins, find_shapes
-from rankwright.topology.shorthand import parse_cluster
 
-MOST_RANKS = 8
-# Of each family, so that there are more than 150; and how many of them run by default.
-NUM_CASES, NUM_USUAL = 18, 2
-FAMILIES = ("llama", "llama-tied-mqa", "mistral", "qwen2", "qwen3")
-MOE_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-}
+Result = tuple[dict[str, list[int]], dict[tuple[int, int], np.ndarray]]
 
-
-def spec_of(family: str) -> ModelSpec:
-    """The model's shapes, without its weights."""
-    from transformers import AutoConfig
-
-    changes = MODELS.get(family) or MOE_MODELS[family]
-    options = {**COMMON, "model_type": family, **changes}
-    config = AutoConfig.for_model(**options).to_dict()
-    config["architectures"] = [ARCHITECTURES[options["model_type"]]]
-    return read_model(config)
-
-
-def num_forms(split: Split) -> int:
-    """How many parallel forms the split is a product of."""
-    degrees = (split.tp // split.ep, split.ep, split.pp, split.dp, split.cp)
-    return sum(degree > 1 for degree in degrees) + (split.attention == "dp")
-
-
-def legal_splits(spec: ModelSpec) -> Iterator[Split]:
-    """Every split of up to three forms that the planner may choose on up to 8 ranks."""
-    cluster = parse_cluster(f"{MOST_RANKS}xcpu")
-    for attention in ("tp", "dp"):
-        pins = Pins(attention=attention)  # type: ignore[arg-type]
-        for shape in find_shapes(spec, cluster, pins=pins).legal:
-            for dp in range(1, MOST_RANKS // shape.num_gpus + 1):
-                split = Split(
-                    tp=shape.tp,
-                    pp=shape.pp,
-                    ep=shape.ep,
-                    cp=shape.cp,
-                    dp=dp,
-                    attention=shape.attention,
-                    cp_exchange=shape.cp_exchange,
-                    stage_layers=even_stages(spec.num_layers, shape.pp),
-                )
-                if num_forms(split) <= 3:
-                    yield split
-
-
-def even_stages(num_layers: int, pp: int) -> tuple[int, ...]:
-    return tuple(num_layers // pp + (stage < num_layers % pp) for stage in range(pp))
-
-
-@dataclass(frozen=True)
-class Case:
-    family: str
-    split: Split
-
-    def __str__(self) -> str:
-        return f"{self.family} {self.split.label()}"
-
-
-def forms_of(split: Split) -> tuple[bool | str, ...]:
-    """Which forms the split is a product of."""
-    degrees = (split.moe_tp, split.ep, split.pp, split.dp, split.cp)
-    return (*(degree > 1 for degree in degrees), split.attention, split.cp_exchange)
-
-
-@cache
-def cases() -> tuple[Case, ...]:
-    """The matrix: for each family every form alone, then products, drawn by a fixed seed."""
-    found: list[Case] = []
-    for family in FAMILIES + MOE_FAMILIES:
-        rng = Random(family)
-        spec = spec_of(family)
-        splits = sorted(legal_splits(spec), key=lambda split: split.label())
-        rng.shuffle(splits)
-        # Of each number of forms, one of each set of them before a second of any.
-        seen = Counter[tuple[bool | str, ...]]()
-        by_count: dict[int, list[tuple[int, int]]] = {1: [], 2: [], 3: []}
-        for index, split in enumerate(splits):
-            seen[forms_of(split)] += 1
-            by_count[max(1, num_forms(split))].append((seen[forms_of(split)], index))
-        alone = [index for rank, index in sorted(by_count[1]) if rank == 1]
-        pairs, triples = ([index for _, index in sorted(by_count[n])] for n in (2, 3))
-        products = [index for both in zip(pairs, triples, strict=False) for index in both]
-        for index in [*alone, *products][:NUM_CASES]:
-            stages = list(splits[index].stage_layers)
-            rng.shuffle(stages)
-            found.append(
-                Case(family, splits[index].model_copy(update={"stage_layers": tuple(stages)}))
-            )
-    return tuple(found)
+IS_WHOLE = os.environ.get("RANKWRIGHT_MATRIX") == "whole"
+NUM_DRAWS = 16 if IS_WHOLE else 2
+# Tokens to make of each request. Most blocks that it holds at last are of 16 tokens.
+LENGTHS = (48, 20, 48, 7)
+LONGEST_BLOCKS = 6
+# Room for two long sequences a rank, so that others wait or are sent back.
+ORDER = [0, 1, 2, 3]
+LIMITS: dict[str, Any] = {"num_blocks": 12, "max_num_seqs": 4, "max_batched_tokens": 40}
 
 
 def chosen() -> list[Case]:
-    """The cases of this run, smallest first: processes are started as they are needed."""
-    every = cases()
-    if os.environ.get("RANKWRIGHT_MATRIX") != "whole":
-        # Other forms of each family: the strides differ.
-        every = tuple(
-            every[family * NUM_CASES + (family + 4 * index) % NUM_CASES]
-            for family in range(len(every) // NUM_CASES)
-            for index in range(NUM_USUAL)
+    """Return the cases of this run, smallest first: processes are started as they are needed."""
+    cases = every_case() if IS_WHOLE else usual_cases(2)
+    return sorted(cases, key=lambda case: case.split.num_gpus)
+
+
+def requests_of(reference: Reference) -> list[list[int]]:
+    """Return the prompts: the last begins as the one before it, for more than a block."""
+    first, second, third = prompts(reference.vocab_size, (1, 17, 40))
+    return [first, second, third, [*third[:19], 3]]
+
+
+@pytest.fixture(scope="module")
+def known(
+    references: dict[str, Reference], moe_references: dict[str, Reference]
+) -> dict[str, Reference]:
+    return references | moe_references
+
+
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest, known: dict[str, Reference], pool: Ranks
+) -> Iterator[dict[str, Future[list[Result]]]]:
+    """What the ranks of each case say: of the whole matrix two cases run at once.
+
+    One alone leaves a third of two cores idle: ranks wait for each other, and then for the test.
+    """
+    here = threading.local()
+    with ranks() as second, ThreadPoolExecutor(1 + IS_WHOLE) as executor:
+        free = [second, pool]
+
+        def run(case: Case) -> list[Result]:
+            if not hasattr(here, "pool"):
+                here.pool = free.pop()
+            return run_case(here.pool, known[case.family], case, LIMITS, ORDER)
+
+        asked = [getattr(item, "callspec", None) for item in request.session.items]
+        cases = [spec.params["case"] for spec in asked if spec and "case" in spec.params]
+        yield {str(case): executor.submit(run, case) for case in cases}
+        executor.shutdown(cancel_futures=True)
+
+
+def run_case(
+    pool: Ranks, reference: Reference, case: Case, limits: dict[str, Any], order: list[int]
+) -> list[Result]:
+    """Serve the requests in this order; return what each rank says."""
+    degrees: dict[str, Any] = case.split.model_dump(
+        include={"tp", "pp", "dp", "ep", "cp", "attention", "cp_exchange", "stage_layers"}
+    )
+    plan = cpu_plan(read_model(reference.folder), **degrees, **limits)
+    plan = plan.model_copy(update={"expert_slots": case.slots})
+    check_supported(plan)
+    texts = requests_of(reference)
+    # The seed tells whose a row of logits is: greedy requests draw nothing.
+    requests = [
+        (f"r{i}", texts[i], {"temperature": 0.0, "max_tokens": LENGTHS[i], "seed": i})
+        for i in order
+    ]
+    said: list[Result] = pool.run(
+        plan.num_gpus,
+        "tests.executor.cases",
+        "tokens_and_logits",
+        plan.model_dump_json(),
+        str(reference.folder),
+        requests,
+    )
+    return said
+
+
+def check(reference: Reference, said: list[Result]) -> None:
+    """Hold tokens and logits to transformers'."""
+    answers: dict[str, list[int]] = {}
+    logits: dict[tuple[int, int], np.ndarray] = {}
+    for tokens, rows in said:
+        answers |= tokens
+        logits |= rows
+    assert len(logits) == sum(LENGTHS)
+    for i, (text, length) in enumerate(zip(requests_of(reference), LENGTHS, strict=True)):
+        answer = answers[f"r{i}"]
+        assert answer == reference.greedy(text, length, answer), f"request {i}"
+        theirs = reference.drawn_from(text, length)
+        ours = np.stack([logits[i, len(text) + step] for step in range(length)])
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), f"request {i}"
+
+
+def test_the_matrix_has_every_family_in_every_product_of_two_and_every_product_of_three() -> None:
+    every = every_case()
+    assert len({str(case) for case in every}) == len(every) >= 300
+    assert len({case.split.label() for case in every}) >= 150
+    for family in FAMILIES:
+        mine = [case for case in every if case.family == family]
+        legal = cells(family)
+        run = {forms_of(case.split) for case in mine}
+        assert run >= {forms for forms in legal if len(forms) < MOST_FORMS}
+        assert set(legal) >= run
+        names = {name for forms in legal for name in forms}
+        has_experts = any(case.slots for case in mine)
+        assert has_experts == (family in MOE_FAMILIES)
+        assert names == {"TP", "PP", "DP", "CP", "CP ring", "attention DP"} | (
+            {"EP"} if has_experts else set()
         )
-    return sorted(every, key=lambda case: case.split.num_gpus)
-
-
-def test_the_matrix_is_wide_enough() -> None:
-    every = cases()
-    assert len({str(case) for case in every}) == len(every) >= 150
-    assert len({case.split.label() for case in every}) >= 60
-    for family in FAMILIES + MOE_FAMILIES:
-        splits = [case.split for case in every if case.family == family]
-        assert any(split.tp > 1 and split.attention == "tp" for split in splits)
-        assert any(split.attention == "dp" for split in splits)
-        assert any(split.pp > 1 for split in splits)
-        assert {split.cp_exchange for split in splits if split.cp > 1} == {"gather", "ring"}
-        assert any(num_forms(split) == 3 for split in splits)
+    # Every product of three is run, by several families.
+    times = Counter(forms_of(case.split) for case in every)
+    assert min(times.values()) >= 2
+    assert set(times) == {forms for family in FAMILIES for forms in cells(family)}
     assert any(8 % case.split.tp for case in every)
+    usual = usual_cases(2)
+    assert len({str(case) for case in usual}) == 2 * len(FAMILIES)
+    assert len({forms_of(case.split) for case in usual}) >= 16
 
 
 @pytest.mark.parametrize("case", chosen(), ids=str)
 def test_a_legal_split_gives_the_logits_and_tokens_of_transformers(
-    references: dict[str, Reference],
-    moe_references: dict[str, Reference],
+    known: dict[str, Reference], results: dict[str, Future[list[Result]]], case: Case
+) -> None:
+    check(known[case.family], results[str(case)].result())
+
+
+@st.composite
+def drawn_cases(draw: st.DrawFn) -> Case:
+    """Any legal split of any family, its layers over the stages in any way."""
+    family = draw(st.sampled_from(FAMILIES))
+    split = draw(st.sampled_from(legal_splits(family)))
+    num_layers = sum(split.stage_layers)
+    cuts = draw(st.permutations(range(1, num_layers)))[: split.pp - 1]
+    edges = [0, *sorted(cuts), num_layers]
+    layers = tuple(stop - start for start, stop in pairwise(edges))
+    return Case(family, split.model_copy(update={"stage_layers": layers}))
+
+
+@settings(
+    max_examples=NUM_DRAWS,
+    derandomize=not IS_WHOLE,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    case=drawn_cases(),
+    limits=st.fixed_dictionaries(
+        {
+            "num_blocks": st.integers(LONGEST_BLOCKS, 16),
+            "max_num_seqs": st.integers(1, 5),
+            "max_batched_tokens": st.integers(1, 64),
+        }
+    ),
+    order=st.permutations(range(len(LENGTHS))),
+)
+def test_any_legal_split_under_any_limits_gives_the_logits_and_tokens_of_transformers(
+    known: dict[str, Reference],
     pool: Ranks,
     case: Case,
+    limits: dict[str, Any],
+    order: list[int],
 ) -> None:
-    known = references | moe_references
-    reference, split = known[case.family], case.split
-    degrees: dict[str, Any] = split.model_dump(
-        include={"tp", "pp", "dp", "ep", "cp", "attention", "cp_exchange", "stage_layers"}
-    )
-    plan = cpu_plan(
-        read_model(reference.folder),
-        **degrees,
-        # Room for two long sequences a rank, so that others wait or are sent back.
-        num_blocks=12,
-        max_num_seqs=4,
-        max_batched_tokens=40,
-    )
-    check_supported(plan)
-    sequences = prompts(reference.vocab_size, (1, 23, 40))
-    lengths = (48, 20, 48, 7)
-    requests = [
-        (f"r{i}", text, {"temperature": 0.0, "max_tokens": length})
-        for i, (text, length) in enumerate(
-            zip(prompts(reference.vocab_size, (1, 17, 40, 5)), lengths, strict=True)
-        )
-    ]
-    results = pool.run(
-        plan.num_gpus,
-        "tests.executor.cases",
-        "logits_and_tokens",
-        plan.model_dump_json(),
-        str(reference.folder),
-        sequences,
-        requests,
-    )
-    samplers = [logits for logits, _ in results if logits is not None]
-    assert len(samplers) == split.dp
-    for logits in samplers:
-        for ours, tokens in zip(logits, sequences, strict=True):
-            theirs = reference.logits(tokens).numpy()
-            assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
-    answers: dict[str, list[int]] = {}
-    for _, tokens in results:
-        answers.update(tokens or {})
-    for (name, text, _), length in zip(requests, lengths, strict=True):
-        assert answers[name] == reference.greedy(text, length, answers[name]), name
+    check(known[case.family], run_case(pool, known[case.family], case, limits, order))
