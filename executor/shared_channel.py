@@ -2,7 +2,7 @@
 
 A step batch is small and every rank waits for it before each step, so what counts is latency. The
 writer copies the message into a ring of slots and counts it; readers look at the counter, and take
-it when it moves: no socket, and no thread to wake.
+it when it moves: no socket, and no thread to wake. Those that sleep are woken by a `Bell`.
 
 The memory is a file that is unlinked as soon as everybody has mapped it, so nothing is left behind
 however a process ends. Stores are seen in order on x86-64 only, which `is_supported` asks for.
@@ -18,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from rankwright.executor.bell import Bell
+
 NUM_SLOTS = 32
 # A decode step of 256 sequences of 32 blocks each; a longer message takes several slots.
 SLOT_BYTES = 65536
 # A reader that sleeps looks this often whether the writer still lives.
 LOOK_S = 1.0
-# Longest sleep between two looks at the counter.
+# Longest sleep of a writer between two looks whether the ring has room.
 NAP_S = 0.0005
 _HEADER_WORDS = 2  # sequence number, bytes of the message still to come with this slot's
 _FOLDER = Path("/dev/shm")
@@ -58,15 +60,16 @@ class SharedChannel:
         self._reader = reader
         self._spin_s = spin_s
         self._timeout_s = timeout_s
-        words = 1 + num_readers + NUM_SLOTS * _HEADER_WORDS
+        words = 2 + num_readers + NUM_SLOTS * _HEADER_WORDS
         with path.open("r+b") as file:
             if reader is None:
                 file.truncate(words * 8 + NUM_SLOTS * SLOT_BYTES)
             self._memory = mmap.mmap(file.fileno(), 0)
         numbers = np.frombuffer(self._memory, dtype=np.int64, count=words)
         self._writer_pid = numbers[:1]
-        self._read = numbers[1 : 1 + num_readers]  # messages that each reader has taken
-        self._headers = numbers[1 + num_readers :].reshape(NUM_SLOTS, _HEADER_WORDS)
+        self._bell = Bell(numbers[1:2].view(np.int32)[:1])
+        self._read = numbers[2 : 2 + num_readers]  # messages that each reader has taken
+        self._headers = numbers[2 + num_readers :].reshape(NUM_SLOTS, _HEADER_WORDS)
         self._bodies = memoryview(self._memory)[words * 8 :]
         self._count = 0
         if reader is None:
@@ -94,6 +97,7 @@ class SharedChannel:
             # Last: a reader that sees the number sees the rest.
             self._headers[slot, 0] = self._count + 1
             self._count += 1
+            self._bell.ring(self._count)
 
     def read(self) -> bytes:
         """Return the next message.
@@ -121,11 +125,18 @@ class SharedChannel:
 
     def _wait(self, ready: Callable[[], bool], who: str) -> None:
         started = looked = time.monotonic()
-        while not ready():
+        while True:
+            rung = self._bell.count  # before the look: a message after it ends the sleep
+            if ready():
+                return
             now = time.monotonic()
             if now - started <= self._spin_s:
                 continue
-            time.sleep(min(NAP_S, (now - started) / 4))
+            if self._reader is None:
+                time.sleep(min(NAP_S, (now - started) / 4))
+            else:
+                self._bell.wait(rung, LOOK_S)
+                now = time.monotonic()
             if now - looked >= LOOK_S:
                 looked = now
                 if self._reader is not None and not Path(f"/proc/{self._writer_pid[0]}").exists():

@@ -41,6 +41,26 @@ def test_every_reader_gets_every_message_whole_and_in_order() -> None:
     assert got == [sent, sent]
 
 
+def test_a_reader_sleeps_until_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    has_next = SharedChannel.has_next
+
+    def counted(self: SharedChannel) -> bool:
+        nonlocal looks
+        looks += 1
+        return has_next(self)
+
+    monkeypatch.setattr(SharedChannel, "has_next", counted)
+    writer, path = SharedChannel.create(1)
+    reader = SharedChannel(path, 1, 0)
+    path.unlink()
+    timer = threading.Timer(0.5, writer.write, [b"at last"])
+    timer.start()
+    assert reader.read() == b"at last"
+    timer.join()
+    assert looks <= 5, "one look, one when it is woken; a few where a signal wakes it"
+
+
 def test_a_message_longer_than_the_ring_passes_through_it() -> None:
     long = os.urandom((NUM_SLOTS + 3) * SLOT_BYTES + 17)
     writer, path = SharedChannel.create(1)
