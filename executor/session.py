@@ -248,8 +248,8 @@ def _on_cpus(plan: Plan, options: RunOptions) -> bool:
 def ranks_fork(plan: Plan, options: RunOptions, environment: Mapping[str, str]) -> bool:
     """Whether ranks are forks of their agent, and not processes that import all by themselves.
 
-    On CPUs they are. On GPUs they can be, as long as nothing has touched CUDA before; that was not
-    tried on one yet, so there `RANKWRIGHT_FORK_RANKS` has to ask for it. 0 forbids it anywhere.
+    On CPUs they are. On GPUs they can be, as long as nothing has touched CUDA before; a trial there
+    has yet to succeed, so `RANKWRIGHT_FORK_RANKS` has to ask for it. 0 forbids it anywhere.
     """
     asked = environment.get("RANKWRIGHT_FORK_RANKS")
     if asked in ("0", "1"):
