@@ -74,8 +74,6 @@ class Efficiency:
     # In place of `product_s` where a product has one row; None: the same.
     vector_s: float | None = None
     tile_keys: float = 0.0  # of attention of prompts; see `tiles.prefill_flops`
-    # Whether ranks that attend for sequences of their own gather as many tokens of each, padded.
-    pads_gathers: bool = False
     # Whether latents of prompts are expanded in kernels of their own; see `latent_prefill.py`.
     expands_by_heads: bool = False
 
@@ -178,7 +176,6 @@ _RANKWRIGHT = replace(
     # each on H200 and 1.1 us on H100.
     vector_s=8.0e-7,
     tile_keys=TILE_KEYS,
-    pads_gathers=True,
     expands_by_heads=True,
     # The next step is decided while one runs: six batches of 1 to 256 of Llama-3.1-8B on an H100
     # leave 0.1 ms beside their kernels.
@@ -226,7 +223,6 @@ _CPU = Efficiency(
     send_s=1.0e-4,
     all_reduce=("library",),
     fused_norms=False,
-    pads_gathers=True,
     expands_by_heads=True,
     expert_exchanges=("gather", "dispatch"),
     source="rates measured by the probe; dispatch of eager torch",

@@ -69,7 +69,6 @@ class LayerModel:
         attention: AttentionSplit = "tp",
         fused_norms: bool = False,
         tile_keys: float = 0.0,
-        pads_gathers: bool = False,
         expands_by_heads: bool = False,
         tp_rank: int = 0,
         shares: Shares | None = None,
@@ -85,14 +84,12 @@ class LayerModel:
             attention: `dp` when each rank attends for its own share of the sequences.
             fused_norms: Whether norms cost no kernel of their own.
             tile_keys: Of attention of prompts; see `tiles.prefill_flops`.
-            pads_gathers: Whether ranks with sequences of their own gather as many tokens of each.
             expands_by_heads: How latents of prompts are expanded; see `latent_prefill.py`.
             tp_rank: Whose part; of equal shares rank 0's is the fullest.
             shares: Of the ranks, where they are unequal.
         """
         self._cp = cp
         self._tile_keys = tile_keys
-        self._pads_gathers = pads_gathers
         self._expands_by_heads = expands_by_heads and layer.attention.kind == "mla"
         self._spec = spec
         self._layer = layer
@@ -164,16 +161,6 @@ class LayerModel:
         decode, prefill = self._attended(tokens)
         return decode + prefill
 
-    def gathered(self, tokens: StepTokens) -> float:
-        """Return the tokens that parts of the layer which all ranks share work on.
-
-        Under attention DP the executor gathers as many rows of every rank as the fullest has, so
-        that a prompt that is alone comes with as much padding from each of the others.
-        """
-        if self._attention_ranks == 1 or not self._pads_gathers:
-            return tokens.total
-        return self._attention_ranks * self.rows(tokens)
-
     def _normed(self, tokens: StepTokens, rows: float) -> float:
         """Return the tokens whose residual this rank keeps: under attention DP its own."""
         return tokens.total if self._attention_ranks == 1 else rows
@@ -217,12 +204,12 @@ class LayerModel:
         ops: list[Op] = []
         activated = 0.0
         if self._mlp is not None:
-            taken = rows if self._mlp_of_own else self.gathered(tokens)
+            taken = rows if self._mlp_of_own else tokens.total
             ops.append(self._mlp.op(taken, self._width))
             activated += taken * self._columns
         if self._experts is not None:
             pairs, expert_op = self._expert_op(self._experts, tokens.total)
-            ops += [self._router_op(self.gathered(tokens), pairs), expert_op]
+            ops += [self._router_op(tokens.total, pairs), expert_op]
             activated += pairs * self._expert_columns
         return ops, activated
 

@@ -22,7 +22,7 @@ for `m` micro-batches in flight: in a pipeline one long step holds up the whole 
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, inf, log, sqrt
+from math import ceil, log, sqrt
 
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.step import Pipeline
@@ -102,17 +102,13 @@ def _flow_of(
     decoding = requests * decode_steps
     context = input_tokens + output_tokens / 2
     prefill_context = input_tokens - new / 2
-    under_way = requests * prompt_steps
-    waiting = max(0.0, slots - decoding - under_way)
-    # Those that ranks with sequences of their own share out: enough for all where some wait.
-    prompts = inf if waiting > _ROUNDING else max(1.0, under_way)
     return Flow(
         requests=requests,
         plain=StepTokens(decode=decoding, decode_context=context),
-        mixed=StepTokens(decoding, context, per_step, prefill_context, per_step / new, prompts),
+        mixed=StepTokens(decoding, context, per_step, prefill_context, per_step / new),
         mixed_share=share,
         prompt_steps=prompt_steps,
-        waiting=waiting,
+        waiting=max(0.0, slots - decoding - requests * prompt_steps),
     )
 
 

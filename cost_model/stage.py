@@ -112,7 +112,6 @@ class StageModel:
                 attention=attention,
                 fused_norms=self.fused_norms,
                 tile_keys=rates.efficiency.tile_keys,
-                pads_gathers=rates.efficiency.pads_gathers,
                 expands_by_heads=rates.efficiency.expands_by_heads,
             )
             for layer in layers.kinds
@@ -238,10 +237,6 @@ class StageModel:
         """Return the bytes of hidden states of all `tokens`."""
         return tokens.total * self._spec.hidden_size * self._width
 
-    def _gathered_bytes(self, tokens: StepTokens) -> float:
-        """Return the bytes of hidden states that ranks with tokens of their own gather."""
-        return self._layers[0].gathered(tokens) * self._spec.hidden_size * self._width
-
     def handover_bytes(self, tokens: StepTokens) -> float:
         """Return the bytes that a rank hands to the next stage."""
         return self.message_bytes(self._mine(tokens))
@@ -317,7 +312,7 @@ class StageModel:
         """Return how tokens reach all ranks' parts of a layer and come back, and the seconds."""
         return choose_exchange(
             None if kind is None else self._layer_kinds[kind].feed_forward,
-            self._gathered_bytes(tokens),
+            self.message_bytes(tokens),
             self._group,
             ep=self._ep,
             allowed=self._rates.efficiency.expert_exchanges,

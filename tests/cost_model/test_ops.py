@@ -178,21 +178,15 @@ def test_a_faster_gpu_is_never_slower(tokens: StepTokens, factor: float, tp: int
     assert rates.seconds(ops) == pytest.approx(sum(rates.cost(op).seconds for op in ops))
 
 
-def test_a_rank_with_sequences_of_its_own_norms_those_and_gathers_padding() -> None:
+def test_a_rank_with_sequences_of_its_own_norms_those_alone() -> None:
     model = read_model("Qwen/Qwen3-30B-A3B")
     layer = model.layer_runs[-1].layer
-    padded, exact = (
-        LayerModel(model, layer, tp=4, ep=4, attention="dp", pads_gathers=pads)
-        for pads in (True, False)
-    )
-    alone = StepTokens(prefill=1000, prefill_context=500, prompts=1)
-    assert (padded.gathered(alone), exact.gathered(alone)) == (4000, 1000)
-    # Four prompts are shared out: nothing is padding.
-    spread = StepTokens(prefill=1000, prefill_context=500, prompts=1, sequences=4)
-    assert padded.rows(spread) == 250
-    assert padded.gathered(spread) == 1000
+    own = LayerModel(model, layer, tp=4, ep=4, attention="dp")
+    # One of the prompts that share a step ends in it; ranks share all of them out.
+    assert own.rows(StepTokens(0, 0, 1000, 500, prompts=1, sequences=4)) == 250
+    assert own.rows(StepTokens(0, 0, 1000, 500, prompts=1)) == 1000
     decode = StepTokens(decode=64, decode_context=500)
-    norms = {op.name: op for op in exact.ops(decode)}["norms"]
+    norms = {op.name: op for op in own.ops(decode)}["norms"]
     whole = {op.name: op for op in LayerModel(model, layer, tp=4, ep=4).ops(decode)}["norms"]
     # Of 16 sequences instead of 64: 48 rows fewer are read and written by two norms.
     assert whole.bytes - norms.bytes == pytest.approx(48 * 8 * 2048 * 2)
