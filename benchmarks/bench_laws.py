@@ -23,6 +23,7 @@ from laws import (
     shorter_weights_are_not_slower,
 )
 from rankwright.cli.options import with_dtypes
+from rankwright.cost_model.dtypes import BITS
 from rankwright.cost_model.legality import cut_is_legal, has_experts
 from rankwright.cost_model.read_model import read_model
 from rankwright.cost_model.split import AttentionSplit
@@ -81,7 +82,8 @@ def broken(point: Point, random_: random.Random) -> Iterator[tuple[str, str]]:
     }
     if all(size == 1 for _, size in point.degrees):
         asked["two compute no slower than one"] = halves_compute_no_slower(point)
-    if point.cluster.nodes[0].gpus[0].device in ("h100-sxm", "h200-sxm", "b200-sxm"):
+    has_float8 = point.cluster.nodes[0].gpus[0].device in ("h100-sxm", "h200-sxm", "b200-sxm")
+    if has_float8 and BITS[point.model.weight_dtypes.feed_forward] > BITS["float8"]:
         short = with_dtypes(point.model, "float8", None)
         asked["short weights are not slower"] = shorter_weights_are_not_slower(point, short)
     for name, lines in asked.items():
