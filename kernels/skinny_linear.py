@@ -30,6 +30,7 @@ from rankwright.kernels.backend import (
 from rankwright.kernels.gpu_facts import gpu_facts
 from rankwright.kernels.overlap import let_next_come, overlap, wait_for_last
 from rankwright.kernels.tuned import tuned_rows
+from rankwright.kernels.weights_ahead import bring_to_cache, share_ahead
 
 # Rows that the kernel takes at most. Fewer have a tile of as many too: Hopper's matrix instruction,
 # which reads W from shared memory itself, takes no fewer from Triton.
@@ -60,6 +61,7 @@ def _vector_kernel(
     w_ptr,
     bias_ptr,
     out_ptr,
+    next_ptr,
     num_outputs,
     w_stride,
     NUM_INPUTS: tl.constexpr,
@@ -68,6 +70,9 @@ def _vector_kernel(
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
+    AHEAD_BYTES: tl.constexpr,
+    AHEAD_PROGRAMS: tl.constexpr,
+    THREADS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Write one row: products in registers, added up across threads once at the end.
@@ -98,6 +103,8 @@ def _vector_kernel(
         x = tl.load(x_ptr + start + k, mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_at + start, mask=n_mask[:, None] & inside[None, :], other=0.0)
         acc += w.to(tl.float32) * x[None, :]
+    if AHEAD_BYTES > 0:  # behind all weights of this program
+        bring_to_cache(next_ptr, AHEAD_BYTES, AHEAD_PROGRAMS, THREADS)
     out = tl.sum(acc, axis=1)
     if HAS_BIAS:
         out += tl.load(bias_ptr + n, mask=n_mask, other=0.0).to(tl.float32)
@@ -211,6 +218,7 @@ def skinny_linear(
     bias_N: torch.Tensor | None = None,
     out_MN: torch.Tensor | None = None,
     *,
+    next_weight: torch.Tensor | None = None,
     config: SkinnyConfig | None = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
@@ -221,6 +229,7 @@ def skinny_linear(
         weight_NK: Dense rows.
         bias_N: Added to every row.
         out_MN: Written instead of a new tensor; dense.
+        next_weight: What is multiplied with after this, see `weights_ahead.py`.
         config: Demands the kernel, cut so.
         backend: "reference" demands `torch`.
 
@@ -251,7 +260,7 @@ def skinny_linear(
     if num_rows > 1:
         _launch_rows(x_MK, weight_NK, bias_N, out_MN, config)
     else:
-        launch_vector(x_MK, weight_NK, bias_N, out_MN, config, gated=False)
+        launch_vector(x_MK, weight_NK, bias_N, out_MN, config, next_weight=next_weight)
     return out_MN
 
 
@@ -262,15 +271,20 @@ def launch_vector(
     out_1F: torch.Tensor,
     config: SkinnyConfig,
     *,
-    gated: bool,
+    gated: bool = False,
+    next_weight: torch.Tensor | None = None,
 ) -> None:
     """Fill `out_1F` with the product of one row; gated with `silu(first half) * second half`."""
     block_n = max(config.block_n, 2) if gated else config.block_n
-    _vector_kernel[(ceil_div(len(weight_NK), block_n),)](
-        x_1K, weight_NK, x_1K if bias_N is None else bias_N, out_1F, out_1F.shape[1],
-        weight_NK.stride(0),
+    programs, threads = ceil_div(len(weight_NK), block_n), 32 * config.num_warps
+    askers, ahead_bytes = share_ahead(next_weight, programs, threads)
+    _vector_kernel[(programs,)](
+        x_1K, weight_NK, x_1K if bias_N is None else bias_N, out_1F,
+        weight_NK if next_weight is None else next_weight,
+        out_1F.shape[1], weight_NK.stride(0),
         NUM_INPUTS=x_1K.shape[1], BLOCK_N=block_n, BLOCK_K=_block_k(config, x_1K.shape[1]),
         STAGES=config.num_stages, HAS_BIAS=bias_N is not None, GATED=gated,
+        AHEAD_BYTES=ahead_bytes, AHEAD_PROGRAMS=askers, THREADS=threads,
         num_warps=config.num_warps, **overlap(x_1K),
     )  # fmt: skip
 

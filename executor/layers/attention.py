@@ -81,6 +81,16 @@ class PagedAttention:
             bias=attention.output_bias,
             reduce=reduce,
         )
+        self._qkv.next_weight = self._output.weight_DC
+
+    @property
+    def first_weight(self) -> torch.Tensor:
+        """What its input is multiplied with."""
+        return self._qkv.weight_CD
+
+    def goes_before(self, next_weight: torch.Tensor) -> None:
+        """Say what is multiplied with after it."""
+        self._output.next_weight = next_weight
 
     def __call__(self, x_TD: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Return [T, D]; writes the keys and values of the T tokens to the cache.

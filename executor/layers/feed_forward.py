@@ -59,6 +59,15 @@ class GatedMlp:
             reduce=reduce,
         )
 
+    @property
+    def first_weight(self) -> torch.Tensor:
+        """What its input is multiplied with."""
+        return self._gate_up.weight_CD
+
+    def goes_before(self, next_weight: torch.Tensor) -> None:
+        """Say what is multiplied with after it."""
+        self._down.next_weight = next_weight
+
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D]; without `reduce`, this rank's part of it."""
         gate_up = self._gate_up

@@ -25,7 +25,12 @@ class Part:
 
 
 class ColumnParallelLinear:
-    """`y_TC = x_TD W^T + b`: this rank's rows of one or more tensors, packed into one product."""
+    """`y_TC = x_TD W^T + b`: this rank's rows of one or more tensors, packed into one product.
+
+    `next_weight` is what is multiplied with after it, if one product follows another.
+    """
+
+    next_weight: torch.Tensor | None = None
 
     def __init__(
         self, source: WeightSource, parts: tuple[Part, ...], num_inputs: int, *, bias: bool
@@ -46,11 +51,16 @@ class ColumnParallelLinear:
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, C]."""
-        return skinny_linear(x_TD, self.weight_CD, self.bias_C)
+        return skinny_linear(x_TD, self.weight_CD, self.bias_C, next_weight=self.next_weight)
 
 
 class RowParallelLinear:
-    """`y_TD = sum over ranks of x_TC W_c^T, + b`: this rank's columns of one tensor."""
+    """`y_TD = sum over ranks of x_TC W_c^T, + b`: this rank's columns of one tensor.
+
+    `next_weight` is what is multiplied with after it, if one product follows another.
+    """
+
+    next_weight: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -80,4 +90,6 @@ class RowParallelLinear:
     def _part(self, x_TC: torch.Tensor) -> torch.Tensor:
         """Return this rank's part, computed where the sum over the ranks will read it."""
         out_TD = self._mesh.part(len(x_TC), len(self.weight_DC), x_TC.dtype)
-        return skinny_linear(x_TC, self.weight_DC, self.bias_D, out_TD)
+        return skinny_linear(
+            x_TC, self.weight_DC, self.bias_D, out_TD, next_weight=self.next_weight
+        )

@@ -6,6 +6,7 @@ Shape letters: T tokens, R rows to sample, D hidden.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -22,6 +23,9 @@ from rankwright.executor.mesh import Mesh
 from rankwright.executor.models.names import TensorNames
 from rankwright.executor.weights import WeightSource
 from rankwright.kernels.rms_norm import rms_norm
+
+# Blocks whose weights are the same for all tokens.
+_PLAIN = PagedAttention | GatedMlp
 
 
 class DecoderLayer:
@@ -180,6 +184,16 @@ class DecoderStage:
             else:
                 weight_VD = source.shard(names.embedding, shape, vocabulary)
             self.head = VocabularyHead(mesh, weight_VD)
+        self._name_what_follows()
+
+    def _name_what_follows(self) -> None:
+        """Tell each block which weights come after its own, where that does not hang on tokens."""
+        blocks = [part for layer in self.layers for part in (layer.attention, layer.feed_forward)]
+        for block, after in pairwise(blocks):
+            if isinstance(block, _PLAIN) and isinstance(after, _PLAIN):
+                block.goes_before(after.first_weight)
+        if self.head is not None and isinstance(blocks[-1], _PLAIN):
+            blocks[-1].goes_before(self.head.weight_VD)
 
     def forward(
         self, ids_T: torch.Tensor, hidden_TD: torch.Tensor | None, context: ForwardContext

@@ -4,21 +4,18 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.cost_model.configs import FAMILY_CONFIGS
-from tests.executor.plans import cpu_plan
+from tests.executor.meta_stage import Asked, meta_stage
 
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.read_model import read_model
 from rankwright.executor.check_tensors import check_tensors, read_header
-from rankwright.executor.kv_cache import allocate, cache_head_dim
-from rankwright.executor.models import FAMILIES, tensor_names
-from rankwright.executor.models.decoder import DecoderStage
+from rankwright.executor.models import FAMILIES
 from rankwright.executor.models.expected import expected_tensors
 
 RUN = [
@@ -26,53 +23,11 @@ RUN = [
 ]
 
 
-class Asked:
-    """Notes what layers ask for."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return True
-
-    def shard(self, name: str, shape: tuple[int, ...], *parts: Any, **options: Any) -> torch.Tensor:
-        self.shapes[name] = shape
-        given = dict(zip(("rows", "columns", "depth"), parts, strict=False)) | options
-        extent = list(shape)
-        for dim, part in enumerate(given.get(key) for key in ("rows", "columns", "depth")):
-            if part is not None:
-                extent[dim] = part[1] - part[0]
-        return torch.empty(extent, device="meta")
-
-
 @pytest.mark.parametrize("family", RUN)
 def test_what_is_expected_is_what_layers_ask_for(family: str) -> None:
     spec = read_model(FAMILY_CONFIGS[family])
-    (place,) = (plan := cpu_plan(spec)).ranks
-    mesh: Any = SimpleNamespace(
-        plan=plan,
-        split=plan.split,
-        device=torch.device("meta"),
-        place=place,
-        tp=SimpleNamespace(size=1, ranks=(0,)),
-        attention_ranks=1,
-        expert_slots=None,
-        counts_experts=False,
-        is_first_stage=True,
-        is_last_stage=True,
-    )
-    caches = allocate(
-        num_layers=spec.num_layers,
-        num_blocks=1,
-        num_kv_heads=place.kv_heads[1],
-        block_tokens=16,
-        head_dim=cache_head_dim(spec.layers[0].attention),
-        dtype=torch.bfloat16,
-        device=torch.device("meta"),
-        latent=spec.layers[0].attention.kv_lora_rank,
-    )
     asked = Asked()
-    DecoderStage(asked, mesh, tensor_names(spec.architecture), spec, caches)
+    meta_stage(spec, asked)
     assert dict(expected_tensors(spec)) == asked.shapes
 
 

@@ -145,12 +145,12 @@ cut = skinny_linear.skinny_config(1, 4096, 4096, torch.device("cpu"))
 found["linear 1"] = resources(
     skinny_linear._vector_kernel, cut.num_warps, cut.num_stages, [], [], NUM_INPUTS=4096,
     BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, STAGES=cut.num_stages,
-    GATED=False, OVERLAP=True)
+    GATED=False, AHEAD_BYTES=16384, AHEAD_PROGRAMS=264, THREADS=32 * cut.num_warps, OVERLAP=True)
 cut = skinny_linear.skinny_config(1, 4096, 28672, torch.device("cpu"))
 found["gated linear"] = resources(
     skinny_linear._vector_kernel, cut.num_warps, cut.num_stages, [], [], NUM_INPUTS=4096,
     BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, HAS_BIAS=False, STAGES=cut.num_stages,
-    GATED=True, OVERLAP=True)
+    GATED=True, AHEAD_BYTES=0, AHEAD_PROGRAMS=0, THREADS=32 * cut.num_warps, OVERLAP=True)
 for name, split in (("linear 16", False), ("linear 16 split", True)):
     found[name] = resources(
         skinny_linear._rows_kernel, 4, 4, [], ["num_rows"], BLOCK_M=16, BLOCK_N=64, BLOCK_K=128,
@@ -222,6 +222,7 @@ def compiled() -> dict[str, Any]:
         ("await", "ld.global.sys.acquire.b64"),
         ("combine", "ld.global.sys.acquire.b32"),
         ("linear 1", "cp.async.cg.shared.global"),
+        ("linear 1", "cp.async.bulk.prefetch.L2.global"),
         ("shard embedding", "ld.global.v4.b32"),
         ("gated linear", "cp.async.cg.shared.global"),
         ("gated linear", "ld.global.v4.b32"),
