@@ -19,6 +19,7 @@ from rankwright.cost_model.split import Split
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.measurements import CollectiveTime
 from rankwright.topology.value import Value
+from rankwright.topology.whole_file import write_whole
 
 TimedKind = Literal["gemm", "attention prefill", "attention decode", "elementwise", "launch"]
 
@@ -87,6 +88,8 @@ def read_calibration(path: Path) -> Calibration:
         raise ValueError(
             f"calibration {path}: {error.strerror or error}; make one with: rankwright calibrate"
         ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"calibration {path} is not a text file") from None
     try:
         return Calibration.model_validate_json(text)
     except ValidationError as error:
@@ -104,13 +107,10 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
     Raises:
         ValueError: It cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(calibration.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, calibration.model_dump_json(indent=1) + "\n")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
 
 

@@ -4,6 +4,7 @@ Our executor multiplies in 16 or 32 bits, and widens what it reads. So its plans
 in memory and in time; other engines have kernels for the stored form.
 """
 
+from rankwright.cost_model.dtypes import BITS
 from rankwright.cost_model.model_spec import ModelSpec, WeightDtypes
 
 # Methods that the executor reads, with the formats of each: DeepSeek's blocks and transformers',
@@ -13,12 +14,37 @@ _WIDENED: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("float8", "int8"),
     "mxfp4": ("mxfp4",),
 }
+_ASKED_FOR = ("float8", "int8", "mxfp4")  # by --dtype, of a checkpoint that is not quantised
 
 
 def is_widened(dtypes: WeightDtypes) -> bool:
     """Return whether the executor widens weights that are stored so."""
-    formats = _WIDENED.get(dtypes.method or "", ())
+    formats = _ASKED_FOR if dtypes.method is None else _WIDENED.get(dtypes.method, ())
     return dtypes.zero_point_bits == 0 and dtypes.feed_forward in formats
+
+
+def about_weights(spec: ModelSpec, engine: str) -> tuple[str, ...]:
+    """Return what to know of how `engine` holds the weights of `spec`; empty: as they are stored.
+
+    >>> from rankwright.cost_model.read_model import read_model
+    >>> about_weights(read_model("openai/gpt-oss-20b"), "rankwright")[0][:36]
+    'weights: stored as mxfp4 (mxfp4), an'
+    """
+    dtypes = spec.weight_dtypes
+    if engine != "rankwright":
+        return ()
+    stored = f"{dtypes.feed_forward}{f' ({dtypes.method})' if dtypes.method else ''}"
+    if is_widened(dtypes):
+        return (
+            f"weights: stored as {stored}, and widened to {spec.dtype} as they load; other engines "
+            "keep them as stored (--engine)",
+        )
+    if BITS[dtypes.feed_forward] < 16:
+        return (
+            f"weights: stored as {stored}, which rankwright's executor does not read; `launch` "
+            "refuses them, other engines do not (--engine)",
+        )
+    return ()
 
 
 def held_by(spec: ModelSpec, engine: str) -> ModelSpec:

@@ -10,6 +10,7 @@ Objective = Literal["throughput", "latency", "cost", "energy"]
 
 # Of one prompt or answer: beyond any model's context, so that it must be a slip.
 MOST_TOKENS = 100_000_000
+MOST_REQUESTS = 1_000_000_000  # in flight; solvers take numbers from 1e20 on for infinite
 
 
 class Workload(Value):
@@ -20,7 +21,10 @@ class Workload(Value):
         default=128, ge=1, le=MOST_TOKENS, description="tokens generated a request"
     )
     concurrency: int | None = Field(
-        default=None, ge=1, description="requests in flight at most; None: as many as memory holds"
+        default=None,
+        ge=1,
+        le=MOST_REQUESTS,
+        description="requests in flight at most; None: as many as memory holds",
     )
     request_rate: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="requests/s"

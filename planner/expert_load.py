@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from rankwright.topology.value import Value
+from rankwright.topology.whole_file import write_whole
 
 
 class ExpertLoad(Value):
@@ -30,8 +31,8 @@ def read_expert_loads(paths: Sequence[Path], model: str) -> tuple[tuple[int, ...
             found = ExpertLoad.model_validate(json.loads(path.read_text(encoding="utf-8")))
         except OSError as error:
             raise ValueError(f"--expert-load {path} cannot be read: {error.strerror}") from None
-        except (ValidationError, ValueError) as error:
-            line = " ".join(str(error).split())
+        except ValueError as error:
+            line = _complaint(error)
             raise ValueError(
                 f"--expert-load {path} is not what launch --record-expert-load writes: {line}"
             ) from None
@@ -50,11 +51,18 @@ def read_expert_loads(paths: Sequence[Path], model: str) -> tuple[tuple[int, ...
     return tuple(map(tuple, total))
 
 
+def _complaint(error: ValueError) -> str:
+    """Return what is wrong with a file, in one line: of pydantic's complaints the first."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
 def write_expert_load(load: ExpertLoad, path: Path) -> None:
-    """Write `load` to `path`: under another name first, so that no half of it is ever read."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(load.model_dump_json() + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write `load` to `path`, whole or not at all."""
+    write_whole(path, load.model_dump_json() + "\n")
 
 
 def path_of_replica(path: Path, replica: int) -> Path:

@@ -42,6 +42,8 @@ def explain_failure(search: Search) -> NoFeasiblePlanError:
     for text, changed in _changes(search):
         if changed.best(settle=False) is not None:
             changes.append(text)
+            if changed.cluster is not search.cluster:  # still more GPUs are no news
+                break
         if changes:
             more_tries -= 1
         if len(changes) == _NUM_SUGGESTIONS or more_tries == 0:
@@ -130,8 +132,12 @@ def _changes(search: Search) -> Iterator[tuple[str, Search]]:
             yield text, search.changed(memory_budget_bytes=ceil(needed / 1e9) * 10**9)
         text = f"the whole {largest / 1e9:.0f} GB of each GPU as memory budget"
         yield text, search.changed(memory_budget_bytes=None)
+    if search.stored is not None:
+        kept = search.stored.weight_dtypes.feed_forward
+        text = f"--engine vllm, which keeps the weights as stored ({kept})"
+        yield text, search.changed(model=search.stored, stored=None, engine="vllm")
     weights = search.model.weight_dtypes
-    if weights.feed_forward in ("bfloat16", "float16", "float32"):
+    if search.stored is None and weights.feed_forward in ("bfloat16", "float16", "float32"):
         smaller = weights.model_copy(update={"attention": "float8", "feed_forward": "float8"})
         model = search.model.model_copy(update={"weight_dtypes": smaller})
         if search.engine == "rankwright":  # widens what it loads

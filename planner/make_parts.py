@@ -62,7 +62,7 @@ def plan_parts(
         NoIncumbentError: The solver had no plan when its time was over.
         ValueError: As `make_plan`.
     """
-    search, about_weights = prepare(
+    search, about_numbers = prepare(
         model,
         cluster,
         workload,
@@ -73,7 +73,7 @@ def plan_parts(
         engine="rankwright",
         time_limit_s=time_limit_s,
     )
-    plan = plan_of_search(search, top=top, assumptions=(*assumptions, *about_weights))
+    plan = plan_of_search(search, top=top, assumptions=(*assumptions, *about_numbers))
     return with_parts(search, plan)
 
 
@@ -124,13 +124,16 @@ def best_parts(search: Search, twins: "Twins") -> "tuple[Columns, PartsChoice] |
 
 def _may_be_mixed(search: Search) -> bool:
     """Return whether replicas of `search` may be unlike; see `plan_parts`."""
-    load, cluster = search.workload, search.cluster
+    is_free = search.engine == "rankwright" and search.pins == Pins()
+    return is_free and may_mix(search.workload, search.cluster)
+
+
+def may_mix(load: Workload, cluster: Cluster) -> bool:
+    """Return whether unlike replicas are looked for where nothing is pinned; see `plan_parts`."""
     return (
         load.objective == "throughput"
         and load.request_rate is None
         and not needs_simulation(load, ())
-        and search.engine == "rankwright"
-        and search.pins == Pins()
         and cluster.num_nodes == 1
         and 2 <= cluster.num_gpus <= MOST_GPUS
     )

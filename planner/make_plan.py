@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING
 
-from rankwright.cost_model.held_weights import held_by
+from rankwright.cost_model.held_weights import about_weights, held_by
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.bind import about_engine, bind_plan, placed
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["NoFeasiblePlanError", "Pins", "make_plan"]
 
 _USUAL_PERCENTILE = 50  # up to which the steady state's mean is what is asked for
+_BFLOAT16_SINCE = (8, 0)  # Ampere
 _MIN_RUNNERS_UP = 2  # a plan without a comparison explains nothing
 
 
@@ -70,7 +71,7 @@ def make_plan(
         ValueError: The request exceeds the model's context, the budget the GPUs' memory, or a pin
             or a limit is out of range.
     """
-    search, about_weights = prepare(
+    search, about_numbers = prepare(
         model,
         cluster,
         workload,
@@ -81,7 +82,7 @@ def make_plan(
         engine=engine,
         time_limit_s=time_limit_s,
     )
-    plan = plan_of_search(search, top=top, trace=trace, assumptions=(*assumptions, *about_weights))
+    plan = plan_of_search(search, top=top, trace=trace, assumptions=(*assumptions, *about_numbers))
     return plan.model_copy(update={"pareto": find_front(search)}) if pareto else plan
 
 
@@ -97,16 +98,9 @@ def prepare(
     engine: str,
     time_limit_s: float,
 ) -> tuple[Search, tuple[str, ...]]:
-    """Return the search of a sound request, and what to know of the weights; as `make_plan`."""
+    """Return the search of a sound request, and what to know of numbers; as `make_plan`."""
     check_request(model, cluster, workload, memory_budget_bytes, top, time_limit_s)
     held = held_by(model, engine)
-    about_weights: tuple[str, ...] = ()
-    if held != model:
-        stored, wide = model.weight_dtypes, held.weight_dtypes.feed_forward
-        about_weights = (
-            f"weights: stored as {stored.feed_forward} ({stored.method}), and widened to {wide} as "
-            "they load; other engines keep them as stored (--engine)",
-        )
     search = Search(
         held,
         cluster,
@@ -116,8 +110,22 @@ def prepare(
         allow_pipeline,
         engine,
         time_limit_s=time_limit_s,
+        stored=None if held == model else model,
     )
-    return search, about_weights
+    return search, (*about_weights(model, engine), *_about_bfloat16(held, cluster))
+
+
+def _about_bfloat16(model: ModelSpec, cluster: Cluster) -> tuple[str, ...]:
+    """Return a warning where a GPU is too old for the format of the activations."""
+    if model.dtype != "bfloat16":
+        return ()
+    capabilities = {
+        gpu.device: gpu.compute_capability for node in cluster.nodes for gpu in node.gpus
+    }
+    old = [name for name, one in capabilities.items() if one is not None and one < _BFLOAT16_SINCE]
+    if not old:
+        return ()
+    return (f"{', '.join(old)} does not compute in bfloat16; plan with --dtype float16",)
 
 
 def plan_of_search(

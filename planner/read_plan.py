@@ -1,8 +1,6 @@
 """Reads and writes plan files, and refuses plans that were made for another cluster."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +8,7 @@ from pydantic import ValidationError
 
 from rankwright.planner.plan import Plan
 from rankwright.topology.cluster import Cluster
+from rankwright.topology.whole_file import write_whole
 
 if TYPE_CHECKING:
     from rankwright.planner.disaggregated_plan import DisaggregatedPlan
@@ -99,26 +98,14 @@ def _kind_of(text: str) -> "type[Plan | PartsPlan | DisaggregatedPlan]":
 
 
 def write_plan(plan: "Plan | PartsPlan | DisaggregatedPlan", path: str | Path) -> None:
-    """Write `plan` to `path`: to a temporary file beside it, then renamed.
+    """Write `plan` to `path`, whole or not at all.
 
     Raises:
         ValueError: The folder does not exist or cannot be written to.
     """
-    path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        write_whole(path, plan.model_dump_json(indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(plan.model_dump_json(indent=2) + "\n")
-        # mkstemp makes files that only their owner reads; a plan is as public as any other file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise ValueError(f"plan {str(path)!r} cannot be written: {error.strerror}") from None
 
 

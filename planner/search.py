@@ -34,6 +34,7 @@ class Search:
         time_limit_s: Of each solve.
         every_level: Whether to look at small batches too where only large ones can be best.
         num_sharing: Unlike replicas, at most, that the requests in flight may be shared by.
+        stored: `model` as its checkpoint has it, where the engine holds wider weights.
     """
 
     model: ModelSpec
@@ -46,6 +47,7 @@ class Search:
     every_level: bool = False
     num_sharing: int = 1
     time_limit_s: float = TIME_LIMIT_S
+    stored: ModelSpec | None = None
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -113,7 +115,8 @@ class Search:
         return choose(
             allowed,
             self.workload,
-            self.pins.dp,
+            # One too many is as illegal as any number more, and no number for a solver.
+            self.pins.dp and min(self.pins.dp, self.cluster.num_gpus + 1),
             settle=settle,
             time_limit_s=self.time_limit_s,
         )

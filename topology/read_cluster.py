@@ -1,8 +1,6 @@
 """Clusters from wherever the user has one: this machine, a file, or shorthand."""
 
 import json
-import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from pydantic import ValidationError
 
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.shorthand import parse_cluster
+from rankwright.topology.whole_file import write_whole
 
 _FILE_TYPES = (".yaml", ".yml", ".json")
 # YAML of more machines that differ is written in braces, which is JSON and read as such: 1,024 of 8
@@ -59,15 +58,7 @@ def write_cluster(cluster: Cluster, path: str | Path) -> None:
     value = cluster.model_dump(mode="json", exclude_defaults=True)
     value = {"schema_version": cluster.schema_version, **value}
     text = json.dumps(value, indent=2) + "\n" if kind == ".json" else _to_yaml(value)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(target, text)
 
 
 def _read_file(path: Path) -> Cluster:
@@ -81,9 +72,9 @@ def _read_file(path: Path) -> Cluster:
         ) from None
     value = _from_json(path, text) if path.suffix.lower() == ".json" else _from_yaml(path, text)
     if not isinstance(value, dict):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
         raise ValueError(
-            f"cluster file {str(path)!r} holds {type(value).__name__}; expected fields such as "
-            "`nodes`"
+            f"cluster file {str(path)!r} holds {found}; expected fields such as `nodes`"
         )
     try:
         cluster = Cluster.model_validate(value)

@@ -26,7 +26,7 @@ from rankwright.topology.cluster import (
     Node,
     Rack,
 )
-from rankwright.topology.devices import DEVICES, Device, resolve_key
+from rankwright.topology.devices import ALIASES, DEVICES, Device, resolve_key
 from rankwright.topology.link_kinds import link_bytes_per_s, link_latency_s
 
 _PART = re.compile(r"(?:(?P<nodes>\d{1,9})x)?(?P<count>\d{1,9})x(?P<device>[a-z][a-z0-9.-]*)$")
@@ -50,6 +50,9 @@ FABRIC_LATENCY_S: dict[FabricKind, float] = {
     "roce": 16e-6,
     "ethernet": 50e-6,
 }
+
+# What a tray of GB200 NVL72 has beside NVLink: a ConnectX-7 a GPU (DGX GB200 data sheet).
+_BESIDE_A_RACK = "ib400"
 
 _MAX_GPUS = 32  # of one node: no server holds more cards; catches a forgotten node count
 _MAX_CPU_RANKS = 512
@@ -87,15 +90,23 @@ def parse_cluster(text: str) -> Cluster:
     tokens = text.strip().lower().split("+")
     fabric_text = _FABRIC.match(tokens[-1]) if len(tokens) > 1 else None
     kinds = _read_parts(tokens[:-1] if fabric_text else tokens, text)
-    if sum(kind.nodes for kind in kinds) > 1 and fabric_text is None:
+    racks, num_nodes = _racks(kinds), sum(kind.nodes for kind in kinds)
+    is_one_rack = racks is not None and num_nodes <= racks.nodes
+    if num_nodes > 1 and fabric_text is None and not is_one_rack:
         raise ValueError(
-            f"cluster {text!r} has {sum(kind.nodes for kind in kinds)} nodes and nothing between "
+            f"cluster {text!r} has {num_nodes} nodes and nothing between "
             "them; append a fabric such as +ib400, +roce200 or +eth100"
         )
     nodes = tuple(_node(kind, f"node{index}", text) for index, kind in enumerate(kinds))
-    fabric = _read_fabric(fabric_text, min(kind.num_gpus for kind in kinds), text)
-    notes = _notes(nodes)
-    racks = _racks(kinds)
+    num_ports = min(kind.num_gpus for kind in kinds)
+    fabric, notes = _read_fabric(fabric_text, num_ports, text), _notes(nodes)
+    if fabric is None and num_nodes > 1:
+        fabric = parse_fabric(_BESIDE_A_RACK, num_ports)
+        notes = (
+            *notes,
+            f"NVLink joins the machines of the rack; no network beside it was given, "
+            f"{num_ports} x 400 Gb/s InfiniBand a machine is taken",
+        )
     return Cluster(nodes=nodes, fabric=fabric, racks=racks, source=text.strip(), notes=notes)
 
 
@@ -154,6 +165,8 @@ def _read_parts(tokens: list[str], text: str) -> list[_NodeText]:
         match = _PART.match(token)
         if match is None:
             where = "a fabric may only stand last; " if _FABRIC.match(token) else ""
+            if token in DEVICES or token in ALIASES:
+                where = f"a count is missing, as in 1x{token}; "
             raise ValueError(
                 f"cluster {text!r}: cannot read {token!r}; {where}expected [NODESx]COUNTxDEVICE, "
                 "such as 8xh100-sxm or 2x8xh100-sxm+ib400"
@@ -317,9 +330,15 @@ def _link_kind(a: Gpu, b: Gpu, num_gpus: int) -> str:
     return "PHB" if same_socket else "SYS"
 
 
+def _is_mesh(node: Node) -> bool:
+    """Return whether NVLink joins the GPUs in a mesh, in which pairs without a link are known."""
+    devices = {gpu.device for gpu in node.gpus}
+    return len(devices) == 1 and DEVICES[devices.pop()].scale_up == "mesh"
+
+
 def _notes(nodes: tuple[Node, ...]) -> tuple[str, ...]:
-    through_host = any(link.kind in ("PHB", "SYS") for node in nodes for link in node.links)
-    if not through_host:
+    kinds = {link.kind for node in nodes if not _is_mesh(node) for link in node.links}
+    if not kinds & {"PHB", "SYS"}:
         return ()
     return (
         "PCIe cards are taken to meet in the CPU, without NVLink bridges or PCIe switches; "

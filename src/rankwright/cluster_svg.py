@@ -6,7 +6,6 @@ for each set of GPUs that meet at one level. Colours are those of `link_classes.
 for dark paper; every link tells its rate when pointed at.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import combinations
@@ -17,6 +16,7 @@ from rankwright.link_classes import LINK_CLASSES, OTHER, link_class
 from rankwright.svg_canvas import BAR, CHARACTER, Canvas, styles
 from rankwright.topology.cluster import Cluster, Gpu, Link, Nic, Node
 from rankwright.topology.link_kinds import PCIE_KINDS, is_direct, nvlink_count
+from rankwright.topology.whole_file import write_whole
 
 MAX_GPUS, MAX_NODES = 16, 8  # drawn; a note counts the others
 # Pixels.
@@ -76,12 +76,7 @@ def cluster_svg(cluster: Cluster, *, paper: bool = True) -> str:
 
 def write_svg(cluster: Cluster, path: Path) -> None:
     """Write the picture to `path`, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(cluster_svg(cluster), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, cluster_svg(cluster))
 
 
 def _draw_node(canvas: Canvas, node: Node, top: float) -> float:

@@ -1,6 +1,5 @@
 """A `Plan` as one HTML page that needs nothing else: pictures are inline SVG, styles are inside."""
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rankwright.cost_model.prediction import Estimate
 from rankwright.pareto_svg import pareto_svg
 from rankwright.planner.explain import explain
 from rankwright.planner.plan import Plan, RankPlan
+from rankwright.topology.whole_file import write_whole
 
 # Of colour-blind-safe hues (Okabe and Ito, 2008), repeated when a chart has more parts.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#b8a800")
@@ -70,12 +70,7 @@ class Picture:
 
 def write_report(plan: Plan, path: Path) -> None:
     """Write the page for `plan` to `path`, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(render_report(plan), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, render_report(plan))
 
 
 def render_report(plan: Plan) -> str:

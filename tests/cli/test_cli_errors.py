@@ -45,6 +45,8 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         (["plan", "Qwen/Qwen3-8B", "--memory-budget", "nan", *SMALL], ["--memory-budget", "nan"]),
         (["plan", "Qwen/Qwen3-8B", "--memory-budget", "inf", *SMALL], ["--memory-budget", "inf"]),
         (["plan", "Qwen/Qwen3-8B", "--memory-budget", "80", *SMALL], ["memory budget", "24", "l4"]),
+        (["plan", "Qwen/Qwen3-8B", "--dtype", "fp8", *SMALL], ["--dtype': 'fp8' is not", "float8"]),
+        (["plan", "Qwen/Qwen3-8B", "--concurrency", "9" * 20, *SMALL], ["--concurrency must be"]),
         (["plan", "Qwen/Qwen3-8C", *SMALL], ["Qwen/Qwen3-8C", "Qwen/Qwen3-8B"]),
         (["plan", "Qwen/Qwen3-8B", "--cluster", "8xh100-smx"], ["h100-smx", "h100-sxm"]),
         (["plan", "Qwen/Qwen3-8B", "--cluster", "2x8xh100-sxm"], ["fabric", "+ib400"]),
@@ -159,6 +161,7 @@ def test_a_cluster_that_cannot_be_is_named_by_field(
         (["--memory-budget", "1e-9"], ["memory", "0.0 GB may be used"]),
         (["--memory-budget", "0.001"], ["memory", "a memory budget of"]),
         (["--tp", "999999999999"], ["tp=999999999999", "unpin"]),
+        (["--dp", "9" * 20], ["pinned dp=99", "unpin"]),
     ],
 )
 def test_limits_that_no_split_keeps_name_the_change(
@@ -254,3 +257,60 @@ def test_a_missing_extra_says_what_to_install() -> None:
 
 def test_nearest_lists_what_is_known_when_nothing_is_near() -> None:
     assert nearest("qqq", ["slurm", "kubernetes"]) == "known are 'slurm', 'kubernetes'"
+
+
+def test_what_is_stored_small_is_kept_so_by_another_engine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = run(capsys, "plan", "openai/gpt-oss-120b", "--cluster", "1xh100-sxm")
+    assert code == 3
+    assert "--engine vllm, which keeps the weights as stored (mxfp4)" in err
+
+
+def test_more_gpus_are_suggested_once(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--cluster", "1xrtx4090", "--dtype", "int4")
+    code, _, err = run(capsys, "plan", "meta-llama/Llama-3.1-70B", *args)
+    assert code == 3
+    assert err.endswith("nearest change that fits: 2 x rtx4090\n")
+
+
+@pytest.mark.parametrize("dtype", ["float8", "int4"])
+def test_numbers_that_our_executor_does_not_compute_in_are_said(
+    capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    code, out, _ = run(capsys, "plan", "Qwen/Qwen3-8B", "--dtype", dtype, *SMALL, "--json")
+    assert code == 0
+    plan = json.loads(out)
+    assert f"stored as {dtype}" in plan["assumptions"][0]
+    held = "bfloat16" if dtype == "float8" else "int4"
+    assert plan["model"]["weight_dtypes"]["feed_forward"] == held
+
+
+def test_a_gpu_without_bfloat16_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("plan", "Qwen/Qwen3-8B", "--cluster", "4xv100-sxm2", "--json")
+    _, out, _ = run(capsys, *args)
+    assert "v100-sxm2-32gb does not compute in bfloat16" in json.loads(out)["assumptions"][0]
+    _, out, _ = run(capsys, *args, "--dtype", "float16")
+    assert json.loads(out)["assumptions"] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "says"),
+    [
+        ("--cluster", "null", "holds nothing"),
+        ("--calibration", b"\xff", "is not a text file"),
+        ("--expert-load", "[]", "Input should be"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, option: str, text: str | bytes, says: str
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    more = ["--expert-slots", "40"] if option == "--expert-load" else []
+    args = ["plan", "Qwen/Qwen3-30B-A3B", "--ep", "4", "--cluster", "4xh100-sxm", *more]
+    code, _, err = run(capsys, *args, option, str(path))
+    assert code == 2
+    assert "file.json" in err
+    assert says in err
+    assert "http" not in err

@@ -149,7 +149,7 @@ def test_unlike_cards_get_a_plan_of_parts(
 def test_the_fullest_rank_is_shown_beside_its_own_card(capsys: pytest.CaptureFixture[str]) -> None:
     pins = ("--cluster", "1xa100-sxm+1xl4", "--tp", "1", "--pp", "2", "--dp", "1")
     out = ok(capsys, "plan", "meta-llama/Llama-3.1-8B", *pins)
-    found = re.search(r"total +([\d.]+) GB +of ([\d.]+) GB that may be used", out)
+    found = re.search(r"total +([\d.]+) GB +of the ([\d.]+) GB that it has", out)
     assert found is not None, out
     held, capacity = map(float, found.groups())
     assert 25 < held < capacity < 90  # more than the L4 has, on the A100

@@ -45,7 +45,7 @@ def test_a_hand_written_file_may_leave_defaults_out(tmp_path: Path) -> None:
     [
         ("a.yaml", "nodes: [", "is no YAML"),
         ("a.json", "{", "is no JSON"),
-        ("a.yaml", "- 1\n", "holds list"),
+        ("a.yaml", "- 1\n", "holds a list"),
         ("a.yaml", "", "holds NoneType"),
         ("a.yaml", "nodes: []\n", "nodes: "),
         ("a.yaml", "nodez: []\n", "a.yaml': nodes: Field required"),

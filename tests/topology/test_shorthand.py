@@ -91,6 +91,21 @@ def test_cpu_ranks_share_memory_of_their_machine() -> None:
     assert {link.kind for link in node.links} == {"SHM"}
 
 
+def test_machines_of_one_rack_need_no_fabric() -> None:
+    cluster = parse_cluster("18x4xgb200")
+    assert cluster.racks is not None
+    assert cluster.racks.nodes == 18
+    assert cluster.bandwidth([(0, 0), (17, 3)]) == cluster.bandwidth([(0, 0), (0, 1)])
+    assert any("no network beside it was given" in note for note in cluster.notes)
+    with pytest.raises(ValueError, match="nothing between"):
+        parse_cluster("19x4xgb200")
+
+
+def test_a_mesh_of_nvlinks_is_not_called_pcie_cards() -> None:
+    assert parse_cluster("8xv100-sxm2").notes == ()
+    assert "PCIe cards" in parse_cluster("2xl4").notes[0]
+
+
 def test_sixteen_thousand_gpus_are_one_row() -> None:
     cluster = parse_cluster("2048x8xh100-sxm+ib400")
     assert cluster.num_gpus == 16384
@@ -104,7 +119,7 @@ def test_sixteen_thousand_gpus_are_one_row() -> None:
         ("8xh100-smx", "unknown device 'h100-smx'.*h100-sxm"),
         ("2x8xh100-sxm", r"nothing between them.*\+ib400"),
         ("8h100", "cannot read '8h100'"),
-        ("h100-sxm", "cannot read 'h100-sxm'"),
+        ("h100-sxm", "cannot read 'h100-sxm'; a count is missing, as in 1xh100-sxm"),
         ("", "cannot read ''"),
         ("8xh100-sxm+", "cannot read ''"),
         ("8xh100-sxm+ib", "cannot read 'ib'"),

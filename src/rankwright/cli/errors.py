@@ -93,7 +93,7 @@ def _is_usage(error: Exception) -> bool:
 
 def _usage_message(error: Any, args: Sequence[str]) -> str:
     message: str = error.format_message()
-    message = message[:1].lower() + message[1:].rstrip(".")
+    message = message[:1].lower() + message[1:].rstrip(".").replace(": Value error, ", ": ")
     context: Any = getattr(error, "ctx", None)
     help_hint = f"see `{getattr(context, 'command_path', 'rankwright')} --help`"
     if message.startswith("no such command"):

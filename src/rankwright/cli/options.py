@@ -11,7 +11,7 @@ from rankwright.cost_model.calibration_file import own_file
 from rankwright.cost_model.dtypes import BITS, Dtype
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.split import AttentionSplit, CpExchange
-from rankwright.cost_model.workload import MOST_TOKENS, Objective, Workload
+from rankwright.cost_model.workload import MOST_REQUESTS, MOST_TOKENS, Objective, Workload
 from rankwright.topology import cluster as topology
 
 Model = Annotated[
@@ -178,6 +178,8 @@ def workload(
     for name, tokens in (("--isl", isl), ("--osl", osl)):
         if tokens > MOST_TOKENS:
             raise ValueError(f"{name} must be at most {MOST_TOKENS:,} tokens, got {tokens:,}")
+    if concurrency is not None and concurrency > MOST_REQUESTS:
+        raise ValueError(f"--concurrency must be at most {MOST_REQUESTS:,}, got {concurrency:,}")
     for name, number in (("--rate", rate), ("--ttft", ttft_ms), ("--tpot", tpot_ms)):
         check_positive(name, number)
     if not 0 < percentile < 100:

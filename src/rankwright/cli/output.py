@@ -152,7 +152,7 @@ def memory_table(prediction: Prediction, capacity_bytes: float) -> "Table":
     for part in prediction.memory_parts:
         made.add_row(part.name, gigabytes(part.bytes), bar(part.bytes / capacity_bytes))
     total = sum(part.bytes for part in prediction.memory_parts)
-    made.add_row("total", gigabytes(total), f"of {gigabytes(capacity_bytes)} that may be used")
+    made.add_row("total", gigabytes(total), f"of the {gigabytes(capacity_bytes)} that it has")
     return made
 
 

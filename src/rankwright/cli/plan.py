@@ -172,9 +172,11 @@ def run(
 
 def _may_mix(plan: Plan) -> bool:
     """Return whether unlike replicas may serve more: on unlike cards, or on some left over."""
-    nodes = plan.cluster.nodes
-    unlike = len({gpu.device for gpu in nodes[0].gpus}) > 1
-    return len(nodes) == 1 and (unlike or plan.num_gpus < plan.cluster.num_gpus)
+    from rankwright.planner.make_parts import may_mix
+
+    cluster = plan.cluster
+    unlike = len({gpu.device for gpu in cluster.nodes[0].gpus}) > 1
+    return may_mix(plan.workload, cluster) and (unlike or plan.num_gpus < cluster.num_gpus)
 
 
 def _give(

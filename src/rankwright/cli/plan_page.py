@@ -37,9 +37,11 @@ def print_plan(plan: Plan, out: Console | None = None, *, explain: bool = False)
     load = (
         f"{workload.request_rate:g} requests/s"
         if workload.request_rate is not None
+        else "one request at a time"
+        if workload.concurrency == 1
         else f"up to {workload.concurrency} requests at once"
         if workload.concurrency is not None
-        else "as many requests at once as memory holds"
+        else f"as many requests at once as memory holds ({plan.limits.max_num_seqs} a replica)"
     )
     out.print(
         f"for {workload.input_tokens} input and {workload.output_tokens} output tokens, {load}, "
