@@ -14,12 +14,11 @@ _WIDENED: dict[str, tuple[str, ...]] = {
     "compressed-tensors": ("float8", "int8"),
     "mxfp4": ("mxfp4",),
 }
-_ASKED_FOR = ("float8", "int8", "mxfp4")  # by --dtype, of a checkpoint that is not quantised
 
 
 def is_widened(dtypes: WeightDtypes) -> bool:
     """Return whether the executor widens weights that are stored so."""
-    formats = _ASKED_FOR if dtypes.method is None else _WIDENED.get(dtypes.method, ())
+    formats = _WIDENED.get(dtypes.method or "", ())
     return dtypes.zero_point_bits == 0 and dtypes.feed_forward in formats
 
 
@@ -41,8 +40,8 @@ def about_weights(spec: ModelSpec, engine: str) -> tuple[str, ...]:
         )
     if BITS[dtypes.feed_forward] < 16:
         return (
-            f"weights: stored as {stored}, which rankwright's executor does not read; `launch` "
-            "refuses them, other engines do not (--engine)",
+            f"weights: {stored}, which rankwright's executor does not compute in: planned for what "
+            "it would do; other engines have it (--engine)",
         )
     return ()
 

@@ -47,7 +47,10 @@ class Prediction(Value):
     output_tokens_per_s: Estimate = Field(description="over all replicas")
     memory_bytes_per_gpu: Estimate = Field(description="of the fullest rank")
     decode_parts: tuple[Part, ...] = Field(default=(), description="one decode step")
-    prefill_parts: tuple[Part, ...] = Field(default=(), description="prefill of one prompt")
+    prefill_parts: tuple[Part, ...] = Field(
+        default=(),
+        description="the steps that prefill one prompt, with the tokens of others in them",
+    )
     memory_parts: tuple[MemoryPart, ...] = ()
     batch_size: int = Field(ge=1, description="sequences a replica decodes at once, steady state")
     engine: str = "rankwright"

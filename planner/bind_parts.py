@@ -8,6 +8,7 @@ from rankwright.planner.bind import bind_plan
 from rankwright.planner.binding import WORTHWHILE
 from rankwright.planner.certify import certify
 from rankwright.planner.environment import find_environment
+from rankwright.planner.figures import figure
 from rankwright.planner.ilp import Choice
 from rankwright.planner.part_columns import Column, Columns
 from rankwright.planner.part_program import PartsChoice, choose_parts
@@ -163,8 +164,8 @@ def _binding(search: Search, twins: Twins, columns: Columns, choice: PartsChoice
         if more is not None and more.value > choice.value * (1 + WORTHWHILE):
             return (
                 f"concurrency of {load.concurrency}: with {freed.concurrency} requests in flight "
-                f"replicas at these or smaller batches would give {more.value:,.4g} tokens/s "
-                f"instead of {choice.value:,.4g}; {gpus}"
+                f"replicas at these or smaller batches would give {figure(more.value)} tokens/s "
+                f"instead of {figure(choice.value)}; {gpus}"
             )
     return f"number of GPUs: {gpus}, and no other mix of replicas on them serves more"
 
@@ -175,8 +176,9 @@ def _compare(alike: Plan, parts: Sequence[Plan], choice: PartsChoice) -> AlikePl
     label = part_label(alike)
     gain = choice.value / value - 1
     verdict = (
-        f"unlike replicas serve {gain:.1%} more: {choice.value:,.4g} tokens/s on {num_gpus} GPUs "
-        f"against {value:,.4g} on {alike.num_gpus} of {label} at batch {alike.limits.max_num_seqs}"
+        f"unlike replicas serve {gain:.1%} more: {figure(choice.value)} tokens/s on "
+        f"{num_gpus} GPUs against {figure(value)} on {alike.num_gpus} of {label} at batch "
+        f"{alike.limits.max_num_seqs}"
     )
     return AlikePlan(
         label=label,

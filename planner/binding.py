@@ -3,6 +3,7 @@
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidate import Candidate
 from rankwright.planner.candidates import MAX_BATCH
+from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS, ratio_of
 from rankwright.planner.ilp import Choice
 from rankwright.planner.search import Search
@@ -73,7 +74,8 @@ def _evidence(candidate: Candidate, choice: Choice, workload: Workload) -> str:
     goal = GOALS[workload.objective]
     value = alone_value(candidate, workload)
     would = (
-        f"{candidate.label()} would give {value:,.4g} {goal.unit} instead of {choice.value:,.4g}"
+        f"{candidate.label()} would give {figure(value)} {goal.unit} instead of "
+        f"{figure(choice.value)}"
     )
     constraint = candidate.broken[0]
     if constraint == "memory":
@@ -115,7 +117,8 @@ def _concurrency(search: Search, choice: Choice) -> str | None:
     unit = GOALS[workload.objective].unit
     return (
         f"concurrency of {workload.concurrency}: with {2 * workload.concurrency} requests in "
-        f"flight {shape.label()} would give {value:,.4g} {unit} instead of {choice.value:,.4g}"
+        f"flight {shape.label()} would give {figure(value)} {unit} instead of "
+        f"{figure(choice.value)}"
     )
 
 
@@ -127,10 +130,12 @@ def _gpus(search: Search, choice: Choice) -> str:
         name = GOALS[search.workload.objective].name
         return f"number of GPUs: no legal split of {total} is better in {name}"
     each = choice.value / choice.num_replicas
-    room = f"all {total} GPUs are used" if used == total else f"{used} of {total} GPUs are used"
+    room = f"{used} of {total} GPUs are used"
+    if used == total:
+        room = "the only GPU is used" if total == 1 else f"all {total} GPUs are used"
     if choice.candidate.batch_size >= MAX_BATCH:
         return f"batch limit of {MAX_BATCH} sequences a replica; {room}"
+    more = choice.candidate.shape.num_gpus
     return (
-        f"number of GPUs: {room}, another replica of {choice.candidate.shape.num_gpus} would add "
-        f"{each:,.4g} {unit}"
+        f"number of GPUs: {room}; another replica, on {more} more, would add {figure(each)} {unit}"
     )

@@ -9,6 +9,7 @@ from rankwright.cost_model.workload import Workload
 from rankwright.planner.bind_pools import pool_plans, predict_match
 from rankwright.planner.certify import certify
 from rankwright.planner.disaggregated_plan import DisaggregatedPlan, LosingPair, PoolsPrediction
+from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS
 from rankwright.planner.infeasible import NoFeasiblePlanError
 from rankwright.planner.make_plan import check_request
@@ -158,7 +159,7 @@ def _losers(pools: PoolSearch, match: Match, count: int) -> Iterator[LosingPair]
         seen.add(other.shapes)
         value, best = abs(other.value), abs(match.value)
         worse = abs(value - best) / max(best, 1e-12)
-        figures = f"{value:,.4g} against {best:,.4g} {goal.unit}"
+        figures = f"{figure(value)} against {figure(best)} {goal.unit}"
         reason = f"{worse:.1%} worse ({figures})" if worse >= 1e-3 else f"as good ({figures})"
         if other.num_gpus != match.num_gpus:
             reason += f", on {other.num_gpus} GPUs instead of {match.num_gpus}"

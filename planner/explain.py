@@ -4,6 +4,7 @@ from rankwright.cost_model.prediction import MemoryPart, Part
 from rankwright.cost_model.shards import range_size
 from rankwright.cost_model.split import CpExchange
 from rankwright.planner.explain_lines import join_sections, proof_lines, section, time_lines
+from rankwright.planner.figures import figure
 from rankwright.planner.plan import Certificate, Plan
 from rankwright.planner.plan_shares import gpu_of, has_unequal_shares, memory_of, shares_of
 
@@ -21,7 +22,9 @@ def explain(plan: Plan) -> str:
         _prediction(plan),
         _memory(plan.prediction.memory_parts),
         _time("One decode step of the slowest stage", plan.prediction.decode_parts),
-        _time("Prefill of one prompt on the slowest stage", plan.prediction.prefill_parts),
+        _time(
+            "The steps that prefill one prompt, on the slowest stage", plan.prediction.prefill_parts
+        ),
         _proof(plan.certificate),
         section(
             "Runners-up",
@@ -99,11 +102,11 @@ def _prediction(plan: Plan) -> str:
         f"Predicted at {limits.input_tokens} tokens in, {limits.output_tokens} out, "
         f"{one.batch_size} requests in flight a replica:"
     ]
-    for name, figure, scale, unit, limit in rows:
-        text = f"  {name:<26}{figure.value * scale:>12,.4g} {unit:<3}"
-        text += f"({figure.low * scale:,.4g} to {figure.high * scale:,.4g})"
+    for name, found, scale, unit, limit in rows:
+        text = f"  {name:<26}{figure(found.value * scale):>12} {unit:<3}"
+        text += f"({figure(found.low * scale)} to {figure(found.high * scale)})"
         if limit is not None:
-            text += f", limit {limit * scale:,.4g}"
+            text += f", limit {figure(limit * scale)}"
         lines.append(text.rstrip())
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from rankwright.cost_model.prediction import Part
 from rankwright.cost_model.workload import Workload
+from rankwright.planner.figures import figure
 from rankwright.planner.plan import Certificate
 
 
@@ -22,10 +23,10 @@ def time_lines(title: str, parts: Sequence[Part], indent: str = "") -> list[str]
     total_s = sum(part.seconds for part in parts)
     if not total_s:
         return []
-    lines = [f"{title}, {total_s * 1e3:.4g} ms:"]
+    lines = [f"{title}, {figure(total_s * 1e3)} ms:"]
     for part in sorted(parts, key=lambda one: -one.seconds):
         lines.append(
-            f"  {part.name:<26}{part.seconds * 1e3:>12.4g} ms {part.seconds / total_s:>6.0%}"
+            f"  {part.name:<26}{figure(part.seconds * 1e3):>12} ms {part.seconds / total_s:>6.0%}"
             f"  bound by {part.bound} ({part.source})"
         )
     return [f"{indent}{line}" for line in lines]
@@ -34,7 +35,7 @@ def time_lines(title: str, parts: Sequence[Part], indent: str = "") -> list[str]
 def limit_texts(load: Workload) -> tuple[str, str]:
     """Return the limits of TTFT and TPOT as they stand behind a figure in ms."""
     first, each = (
-        "" if limit_s is None else f", limit {limit_s * 1e3:,.4g}"
+        "" if limit_s is None else f", limit {figure(limit_s * 1e3)}"
         for limit_s in (load.ttft_limit_s, load.tpot_limit_s)
     )
     return first, each
@@ -50,8 +51,9 @@ def proof_lines(proof: Certificate, looked_at: str) -> list[str]:
         looked_at: What the program chose from, and how much of it.
     """
     lines = [
-        f"Chosen for {proof.objective}: {proof.objective_value:,.5g}, bound {proof.bound:,.5g}, "
-        f"gap {proof.gap:.2g} ({proof.solver}, {proof.status}, {proof.solve_s:.2f} s)",
+        f"Chosen for {proof.objective}: {figure(proof.objective_value, 5)}, bound "
+        f"{figure(proof.bound, 5)}, gap {proof.gap:.2g} ({proof.solver}, {proof.status}, "
+        f"{figure(proof.solve_s * 1e3, 3)} ms)",
         f"  {looked_at}",
         f"  binding: {proof.binding_constraint}",
     ]

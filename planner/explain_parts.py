@@ -7,6 +7,7 @@ from rankwright.planner.explain_lines import (
     section,
     time_lines,
 )
+from rankwright.planner.figures import figure
 from rankwright.planner.parts_plan import PartsPlan, part_label
 from rankwright.planner.plan import Certificate, Plan
 
@@ -59,8 +60,9 @@ def _part(number: int, part: Plan, share: float) -> str:
         f"  layers {layers}; up to {limits.max_num_seqs} requests at once in a replica, "
         f"{limits.max_batched_tokens} tokens a step; {tokens:,} tokens of KV cache a rank, "
         f"{one.memory_bytes_per_gpu.value / 1e9:.1f} GB on the fullest GPU",
-        f"  {one.output_tokens_per_s.value:,.4g} output tokens/s, {share:.0%} of all; first token "
-        f"after {one.ttft_s.value * 1e3:,.4g} ms, then {one.tpot_s.value * 1e3:,.4g} ms each",
+        f"  {figure(one.output_tokens_per_s.value)} output tokens/s, {share:.0%} of all; "
+        f"first token after {figure(one.ttft_s.value * 1e3)} ms, then "
+        f"{figure(one.tpot_s.value * 1e3)} ms each",
     ]
     lines += time_lines("one decode step of the slowest stage", one.decode_parts, indent="  ")
     return "\n".join(lines)
@@ -73,9 +75,10 @@ def _prediction(plan: PartsPlan) -> str:
     return "\n".join(
         [
             f"Predicted at {load.input_tokens} tokens in, {load.output_tokens} out:",
-            f"  all parts: {rate.value:,.4g} output tokens/s ({rate.low:,.4g} to {rate.high:,.4g})",
-            f"  slowest part: time to first token {one.ttft_s.value * 1e3:,.4g} ms{limits[0]}",
-            f"  slowest part: time per output token {one.tpot_s.value * 1e3:,.4g} ms{limits[1]}",
+            f"  all parts: {figure(rate.value)} output tokens/s ({figure(rate.low)} to "
+            f"{figure(rate.high)})",
+            f"  slowest part: time to first token {figure(one.ttft_s.value * 1e3)} ms{limits[0]}",
+            f"  slowest part: time per output token {figure(one.tpot_s.value * 1e3)} ms{limits[1]}",
         ]
     )
 

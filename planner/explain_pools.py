@@ -8,6 +8,7 @@ from rankwright.planner.explain_lines import (
     section,
     time_lines,
 )
+from rankwright.planner.figures import figure
 from rankwright.planner.plan import Plan
 
 
@@ -57,12 +58,14 @@ def _prediction(plan: DisaggregatedPlan) -> str:
     return "\n".join(
         [
             f"Predicted at {load.input_tokens} tokens in, {load.output_tokens} out:",
-            f"  time to first token {one.ttft_s.value * 1e3:,.4g} ms{limits[0]}: wait "
-            f"{one.wait_s * 1e3:,.4g}, prompt {one.prompt_s * 1e3:,.4g}, cache of "
-            f"{one.transfer_bytes / 1e6:,.4g} MB a GPU on its way {one.transfer_s * 1e3:,.4g}",
-            f"  time per output token {one.tpot_s.value * 1e3:,.4g} ms{limits[1]}",
-            f"  {one.output_tokens_per_s.value:,.4g} output tokens/s, {one.requests_per_s:,.4g} "
-            f"requests/s; prefill is busy {one.prefill_load:.0%} of the time, decode has "
+            f"  time to first token {figure(one.ttft_s.value * 1e3)} ms{limits[0]}: wait "
+            f"{figure(one.wait_s * 1e3)}, prompt {figure(one.prompt_s * 1e3)}, cache of "
+            f"{figure(one.transfer_bytes / 1e6)} MB a GPU on its way "
+            f"{figure(one.transfer_s * 1e3)}",
+            f"  time per output token {figure(one.tpot_s.value * 1e3)} ms{limits[1]}",
+            f"  {figure(one.output_tokens_per_s.value)} output tokens/s, "
+            f"{figure(one.requests_per_s)} requests/s; prefill is busy "
+            f"{one.prefill_load:.0%} of the time, decode has "
             f"{one.decode_load:.0%} of its places taken",
         ]
     )

@@ -2,6 +2,7 @@
 
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.disaggregated_plan import OnePool
+from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS
 from rankwright.planner.infeasible import NoFeasiblePlanError
 from rankwright.planner.make_plan import make_plan
@@ -45,7 +46,7 @@ def compare(load: Workload, match: Match, one_pool: Plan | NoFeasiblePlanError) 
     split = one_pool.split
     label = f"{split.dp} x {split.model_copy(update={'dp': 1}).label()}"
     figures = (
-        f"{mine:,.4g} {goal.unit} on {match.num_gpus} GPUs against {theirs:,.4g} on "
+        f"{figure(mine)} {goal.unit} on {match.num_gpus} GPUs against {figure(theirs)} on "
         f"{one_pool.num_gpus} of {label} at batch {one_pool.limits.max_num_seqs}"
     )
     if abs(gain) <= _EQUAL:

@@ -4,6 +4,7 @@ from rankwright.cost_model.predict import Replicas
 from rankwright.cost_model.prediction import Part
 from rankwright.cost_model.serving import micro_batches_of
 from rankwright.cost_model.split import Split
+from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS
 from rankwright.planner.ilp import Choice
 from rankwright.planner.plan import RunnerUp
@@ -50,7 +51,7 @@ def _reason(search: Search, choice: Choice, other: Choice) -> str:
     """Return how much worse `other` is, and the term of its step that differs most."""
     goal = GOALS[search.workload.objective]
     worse = abs(other.value - choice.value) / max(abs(choice.value), 1e-12)
-    figures = f"{other.value:,.4g} against {choice.value:,.4g} {goal.unit}"
+    figures = f"{figure(other.value)} against {figure(choice.value)} {goal.unit}"
     if worse < 1e-3:
         saved = other.num_gpus - choice.num_gpus
         return f"as good ({figures})" + (f", but takes {saved} GPUs more" if saved > 0 else "")
@@ -64,8 +65,8 @@ def _reason(search: Search, choice: Choice, other: Choice) -> str:
         return text
     name = max(names, key=lambda part: theirs[part] - mine.get(part, 0.0))
     return (
-        f"{text}; its steps spend {theirs[name] * 1e6:,.3g} GPU-us a token on {name} "
-        f"({mine.get(name, 0.0) * 1e6:,.3g} in the chosen plan)"
+        f"{text}; its steps spend {figure(theirs[name] * 1e6, 3)} GPU-us a token on {name} "
+        f"({figure(mine.get(name, 0.0) * 1e6, 3)} in the chosen plan)"
     )
 
 

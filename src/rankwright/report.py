@@ -118,7 +118,7 @@ def render_report(plan: Plan) -> str:
             )
             for title, parts in (
                 ("One decode step", prediction.decode_parts),
-                ("Prefill of one prompt", prediction.prefill_parts),
+                ("The steps that prefill one prompt", prediction.prefill_parts),
             )
             if parts
         ),

@@ -46,7 +46,7 @@ def test_a_hand_written_file_may_leave_defaults_out(tmp_path: Path) -> None:
         ("a.yaml", "nodes: [", "is no YAML"),
         ("a.json", "{", "is no JSON"),
         ("a.yaml", "- 1\n", "holds a list"),
-        ("a.yaml", "", "holds NoneType"),
+        ("a.yaml", "", "holds nothing"),
         ("a.yaml", "nodes: []\n", "nodes: "),
         ("a.yaml", "nodez: []\n", "a.yaml': nodes: Field required"),
         ("a.json", '{"nodes": [{"name": "n", "gpus": [{"index": -1}]}]}', "nodes.0.gpus.0.index"),

@@ -33,7 +33,10 @@ def run(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time this machine's kernels and links, about a minute; plan and predict then use them."""
+    """Time this machine's kernels and links.
+
+    Takes about a minute; plan and predict then use the times.
+    """
     from rankwright.executor.calibrate import calibrate  # only here: plans are made without it
 
     measured = calibrate(probe(require_gpu=require_gpu), progress=status, quick=quick)

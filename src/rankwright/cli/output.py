@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from rankwright.cost_model.prediction import Estimate, Part, Prediction
+from rankwright.planner.figures import figure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,8 +63,8 @@ def proof_table(proof: "Certificate", candidates: str, *, nothing: str = "plan")
     if proof.status != "optimal":
         warning = f"{proof.status}: a better plan may be better by {proof.gap:.2%}"
         made.add_row("[bold red]NOT PROVED BEST[/]", warning)
-    made.add_row("objective", f"{proof.objective}: {proof.objective_value:.5g}")
-    made.add_row(f"no {nothing} is better than", f"{proof.bound:.5g} (gap {proof.gap:.2%})")
+    made.add_row("objective", f"{proof.objective}: {figure(proof.objective_value, 5)}")
+    made.add_row(f"no {nothing} is better than", f"{figure(proof.bound, 5)} (gap {proof.gap:.2%})")
     solved = f"{proof.solver}: {proof.status} in {seconds(proof.solve_s)}"
     made.add_row("solver", f"{solved}, {candidates}")
     made.add_row("what binds", proof.binding_constraint)
@@ -73,11 +74,11 @@ def proof_table(proof: "Certificate", candidates: str, *, nothing: str = "plan")
 def seconds(value: float) -> str:
     """Return a time as people say it.
 
-    >>> seconds(0.01234), seconds(2.5), seconds(8.5e-6)
-    ('12.3 ms', '2.50 s', '8.50 us')
+    >>> seconds(0.01234), seconds(2.5), seconds(8.5e-6), seconds(1023.4)
+    ('12.3 ms', '2.50 s', '8.50 us', '1,023 s')
     """
     if value >= 1:
-        return f"{value:.3g} s" if value >= 100 else f"{value:.2f} s"
+        return f"{value:,.0f} s" if value >= 100 else f"{value:.2f} s"
     unit, scale = ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
     scaled = value * scale
     digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2

@@ -16,6 +16,7 @@ from rankwright.cli.output import (
 from rankwright.cost_model.memory import rank_memory
 from rankwright.cost_model.shards import range_size
 from rankwright.planner.explain import explain as explain_plan
+from rankwright.planner.figures import figure
 from rankwright.planner.plan import Certificate, ParetoPoint, Plan
 from rankwright.planner.plan_shares import gpu_of, has_unequal_shares, memory_of, shares_of
 
@@ -177,8 +178,8 @@ def _pareto(points: tuple[ParetoPoint, ...]) -> Table:
     for point in points:
         made.add_row(
             point.label,
-            f"{point.tokens_per_s_per_user:,.4g}",
-            f"{point.tokens_per_s_per_gpu:,.4g}",
+            figure(point.tokens_per_s_per_user),
+            figure(point.tokens_per_s_per_gpu),
             seconds(point.ttft_s),
             str(point.batch_size),
             str(point.num_gpus),
@@ -190,5 +191,5 @@ def _runners_up(certificate: Certificate) -> Table:
     made = table("runner-up", "objective", "why it lost", right=("objective",))
     for runner_up in certificate.runners_up:
         label = runner_up.split.label()
-        made.add_row(label, f"{runner_up.objective_value:.5g}", runner_up.reason)
+        made.add_row(label, figure(runner_up.objective_value, 5), runner_up.reason)
     return made

@@ -78,7 +78,7 @@ def run(
         prediction_table(prediction, split.num_gpus),
         memory_table(prediction, capacity_bytes),
         parts_table("decode step", prediction.decode_parts),
-        parts_table("prefill of one prompt", prediction.prefill_parts),
+        parts_table("the steps that prefill a prompt", prediction.prefill_parts),
     ):
         out.print()
         out.print(part)

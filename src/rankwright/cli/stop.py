@@ -28,7 +28,10 @@ def run(
     timeout: Annotated[float, typer.Option(min=0, metavar="S", help="To wait for the end.")] = 300,
     as_json: options.Json = False,
 ) -> None:
-    """End LAUNCH once its running requests are done, and wait until it has."""
+    """End LAUNCH once its running requests are done.
+
+    Waits until it has ended.
+    """
     chosen = choose(read_records(), launch, everything=everything)
     failed = False
     for record in chosen:
