@@ -32,10 +32,14 @@ CAP = b"cap "
 
 @dataclass
 class Timeline:
-    """When each request was sent and each of its tokens came back, seconds."""
+    """When each request was sent and each of its tokens came back, seconds.
+
+    `begun_s` is before the first request was put into a message, with all prompts made.
+    """
 
     sent: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, list[float]] = field(default_factory=dict)
+    begun_s: float = 0.0
 
     def decode_step_s(self) -> float:
         """Median time between tokens while every request of the batch is decoding.
@@ -107,8 +111,9 @@ class Client:
         line = Timeline()
         rng = random.Random(self._count)
         messages: dict[str, bytes] = {}
-        for prompt_tokens, output_tokens in lengths:
-            prompt = tuple(rng.randrange(self._vocab_size) for _ in range(prompt_tokens))
+        prompts = [tuple(rng.randrange(self._vocab_size) for _ in range(one)) for one, _ in lengths]
+        line.begun_s = time.perf_counter()
+        for prompt, (_, output_tokens) in zip(prompts, lengths, strict=True):
             sampling = Sampling(temperature=0, max_tokens=output_tokens, ignore_eos=True)
             name = f"r{self._count}"
             messages[name] = encode(Submit(request_id=name, prompt=prompt, sampling=sampling))

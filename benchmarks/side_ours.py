@@ -13,18 +13,19 @@ import torch.distributed as dist
 
 from client import Client
 from replica import add_arguments, describe, run, start
-from side_load import LOADS, Lengths, measure
+from side_load import LOADS, Lengths, append_to, chosen, measure
 
 _BEGUN_S = time.perf_counter()
 
 
-def measure_ours(client: Client, load: str) -> list[dict[str, Any]]:
-    """Return the rows of the load called `load`."""
+def measure_ours(client: Client, load: str, wanted: str, path: Path) -> list[dict[str, Any]]:
+    """Return the rows `wanted` of the load called `load`; each also goes to `path` as it comes."""
 
     def answered_s(lengths: Lengths) -> float:
-        return client.run(lengths).total_s()
+        line = client.run(lengths)
+        return max(times[-1] for times in line.tokens.values()) - line.begun_s
 
-    return measure(answered_s, LOADS[load])
+    return measure(answered_s, LOADS[load], chosen(LOADS[load], wanted), append_to(path))
 
 
 def main() -> None:
@@ -33,12 +34,16 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--load", choices=tuple(LOADS), default="full")
+    parser.add_argument("--rows", default="*")
     arguments = parser.parse_args()
+    lines = arguments.json.with_suffix(".jsonl")
     replica = start(arguments)
     start_s = time.perf_counter() - _BEGUN_S
-    rows = run(replica, measure_ours, arguments.load)
+    rows = run(replica, measure_ours, arguments.load, arguments.rows, lines)
     if rows is not None and replica.mesh.place.replica == 0:
-        content = {**describe(replica, arguments.model), "start_s": start_s, "rows": rows}
+        limits = replica.plan.limits.model_dump(mode="json")
+        described = describe(replica, arguments.model)
+        content = {**described, "limits": limits, "start_s": start_s, "rows": rows}
         arguments.json.write_text(json.dumps(content), encoding="utf-8")
     del replica
     dist.destroy_process_group()

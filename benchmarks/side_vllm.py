@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from side_load import LOADS, Lengths, measure
+from side_load import LOADS, Lengths, append_to, chosen, measure
 
 # No network, no multicast (not every container's driver lets go of it cleanly), and DeepGEMM and
 # FlashInfer's sampler left out because their compilers may not be there.
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-batch", type=int, default=256)
     parser.add_argument("--load", choices=tuple(LOADS), default="full")
+    parser.add_argument("--rows", default="*")
     arguments = parser.parse_args()
     begun_s = time.perf_counter()
     vllm: Any = import_module("vllm")  # here: a start begins with it
@@ -71,10 +72,17 @@ def main() -> None:
             for _, output in lengths
         ]
         sent_s = time.perf_counter()
-        engine.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - sent_s
+        answers = engine.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - sent_s
+        for (_, output), answer in zip(lengths, answers, strict=True):
+            if len(answer.outputs[0].token_ids) != output:
+                raise RuntimeError(f"{len(answer.outputs[0].token_ids)} tokens, not {output}")
+        return seconds
 
-    rows = measure(run, LOADS[arguments.load])
+    load = LOADS[arguments.load]
+    rows = measure(
+        run, load, chosen(load, arguments.rows), append_to(arguments.json.with_suffix(".jsonl"))
+    )
     content = {"version": str(vllm.__version__), "start_s": start_s, "rows": rows}
     arguments.json.write_text(json.dumps(content), encoding="utf-8")
 

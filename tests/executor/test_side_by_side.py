@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench_side_by_side import finished
-from side_load import LOADS, Load, compared, measure, mixed_lengths
+from side_load import LOADS, Load, chosen, compared, measure, mixed_lengths
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STAND_IN = """
@@ -26,6 +26,9 @@ class LLM:
     def generate(self, prompts, sampling, use_tqdm):
         assert len(prompts) == len(sampling)
         time.sleep(0.001 * max(one.max_tokens for one in sampling))
+        return [Answer(one.max_tokens) for one in sampling]
+class Answer:
+    def __init__(self, count): self.token_ids, self.outputs = [0] * count, [self]
 """
 
 
@@ -37,12 +40,34 @@ def test_a_step_is_what_more_tokens_take_and_a_rate_counts_all_of_them() -> None
         assert isinstance(lengths, list)
         return max(out for _, out in lengths) + 0.1 * sum(prompt for prompt, _ in lengths)
 
-    assert measure(run, load) == [
-        {"what": "decode step, batch 2", "seconds": pytest.approx(1)},
-        {"what": "prefill 2 x 8", "tokens_per_s": pytest.approx(16 / 2.6)},
-        {"what": "prompt of 16", "seconds": pytest.approx(2.6)},
-        {"what": "3 mixed requests", "tokens_per_s": pytest.approx(15 / 6.5)},
+    reported: list[dict[str, object]] = []
+    rows = measure(run, load, report=reported.append)
+    assert rows == reported
+    assert [{**row, "load_average": 0} for row in rows] == [
+        {"what": "decode-2", "seconds": pytest.approx(1), "load_average": 0},
+        {"what": "prefill-2x8", "tokens_per_s": pytest.approx(16 / 2.6), "load_average": 0},
+        {"what": "prompt-16", "seconds": pytest.approx(2.6), "load_average": 0},
+        {"what": "mixed-3", "tokens_per_s": pytest.approx(15 / 6.5), "load_average": 0},
     ]
+
+
+def test_rows_can_be_chosen_and_one_that_fails_leaves_the_others() -> None:
+    def run(lengths: object) -> float:
+        assert isinstance(lengths, list)
+        if len(lengths) == 2:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    load = LOADS["small"]
+    wanted = chosen(load, "prompt-*, decode-2,mixed-4")
+    assert wanted == ["decode-2", "prompt-16", "mixed-4"]
+    rows = measure(run, load, wanted)
+    assert [row["what"] for row in rows] == wanted
+    assert rows[0]["error"] == "RuntimeError('out of memory')"
+    assert rows[1]["seconds"] == 1.0
+    assert [row["what"] for row in compared(rows, rows)] == ["prompt-16", "mixed-4"]
+    with pytest.raises(ValueError, match="no row is called 'decode-7'; there are decode-1, "):
+        chosen(load, "decode-7")
 
 
 def test_a_ratio_above_one_says_that_ours_is_faster() -> None:
@@ -72,11 +97,24 @@ def test_the_peer_runs_in_its_own_environment_and_writes_what_ours_does(tmp_path
     content = json.loads(target.read_text())
     ours = measure(lambda lengths: 1.0 + sum(out for _, out in lengths), LOADS["small"])
     assert content["version"] == "0"
+    lines = target.with_suffix(".jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == content["rows"]
     assert [row["what"] for row in content["rows"]] == [row["what"] for row in ours]
     assert len(compared(ours, content["rows"])) == len(ours)
 
 
-def test_an_engine_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "raise SystemExit('no GPU here')"]
-    with pytest.raises(SystemExit, match=r"(?s)peer failed with 1:.*no GPU here"):
-        finished(command, dict(os.environ), tmp_path / "peer.json", 60)
+def test_an_engine_that_fails_leaves_its_words_and_the_rows_that_it_had(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = f'open({str(tmp_path / "peer.jsonl")!r}, \'w\').write(\'{{"what": "a"}}\\n{{"wh\')'
+    command = [sys.executable, "-c", f"{write}; raise SystemExit('no GPU here')"]
+    found = finished(command, dict(os.environ), tmp_path / "peer.json", 60)
+    assert found["rows"] == [{"what": "a"}]
+    assert found["error"] == "peer failed with 1:\nno GPU here"
+    assert "peer what=a" in capsys.readouterr().out
+
+
+def test_an_engine_that_hangs_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    found = finished(command, dict(os.environ), tmp_path / "peer.json", 0.1)
+    assert found["error"].startswith("peer took longer than 0.1 s")
