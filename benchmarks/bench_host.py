@@ -141,7 +141,8 @@ class IdleRunner:
     def execute(self, batch: StepBatch) -> Drawn:
         """Do what a rank's host does before its launches."""
         now_s = time.process_time()
-        if batch.num_sequences == self._batch:
+        # Where requests come and go, a few are missing at most times.
+        if batch.num_sequences >= max(1, self._batch * 3 // 4):
             self.spent_us.append((now_s - self._last_s) * 1e6)
             self.num_prompts += not batch.decode_only
         self._last_s = now_s

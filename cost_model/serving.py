@@ -17,7 +17,9 @@ A round then lasts
     R = F * R(decoding, with prompt tokens) + (1 - F) * R(decoding alone),   F = 1 - (1 - f)**m
 
 for `m` micro-batches in flight: in a pipeline one long step holds up the whole round. From this,
-`TPOT = R`, `requests/s = m * r / R`, and TTFT is a wait and then the `n` steps of the prompt.
+`requests/s = m * r / R`, and TTFT is a wait and then the `n` steps of the prompt. TPOT is `R` as a
+request sees it that decodes, with the prompts of the `b - 1` other slots of its micro-batch: there
+`g = f * (b - 1) / (b - f)` stands for `f`.
 """
 
 from dataclasses import dataclass
@@ -145,6 +147,19 @@ class Serving:
         return self.ttft_s + (output_tokens - 1) * self.tpot_s
 
 
+def mixed_rounds(flow: Flow, slots: int, micro_batches: int) -> tuple[float, float]:
+    """Return the shares of rounds with prompt tokens: of all, and of those of a decoding request.
+
+    >>> flow = find_flow(Workload(input_tokens=1000, output_tokens=101), 1, 2048)
+    >>> mixed_rounds(flow, slots=1, micro_batches=1)[1]
+    0.0
+    """
+    share = flow.mixed_share
+    seen = share * (slots - 1) / (slots - share) if slots > 1 else 0.0
+    none_elsewhere = (1 - share) ** (micro_batches - 1)
+    return 1 - (1 - share) * none_elsewhere, 1 - (1 - seen) * none_elsewhere
+
+
 def burst_prompts(batch_size: int) -> float:
     """Return the prompts that one waits for on average in a run of fixed concurrency.
 
@@ -170,12 +185,11 @@ def serve_closed(
     micro_batches = micro_batches_of(len(pipeline.stages), batch_size)
     slots = ceil(batch_size / micro_batches)
     flow = find_flow(workload, slots, chunk_tokens)
-    share = flow.mixed_share
-    mixed_s = pipeline.round_s(flow.mixed, micro_batches)
-    share_of_rounds = 1 - (1 - share) ** micro_batches
-    round_s = share_of_rounds * mixed_s
-    if share_of_rounds < 1:
-        round_s += (1 - share_of_rounds) * pipeline.round_s(flow.plain, micro_batches)
+    of_all, of_seen = mixed_rounds(flow, slots, micro_batches)
+    mixed_s = plain_s = pipeline.round_s(flow.mixed, micro_batches)
+    if flow.mixed_share < 1:
+        plain_s = pipeline.round_s(flow.plain, micro_batches)
+    round_s = of_all * mixed_s + (1 - of_all) * plain_s
     prompt_s = pipeline.prompt_s(flow.mixed, flow.prompt_steps)
     burst_s = burst_prompts(batch_size) * prompt_s / max(1.0, flow.mixed.prompts)
     if flow.waiting > _ROUNDING:
@@ -185,7 +199,7 @@ def serve_closed(
     return Serving(
         ttft_s=wait_s + prompt_s,
         wait_s=wait_s,
-        tpot_s=round_s,
+        tpot_s=of_seen * mixed_s + (1 - of_seen) * plain_s,
         requests_per_s=micro_batches * flow.requests / round_s,
         batch_size=batch_size,
         flow=flow,

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from math import ceil
 
 from rankwright.cost_model.ops import StepTokens
-from rankwright.cost_model.serving import Flow, burst_prompts, find_flow, micro_batches_of
+from rankwright.cost_model.serving import (
+    Flow,
+    burst_prompts,
+    find_flow,
+    micro_batches_of,
+    mixed_rounds,
+)
 from rankwright.cost_model.workload import Workload
 
 # Numbers of layers that the shares of a stage are made for, where a replica has several stages.
@@ -47,8 +53,9 @@ def loads_of(
     are made for several numbers of layers.
     """
     micro_batches = micro_batches_of(pp, batch_size)
-    flow = find_flow(workload, ceil(batch_size / micro_batches), chunk_tokens)
-    weights = _weights(workload, flow, batch_size, 1 - (1 - flow.mixed_share) ** micro_batches)
+    slots = ceil(batch_size / micro_batches)
+    flow = find_flow(workload, slots, chunk_tokens)
+    weights = _weights(workload, flow, batch_size, *mixed_rounds(flow, slots, micro_batches))
     limited = workload.ttft_limit_s is not None or workload.tpot_limit_s is not None
     if limited or workload.request_rate is not None:
         weights += [(1.0, 0.0), (0.0, 1.0)]
@@ -68,7 +75,7 @@ def loads_of(
 
 
 def _weights(
-    workload: Workload, flow: Flow, batch_size: int, mixed_rounds: float
+    workload: Workload, flow: Flow, batch_size: int, of_all: float, of_seen: float
 ) -> list[tuple[float, float]]:
     """Return how much steps with and without prompts weigh in the objective.
 
@@ -76,13 +83,16 @@ def _weights(
     steps of its prompt, and of those it waits for; see `serving.serve_closed`.
     """
     if workload.objective != "latency":
-        return [(mixed_rounds, 1 - mixed_rounds)]
-    rounds: float = workload.output_tokens - 1
+        return [(of_all, 1 - of_all)]
+    rounds = workload.output_tokens - 1
+    decoding, plain = rounds * of_seen, rounds * (1 - of_seen)
     bursts = flow.prompt_steps * (1 + burst_prompts(batch_size) / max(1.0, flow.mixed.prompts))
-    weights = [(bursts + rounds * mixed_rounds, rounds * (1 - mixed_rounds))]
+    weights = [(bursts + decoding, plain)]
     if flow.waiting:
-        rounds += flow.waiting / flow.requests
-        weights.append((flow.prompt_steps + rounds * mixed_rounds, rounds * (1 - mixed_rounds)))
+        waits = flow.waiting / flow.requests
+        weights.append(
+            (flow.prompt_steps + decoding + waits * of_all, plain + waits * (1 - of_all))
+        )
     return weights
 
 

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rankwright.cost_model.ops import StepTokens
@@ -35,11 +35,11 @@ def pace(num_stages: int = 1) -> Pipeline:
 def test_one_request_alone_prefills_and_then_decodes() -> None:
     load = Workload(input_tokens=1000, output_tokens=101)
     state = serve_closed(pace(), load, batch_size=1, chunk_tokens=2001)
-    # One step of 10 + 10 ms, then 100 steps; the prompt's step is one of 101.
+    # One step of 10 + 10 ms, then 100 steps of 10 ms.
     assert state.flow.prompt_steps == 1
     assert state.ttft_s == pytest.approx(0.020)
     assert state.wait_s == 0
-    assert state.tpot_s == pytest.approx((100 * 0.010 + 0.020) / 101)
+    assert state.tpot_s == pytest.approx(0.010)
     assert state.requests_per_s == pytest.approx(1 / (100 * 0.010 + 0.020))
 
 
@@ -144,6 +144,15 @@ def test_no_flow_takes_more_than_its_slots_and_its_chunk(
     carried = flow.mixed_share * flow.mixed.prefill
     prompt = max(1, round(load.input_tokens * (1 - load.shared_prefix)))
     assert carried == pytest.approx(flow.requests * prompt, rel=1e-6)
+
+
+@given(loads, st.integers(1, 64))
+def test_what_is_in_flight_has_its_prompt_computed_or_decodes(load: Workload, slots: int) -> None:
+    state = serve_closed(pace(), load, batch_size=slots, chunk_tokens=8192)
+    assume(state.flow.mixed_share < 1)
+    # Little's law; equal requests that follow each other wait for nothing.
+    request_s = state.ttft_s - state.wait_s + (load.output_tokens - 1) * state.tpot_s
+    assert state.requests_per_s * request_s == pytest.approx(slots, rel=1e-6)
 
 
 @given(loads, st.integers(1, 256))

@@ -6,12 +6,14 @@ GPU, `gpu_0` and so on (to ROCm 6.1); JSON of `links` (since 6.2), under `gpu_da
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rankwright.topology.readers.amd_smi_gpus import (
     Facts,
+    as_facts,
+    as_list,
     hip_numbers,
     parse_amd_listing,
     records,
@@ -189,12 +191,12 @@ def _json_records(text: str) -> list[Facts]:
 
 def _cells_of(record: Facts) -> Callable[[_Table, int], Any] | None:
     """Return how a record says what its GPU's table has for another GPU; None: it says no table."""
-    links = record.get("links")
-    if isinstance(links, list):
-        by_gpu = {link.get("gpu"): link for link in links if isinstance(link, Mapping)}
+    links = as_list(record.get("links"))
+    if links is not None:
+        by_gpu = {link.get("gpu"): link for link in map(as_facts, links)}
         return lambda table, gpu: by_gpu.get(gpu, {}).get(table.in_links)
-    if any(isinstance(record.get(table.in_tables), Mapping) for table in _TABLES):
-        return lambda table, gpu: (record.get(table.in_tables) or {}).get(f"gpu_{gpu}")
+    if any(isinstance(record.get(table.in_tables), dict) for table in _TABLES):
+        return lambda table, gpu: as_facts(record.get(table.in_tables)).get(f"gpu_{gpu}")
     return None
 
 
@@ -224,13 +226,13 @@ def _from_json(
 
 def _check_size(record: Facts, count: int) -> None:
     """Check that a record tells of `count` GPUs and of no other."""
-    links = record.get("links")
-    if isinstance(links, list) and len(links) != count:
+    links = as_list(record.get("links"))
+    if links is not None and len(links) != count:
         raise refusal(1, f"gpu {record['gpu']}", f"{len(links)} links, and {count} GPUs")
     for table in _TABLES:
-        cells = record.get(table.in_tables)
-        if isinstance(cells, Mapping) and len(cells) != count:
-            raise refusal(1, f"gpu {record['gpu']}", f"{len(cells)} GPUs, where {count} are listed")
+        size = len(as_facts(record.get(table.in_tables)))
+        if isinstance(record.get(table.in_tables), dict) and size != count:
+            raise refusal(1, f"gpu {record['gpu']}", f"{size} GPUs, where {count} are listed")
 
 
 def _bus(record: Facts) -> str | None:

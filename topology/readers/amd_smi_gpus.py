@@ -7,7 +7,7 @@ dictionary a GPU here. Formats: AMD SMI's change log and the captures in its iss
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from rankwright.topology.device_table import MIB
 from rankwright.topology.readers.listing import ListedGpu
@@ -48,17 +48,31 @@ def records(text: str) -> list[Facts]:
     return [
         record
         for document in _documents(clean(text))
-        for record in _listed_in(document)
-        if isinstance(record, dict) and _number(record.get("gpu")) is not None
+        for record in map(as_facts, _listed_in(document))
+        if _number(record.get("gpu")) is not None
     ]
 
 
-def _listed_in(document: Facts | list[Any]) -> list[Any]:
-    inner = document.get("gpu_data", [document]) if isinstance(document, dict) else document
-    return inner if isinstance(inner, list) else []
+def as_facts(value: Any) -> Facts:
+    """Return a dictionary of JSON as one; empty where the value is none."""
+    return cast(Facts, value) if isinstance(value, dict) else {}
 
 
-def _documents(text: str) -> Iterator[Facts | list[Any]]:
+def as_list(value: Any) -> list[Any] | None:
+    """Return an array of JSON as one, None where the value is none."""
+    if not isinstance(value, list):
+        return None
+    items: list[Any] = value
+    return items
+
+
+def _listed_in(document: Any) -> list[Any]:
+    if isinstance(document, dict):
+        document = as_facts(document).get("gpu_data", [document])
+    return as_list(document) or []
+
+
+def _documents(text: str) -> Iterator[Any]:
     """Yield each JSON array or object of a capture that starts a line."""
     decoder = json.JSONDecoder()
     end = 0
@@ -149,18 +163,18 @@ def _nested(path: tuple[str, ...], value: str) -> Facts:
 def _merge(into: Facts, more: Facts, number: int, line: str) -> None:
     for word, value in more.items():
         if isinstance(value, dict) and isinstance(into.get(word), dict):
-            _merge(into[word], value, number, line)
+            _merge(into[word], as_facts(value), number, line)
         elif word in ("market_name", "bdf") and into.get(word, value) != value:
             raise refusal(number, line, f"{word} was {into[word]!r} before")
         else:
-            into[word] = dict(value) if isinstance(value, dict) else value
+            into[word] = {**as_facts(value)} if isinstance(value, dict) else value
 
 
 def _listed(gpu: int, facts: Facts) -> ListedGpu:
     def at(*path: str) -> Any:
         value: Any = facts
         for word in path:
-            value = value.get(word) if isinstance(value, dict) else None
+            value = as_facts(value).get(word)
         return value
 
     name = at("asic", "market_name")
@@ -182,8 +196,8 @@ def _listed(gpu: int, facts: Facts) -> ListedGpu:
 
 def _bytes(value: Any) -> int | None:
     """Return the bytes of `{"value": 196592, "unit": "MB"}` or "196592 MB", in powers of 1,024."""
-    if isinstance(value, dict):
-        value = f"{value.get('value')} {value.get('unit')}"
+    if size_of := as_facts(value):
+        value = f"{size_of.get('value')} {size_of.get('unit')}"
     size = _SIZE.fullmatch(str(value))
     return int(size[1]) * _UNITS[size[2]] if size and int(size[1]) else None
 
