@@ -4,6 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,33 @@ def test_ranks_meet_where_nobody_listens() -> None:
         )
     assert int(chosen.stdout) > 20000 + 2 * job
     assert int(chosen.stdout) % 2 == 0
+
+
+@pytest.mark.parametrize("status", [0, 5])
+@pytest.mark.parametrize("drain_s", [0.1, 0.6])
+def test_a_step_that_ends_while_the_trap_runs_has_its_own_status(
+    status: int, drain_s: float
+) -> None:
+    made = plan((2,), tp=2, pp=1)
+    wait_for_step = re.search(
+        r"^wait_for_step\(\) \{.*?^\}", script(made), re.MULTILINE | re.DOTALL
+    )
+    assert wait_for_step is not None
+    # The step drains within the trap, which takes 0.3 s, or outlives it.
+    job = f"""
+set -eu
+{wait_for_step}
+trap 'touch "$0/drain"; sleep 0.3' TERM
+(while [ ! -e "$0/drain" ]; do sleep 0.01; done; sleep {drain_s}; exit {status}) &
+step=$!
+(sleep 0.1; kill -TERM $$) &
+found=0
+wait_for_step $step || found=$?
+exit "$found"
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(["bash", "-c", job, folder], check=False, timeout=60)
+    assert done.returncode == status
 
 
 def test_local_weights_are_mounted_into_the_container() -> None:
