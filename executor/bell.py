@@ -1,8 +1,7 @@
 """`Bell`: lets a process sleep until another one writes, on a word of memory that they share.
 
 Linux's futex: a writer that nobody waits for pays one call of a microsecond, and who sleeps takes
-no core from those that compute. Looking every half millisecond instead, 16 ranks of tests on two
-busy cores spent about as much time on looks as on their work.
+no core from those that compute, as a look every half millisecond does where ranks outnumber cores.
 """
 
 import ctypes
