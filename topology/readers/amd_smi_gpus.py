@@ -6,7 +6,7 @@ dictionary a GPU here. Formats: AMD SMI's change log and the captures in its iss
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from rankwright.topology.device_table import MIB
@@ -58,15 +58,12 @@ def as_facts(value: Any) -> Facts:
     return cast(Facts, value) if isinstance(value, dict) else {}
 
 
-def as_list(value: Any) -> list[Any] | None:
+def as_list(value: Any) -> Sequence[Any] | None:
     """Return an array of JSON as one, None where the value is none."""
-    if not isinstance(value, list):
-        return None
-    items: list[Any] = value
-    return items
+    return cast(Sequence[Any], value) if isinstance(value, list) else None
 
 
-def _listed_in(document: Any) -> list[Any]:
+def _listed_in(document: Any) -> Sequence[Any]:
     if isinstance(document, dict):
         document = as_facts(document).get("gpu_data", [document])
     return as_list(document) or []
