@@ -15,13 +15,14 @@ def write_whole(path: str | Path, text: str) -> None:
     Raises:
         OSError: It cannot be written; its `filename` is `path`, and what was there is still there.
     """
-    target = Path(os.path.realpath(path))
+    given = Path(path)
     try:
-        if target.exists() and not (target.is_file() or target.is_dir()):
-            with target.open("w", encoding="utf-8") as file:
+        # Asked of the path as it is given: a pipe behind `/dev/stdout` has no path of its own.
+        if given.exists() and not (given.is_file() or given.is_dir()):
+            with given.open("w", encoding="utf-8") as file:
                 file.write(text)
         else:
-            _replace(target, text)
+            _replace(Path(os.path.realpath(path)), text)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 

@@ -8,6 +8,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -203,8 +204,8 @@ def stages_at_once(
             seen.append(bool(begun[0] > count))
         return out
 
-    runner.stage.forward = watched  # type: ignore[assignment, method-assign]
-    answers(plan, mesh, runner, requests, ahead=ahead)
+    with patch.object(runner.stage, "forward", watched):
+        answers(plan, mesh, runner, requests, ahead=ahead)
     return seen
 
 
@@ -222,8 +223,8 @@ def tokens_and_logits(
             rows.update(zip(keys, logits_RV.float().numpy(), strict=True))
         return draw(logits_RV, batch)
 
-    runner._draw = watched  # type: ignore[method-assign]
-    return answers(plan, mesh, runner, requests) or {}, rows
+    with patch.object(runner, "_draw", watched):
+        return answers(plan, mesh, runner, requests) or {}, rows
 
 
 def _client(

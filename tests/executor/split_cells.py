@@ -84,8 +84,7 @@ def legal_splits(family: str) -> tuple[Split, ...]:
 
 def _legal_splits(spec: ModelSpec) -> Iterator[Split]:
     cluster = parse_cluster(f"{MOST_RANKS}xcpu")
-    for attention in ("tp", "dp"):
-        pins = Pins(attention=attention)  # type: ignore[arg-type]
+    for pins in (Pins(attention="tp"), Pins(attention="dp")):
         for shape in find_shapes(spec, cluster, pins=pins).legal:
             for dp in range(1, MOST_RANKS // shape.num_gpus + 1):
                 split = Split(
@@ -133,10 +132,9 @@ def every_case() -> tuple[Case, ...]:
             if len(forms) == MOST_FORMS and (asked[forms] + number) % 5:
                 continue
             few = len(forms) > 1 and rng.random() < 0.9
-            split = min(
-                rng.sample(splits, len(splits)),
-                key=lambda split, few=few: (split.num_gpus * few, used[split.label()]),  # type: ignore[misc]
-            )
+            drawn = rng.sample(splits, len(splits))
+            ranked = [(split.num_gpus * few, used[split.label()]) for split in drawn]
+            split = drawn[ranked.index(min(ranked))]
             used[split.label()] += 1
             stages = rng.sample(split.stage_layers, split.pp)
             split = split.model_copy(update={"stage_layers": tuple(stages)})
@@ -166,16 +164,12 @@ def usual_cases(num_of_family: int) -> list[Case]:
             seen = Counter(forms_of(case.split) for case in chosen)
             slots = sum(case.slots is not None for case in chosen)
             rng = Random(f"{family} {len(chosen)}")
-            chosen.append(
-                min(
-                    rng.sample(cases, len(cases)),
-                    key=lambda case: (  # type: ignore[misc]
-                        case in chosen,
-                        seen[forms_of(case.split)],
-                        case.slots is not None and slots > 0,
-                    ),
-                )
-            )
+            drawn = rng.sample(cases, len(cases))
+            ranked = [
+                (case in chosen, seen[forms_of(case.split)], case.slots is not None and slots > 0)
+                for case in drawn
+            ]
+            chosen.append(drawn[ranked.index(min(ranked))])
     return chosen
 
 

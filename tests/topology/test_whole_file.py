@@ -17,12 +17,28 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
-def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
-    link = tmp_path / "plan.json"
-    link.symlink_to("/dev/null")
-    write_whole(link, "text")
+def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "plan.json"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(link, "text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
     assert link.is_symlink()
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
+
+
+def test_a_pipe_without_a_name_is_written_to() -> None:
+    reader, writer = os.pipe()
+    try:
+        write_whole(f"/dev/fd/{writer}", "text")
+        assert os.read(reader, 100) == b"text"
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_link_stays_one_and_its_file_is_written(tmp_path: Path) -> None:
