@@ -28,7 +28,12 @@ MAX_ROWS = 128
 
 
 def arrivals_words(max_rows: int, dim: int, world_size: int) -> int:
-    """Return the int64 words that a rank keeps for what arrives.
+    """Return the int64 words that a rank keeps for what arrives: two places for each rank's part.
+
+    Args:
+        max_rows: Of a part.
+        dim: 16-bit values of a row; even.
+        world_size: Ranks.
 
     >>> arrivals_words(8, 4096, 2)
     65536

@@ -274,7 +274,17 @@ def launch_vector(
     gated: bool = False,
     next_weight: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out_1F` with the product of one row; gated with `silu(first half) * second half`."""
+    """Fill `out_1F` with the product of one row.
+
+    Args:
+        x_1K: The row; dense.
+        weight_NK: Dense rows.
+        bias_N: Added to the product.
+        out_1F: Written; as wide as the weight has rows, or half of that where `gated`.
+        config: How the kernel is cut.
+        gated: Write `silu(first half) * second half` of the product.
+        next_weight: What is multiplied with after this, see `weights_ahead.py`.
+    """
     block_n = max(config.block_n, 2) if gated else config.block_n
     programs, threads = ceil_div(len(weight_NK), block_n), 32 * config.num_warps
     askers, ahead_bytes = share_ahead(next_weight, programs, threads)

@@ -27,7 +27,14 @@ _ASKERS = 2
 def bring_to_cache(
     ptr, AHEAD_BYTES: tl.constexpr, AHEAD_PROGRAMS: tl.constexpr, THREADS: tl.constexpr
 ):
-    """Ask for what begins at `ptr`, each of the last programs for a part; nothing waits for it."""
+    """Ask for what begins at `ptr`, each of the last programs for a part; nothing waits for it.
+
+    Args:
+        ptr: To the weights.
+        AHEAD_BYTES: Of a program; from `share_ahead`.
+        AHEAD_PROGRAMS: That ask; from `share_ahead`.
+        THREADS: Of a program.
+    """
     asker = tl.program_id(0) - (tl.num_programs(0) - AHEAD_PROGRAMS)
     if asker >= 0:
         share: tl.constexpr = AHEAD_BYTES // THREADS
