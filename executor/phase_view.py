@@ -25,6 +25,8 @@ class PhaseView:
 
     def show(self, state: LaunchState) -> None:
         """Show `state`."""
+        if state.phase == "ready" and self._shown[0] == "stopping":
+            return  # its port is closed already; what was told to stop does not get ready again
         now_s = time.monotonic()
         if state.phase != self._shown[0]:
             self._since_s = now_s

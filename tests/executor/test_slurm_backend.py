@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from tests.executor.command import ROOT, command, complete
 from tests.executor.conftest import Reference
 from tests.executor.plans import cpu_plan, two_nodes
 from tests.executor.tiny_tokenizer import write_tokenizer
+from tests.running import start_running
 from tests.templates.plans import NCCL, plan
 from tests.templates.slurm_rig.rig import SlurmRig
 
@@ -125,13 +125,10 @@ def test_a_model_is_served_over_two_nodes_until_it_is_stopped(
         answers: list[dict[str, Any]] = []
         body = {"prompt": prompt, "max_tokens": 200, "ignore_eos": True}
         request = threading.Thread(target=lambda: answers.append(complete(url, **body)))
-        request.start()
-        running = 'rankwright_requests_running{replica="0"} 1.0'
-        while request.is_alive() and running not in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.02)
-        assert request.is_alive(), "the request ended before the stop"
+        start_running(url, request)
         assert main(["stop", found["id"]]) == 0
         request.join()
+        assert "usage" in answers[0], (answers[0], it.text)
         assert answers[0]["usage"]["completion_tokens"] == 200
         assert it.exit_code() == 0
     phases = re.findall(r"^rankwright: \S+ is (\w+)", it.text, re.MULTILINE)

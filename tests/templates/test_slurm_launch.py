@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from tests.running import start_running
 from tests.templates.plans import cluster, plan
 from tests.templates.slurm_rig.rig import SlurmRig
 
@@ -77,15 +78,6 @@ def wait_until_healthy(slurm: SlurmRig, job: str, run_dir: Path) -> str:
     raise AssertionError(f"the server did not come up:\n{logs}")
 
 
-def wait_until_running(url: str, request: threading.Thread) -> None:
-    """Wait until the server works on a request; one that comes after the TERM is refused."""
-    while request.is_alive():
-        with urllib.request.urlopen(f"{url}/metrics", timeout=20) as response:
-            if 'rankwright_requests_running{replica="0"} 1.0' in response.read().decode():
-                return
-        time.sleep(0.02)
-
-
 def test_a_rendered_job_serves_a_real_model_over_two_nodes_and_drains(
     slurm: SlurmRig, smollm2: Path, tmp_path: Path
 ) -> None:
@@ -108,9 +100,7 @@ def test_a_rendered_job_serves_a_real_model_over_two_nodes_and_drains(
 
     # A request that runs when the TERM comes is answered in full, and the job then completes.
     request = threading.Thread(target=complete, args=(url, NUM_TOKENS, answers))
-    request.start()
-    wait_until_running(url, request)
-    assert request.is_alive(), "the request ended before the TERM came"
+    start_running(url, request)
     assert slurm.run("scancel", "--batch", "--signal=TERM", job).returncode == 0
     request.join()
     assert len(answers) == 2, "the running request got no answer"
