@@ -24,7 +24,7 @@ class Workload(Value):
         default=None,
         ge=1,
         le=MOST_REQUESTS,
-        description="requests in flight at most; None: as many as memory holds",
+        description="requests in flight at most; None: as many as are best and fit",
     )
     request_rate: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="requests/s"

@@ -2,7 +2,7 @@
 
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidate import Candidate
-from rankwright.planner.candidates import MAX_BATCH
+from rankwright.planner.candidates import most_sequences
 from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS, ratio_of
 from rankwright.planner.ilp import Choice
@@ -133,8 +133,9 @@ def _gpus(search: Search, choice: Choice) -> str:
     room = f"{used} of {total} GPUs are used"
     if used == total:
         room = "the only GPU is used" if total == 1 else f"all {total} GPUs are used"
-    if choice.candidate.batch_size >= MAX_BATCH:
-        return f"batch limit of {MAX_BATCH} sequences a replica; {room}"
+    most = most_sequences(choice.candidate.shape)
+    if choice.candidate.batch_size >= most:
+        return f"batch limit of {most} sequences a replica; {room}"
     more = choice.candidate.shape.num_gpus
     return (
         f"number of GPUs: {room}; another replica, on {more} more, would add {figure(each)} {unit}"

@@ -31,11 +31,22 @@ from rankwright.planner.shapes import Pins, Shape
 from rankwright.planner.unlike_slots import UnlikeSlots
 from rankwright.topology.cluster import Cluster
 
-MAX_BATCH = 1024  # sequences of a replica: the default of vLLM on data-centre GPUs (arg_utils.py)
+# Sequences of a scheduler: the default of vLLM on data-centre GPUs (arg_utils.py). Ranks with
+# sequences of their own (attention DP) have one each, there as in SGLang and TensorRT-LLM.
+MAX_BATCH = 1024
 MAX_BATCH_CPU = 32  # a few cores are busy long before
 CHUNK_LEVELS: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
 # Replica counts tried under a request rate, where the wait depends on them.
 _REPLICA_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048)
+
+
+def most_sequences(shape: Shape) -> int:
+    """Return how many sequences a replica on GPUs has at most.
+
+    >>> most_sequences(Shape(8, 2, 1, ())), most_sequences(Shape(8, 2, 8, (), attention="dp"))
+    (1024, 8192)
+    """
+    return MAX_BATCH * (shape.tp if shape.attention == "dp" else 1)
 
 
 class Evaluator:
@@ -131,7 +142,7 @@ class Evaluator:
 
     def batch_levels(self, shape: Shape) -> list[int]:
         """Return powers of two, and what the workload's concurrency comes to for a replica."""
-        most = MAX_BATCH_CPU if self.is_cpu else MAX_BATCH
+        most = MAX_BATCH_CPU if self.is_cpu else most_sequences(shape)
         concurrency = self.workload.concurrency
         levels = {2**power for power in range(most.bit_length()) if 2**power <= most}
         levels |= {level * 3 // 2 for level in levels if 16 <= level * 3 // 2 <= most}

@@ -23,7 +23,7 @@ from rankwright.cost_model.serving import micro_batches_of, prompt_tokens
 from rankwright.cost_model.split import Split
 from rankwright.cost_model.step import Pipeline
 from rankwright.planner.balance import StageCosts, balance_layers
-from rankwright.planner.candidates import CHUNK_LEVELS, MAX_BATCH
+from rankwright.planner.candidates import CHUNK_LEVELS, most_sequences
 from rankwright.planner.divide import Home, homes_of
 from rankwright.planner.pools import Pool
 from rankwright.planner.search import Search
@@ -175,7 +175,7 @@ class Workers:
             worker = known[batch_size]
             return worker is not None and (limit_s is None or worker.latency_s <= limit_s)
 
-        low, high = 0, MAX_BATCH + 1
+        low, high = 0, most_sequences(shape) + 1
         while high - low > 1:  # the largest that fits is below `high`
             middle = (low + high) // 2
             if fits(middle):

@@ -197,6 +197,17 @@ def test_the_concurrency_binds_when_there_are_too_few_requests() -> None:
     assert plan.certificate.binding_constraint.startswith("concurrency of 4: with 8 requests")
 
 
+def test_each_rank_of_attention_dp_has_a_batch_limit_of_its_own() -> None:
+    load = Workload(input_tokens=1000, output_tokens=200)
+    cluster = parse_cluster("2x8xh200-sxm+ib400")
+    pins = Pins(tp=4, pp=4, attention="dp")
+    plan = make_plan(read_model("deepseek-ai/DeepSeek-V3"), cluster, load, pins=pins)
+    assert 1024 < plan.limits.max_num_seqs <= 4 * 1024
+    pins = Pins(tp=4, pp=4, attention="tp")
+    plan = make_plan(read_model("deepseek-ai/DeepSeek-V3"), cluster, load, pins=pins)
+    assert plan.limits.max_num_seqs <= 1024
+
+
 def test_runners_up_are_other_shapes_with_reasons() -> None:
     plan = plan_of(LLAMA_70B, "8xh100-sxm", top=4)
     labels = [one.split.label() for one in plan.certificate.runners_up]

@@ -25,7 +25,7 @@ def print_parts(plan: PartsPlan, out: Console | None = None, *, explain: bool = 
     out.print(f"[bold]{escape(plan.model.name)}[/] on {plan.cluster.describe()}: ", end="")
     out.print(f"[bold green]{plan.label()}[/], {plan.num_gpus} GPUs")
     asked = (
-        "as many requests at once as memory holds"
+        "any number of requests"
         if load.concurrency is None
         else f"up to {load.concurrency} requests at once"
     )

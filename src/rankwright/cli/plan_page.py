@@ -42,7 +42,7 @@ def print_plan(plan: Plan, out: Console | None = None, *, explain: bool = False)
         if workload.concurrency == 1
         else f"up to {workload.concurrency} requests at once"
         if workload.concurrency is not None
-        else f"as many requests at once as memory holds ({plan.limits.max_num_seqs} a replica)"
+        else f"any number of requests, {plan.limits.max_num_seqs} at once in a replica"
     )
     out.print(
         f"for {workload.input_tokens} input and {workload.output_tokens} output tokens, {load}, "
