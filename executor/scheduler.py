@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterable
 from itertools import chain
 
+from rankwright.cost_model.serving import LEAST_CHUNK
 from rankwright.executor.cache_room import CacheRoom
 from rankwright.executor.decided_batch import decided_batch
 from rankwright.executor.going_on import GoingOn
@@ -30,7 +31,7 @@ from rankwright.executor.step_batch import StepBatch
 # Prompt tokens that a batch of a pipeline takes at once even where fewer would be its share, alone
 # and beside tokens that decode: on an H200 16 layers of an 8B model take 4.8 ms to launch, and 6.1
 # to compute 512 tokens, so that a short prompt alone is done sooner in one piece.
-LEAST_ALONE, LEAST_BESIDE = 512, 256
+LEAST_ALONE, LEAST_BESIDE = 512, LEAST_CHUNK
 
 
 class Scheduler:

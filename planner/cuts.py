@@ -1,7 +1,7 @@
 """Cuts the layers of a replica into stages: what each layer costs there, and the cuts to try."""
 
 from dataclasses import dataclass, replace
-from math import ceil, inf
+from math import inf
 
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import StageModels
@@ -61,8 +61,8 @@ class Cutter:
         Several where steps with prompts and steps without are balanced by different ones.
         """
         pp = home.shape.pp
-        slots = ceil(batch_size / micro_batches_of(pp, batch_size))
-        flow = find_flow(self._workload, slots, chunk)
+        micro_batches = micro_batches_of(pp, batch_size)
+        flow = find_flow(self._workload, batch_size, chunk, micro_batches)
         costs = self.stage_costs(home, batch_size, chunk, flow.mixed)
         if pp > 1 and flow.mixed_share < 1 and flow.plain.decode:
             plain = self.stage_costs(home, batch_size, chunk, flow.plain)

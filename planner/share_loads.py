@@ -53,9 +53,8 @@ def loads_of(
     are made for several numbers of layers.
     """
     micro_batches = micro_batches_of(pp, batch_size)
-    slots = ceil(batch_size / micro_batches)
-    flow = find_flow(workload, slots, chunk_tokens)
-    weights = _weights(workload, flow, batch_size, *mixed_rounds(flow, slots, micro_batches))
+    flow = find_flow(workload, batch_size, chunk_tokens, micro_batches)
+    weights = _weights(workload, flow, batch_size, *mixed_rounds(flow, micro_batches))
     limited = workload.ttft_limit_s is not None or workload.tpot_limit_s is not None
     if limited or workload.request_rate is not None:
         weights += [(1.0, 0.0), (0.0, 1.0)]

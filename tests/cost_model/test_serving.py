@@ -69,7 +69,7 @@ def test_prompts_that_outrun_the_chunk_bind_the_throughput() -> None:
 def test_a_shared_prefix_is_not_computed_again() -> None:
     load = Workload(input_tokens=1000, output_tokens=10, shared_prefix=0.9)
     flow = find_flow(load, 1, 4096)
-    assert flow.mixed.prefill == 100
+    assert flow.mixed.prefill == pytest.approx(100)
     # Its tokens still attend to the whole prompt before them: 900 cached and half of their own.
     assert flow.mixed.prefill_context == 950
 
@@ -147,12 +147,29 @@ def test_no_flow_takes_more_than_its_slots_and_its_chunk(
 
 
 @given(loads, st.integers(1, 64))
-def test_what_is_in_flight_has_its_prompt_computed_or_decodes(load: Workload, slots: int) -> None:
+def test_each_slot_has_its_prompt_computed_or_decodes_or_waits_for_a_request(
+    load: Workload, slots: int
+) -> None:
     state = serve_closed(pace(), load, batch_size=slots, chunk_tokens=8192)
-    assume(state.flow.mixed_share < 1)
-    # Little's law; equal requests that follow each other wait for nothing.
-    request_s = state.ttft_s - state.wait_s + (load.output_tokens - 1) * state.tpot_s
+    flow = state.flow
+    # Slots are where they are by chance, not where steps can just hold their prompts.
+    at_prompts = flow.requests * flow.prompt_steps / slots
+    assume(flow.mixed_share == pytest.approx(1 - (1 - at_prompts) ** slots))
+    # Little's law: each slot has its prompt computed, decodes, or waits for the next request.
+    rounds = load.output_tokens - 1 + flow.turn_steps
+    request_s = state.ttft_s - state.wait_s + rounds * state.tpot_s
     assert state.requests_per_s * request_s == pytest.approx(slots, rel=1e-6)
+
+
+@given(loads, st.integers(1, 256), st.integers(1, 8))
+def test_steps_with_prompts_and_without_hold_all_that_decode(
+    load: Workload, slots: int, ways: int
+) -> None:
+    flow = find_flow(load, slots, 8192, min(ways, slots))
+    assume(flow.plain.decode > 1)
+    decoding = flow.mixed_share * flow.mixed.decode + (1 - flow.mixed_share) * flow.plain.decode
+    assert decoding == pytest.approx(flow.requests * (load.output_tokens - 1), rel=1e-6)
+    assert flow.plain.decode <= slots / min(ways, slots) * (1 + 1e-9)
 
 
 @given(loads, st.integers(1, 256))

@@ -260,8 +260,8 @@ class _Cuts:
         self._all = compositions(case.model.num_layers, shape.pp)
         self._starts, self._ends = _bounds(case.model.num_layers, shape.pp)
         self._bytes = self._stage_bytes(runs)
-        slots = ceil(batch_size / micro_batches_of(shape.pp, batch_size))
-        flow = find_flow(case.workload, slots, chunk)
+        micro_batches = micro_batches_of(shape.pp, batch_size)
+        flow = find_flow(case.workload, batch_size, chunk, micro_batches)
         self._steps = (flow.mixed, flow.plain)
 
     def distinct(self) -> Iterator[list[tuple[Place, Serving]]]:

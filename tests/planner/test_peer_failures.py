@@ -69,7 +69,7 @@ def test_70b_uses_all_of_six_h100() -> None:
     # And the best of the widths that divide 6 and the 64 heads.
     even = make_plan(LLAMA_70B, SIX_H100, load, pins=Pins(tp=2))
     assert even.num_gpus == 6
-    assert plan.certificate.objective_value >= even.certificate.objective_value
+    assert plan.certificate.objective_value >= even.certificate.objective_value * (1 - 1e-9)
 
 
 def gpus_of(document: dict[str, object]) -> int:
