@@ -12,8 +12,10 @@ With
 
 and steps counted over all micro-batches, a slot takes `n + m - 1` of them for a prompt, whose last
 chunk must come out of the pipeline, `m * (osl - 1)` to decode, and 2 until the next request is in
-(one step is on its way when a request ends, and one more when the next arrives). So
-`r = B / cycle` requests pass a step. Slots are where they are by chance, since lengths differ: a
+(one step is on its way when a request ends, and one more when the next arrives). With fewer
+sequences than stages a step lasts longer than a stage, and chunks follow each other in the stages
+that are free: `(n + pp - 1) * m / pp` of them for a prompt. So `r = B / cycle` requests pass a
+step. Slots are where they are by chance, since lengths differ: a
 step is without prompt tokens if no slot has any, so that a share
 
     f = 1 - (1 - n / cycle)**B
@@ -34,9 +36,9 @@ step, holds up the m - 1 after it. From this `requests/s = m * r / R`, and TTFT 
 the steps of the prompt. TPOT is `R` as a request sees it that decodes, with the prompts of the
 `B - 1` other slots.
 
-The real scheduler on a clock that takes steps to last what this model says serves within 1.7 % of
-these requests/s and 1.4 % of this TPOT on average, and 9 % at most (62 loads: three models on one
-and two H200 with TP, DP and PP, 1 to 64 slots, 128 to 6,000 tokens in, 16 to 500 out).
+The real scheduler, on a clock where steps last what this model says of each, serves within 2.4 % of
+these requests/s and 2.0 % of this TPOT on average over 108 loads, and 14 and 17 % at most: four
+stages with answers of 16 tokens (`benchmarks/bench_flow.py`).
 """
 
 from dataclasses import dataclass
@@ -68,9 +70,10 @@ _ROUNDING = 1e-9  # of a slot
 _NEARLY_FULL = 0.999  # a queue at full load has no mean; this one is longer than any limit
 
 
-# Prompt tokens that a step of a pipeline takes at once even where fewer would be its share, beside
-# tokens that decode; see `executor/scheduler.py`.
-LEAST_CHUNK = 256
+# Prompt tokens that a step of a pipeline takes at once even where fewer would be its share, alone
+# and beside tokens that decode: on an H200 16 layers of an 8B model take 4.8 ms to launch, and 6.1
+# to compute 512 tokens, so that a short prompt alone is done sooner in one piece.
+LEAST_CHUNK_ALONE, LEAST_CHUNK = 512, 256
 # Steps after the last of a request until the next request is in.
 _TURN_STEPS = 2
 
@@ -100,43 +103,50 @@ class Flow:
     waiting: float
 
 
-def find_flow(workload: Workload, slots: int, chunk_tokens: int, micro_batches: int = 1) -> Flow:
+def find_flow(workload: Workload, slots: int, chunk_tokens: int, stages: int = 1) -> Flow:
     """Return the flow through `slots` slots that are always taken.
 
     Args:
         workload: Lengths.
         slots: Sequences of the replica (`B`).
         chunk_tokens: Tokens of one step at most, decoding ones included.
-        micro_batches: That the sequences are divided over (`m`).
+        stages: Of the pipeline.
     """
     new, input_tokens = prompt_tokens(workload), workload.input_tokens
-    return _flow_of(new, input_tokens, workload.output_tokens, slots, chunk_tokens, micro_batches)
+    return _flow_of(new, input_tokens, workload.output_tokens, slots, chunk_tokens, stages)
 
 
 @lru_cache(maxsize=4096)  # a search asks for a few hundred flows, tens of thousands of times
 def _flow_of(
-    new: int, input_tokens: int, output_tokens: int, slots: int, chunk_tokens: int, ways: int
+    new: int, input_tokens: int, output_tokens: int, slots: int, chunk_tokens: int, stages: int
 ) -> Flow:
     decode_steps = output_tokens - 1
+    ways = micro_batches_of(stages, slots)
+    filled = ways / stages  # of the pipeline, by steps that decode; prompts fill it
     turn_steps = _TURN_STEPS * (1 - 1 / slots)  # of a request alone nothing is on its way
     other_steps = ways - 1 + ways * decode_steps + turn_steps
-    shared_out = min(ways, ceil(new / LEAST_CHUNK))
+    shared_out = min(stages, ceil(new / (LEAST_CHUNK if slots > 1 else LEAST_CHUNK_ALONE)))
+
+    def steps_of(chunks: int) -> float:
+        return (chunks + stages - 1) * filled - (ways - 1)
+
     prompt_steps = max(ceil(new / chunk_tokens), shared_out)
-    requests = slots / (prompt_steps + other_steps)
-    if requests * (new + decode_steps) > chunk_tokens:
+    requests = slots / (steps_of(prompt_steps) + other_steps)
+    if requests * (new + decode_steps) * filled > chunk_tokens:
         # Slots whose prompts wait take none of a step's tokens.
-        requests = chunk_tokens / (new + decode_steps)
-        share, per_step = 1.0, requests * new
-        prompt_steps = ceil(new / per_step)
+        requests = chunk_tokens / filled / (new + decode_steps)
+        share, per_chunk = 1.0, requests * new * filled
+        prompt_steps = ceil(new / per_chunk)
         alone = beside = requests * decode_steps
     else:
         chunk = max(1, chunk_tokens - ceil(slots / ways))
         prompt_steps = max(ceil(new / chunk), shared_out)
-        requests = slots / (prompt_steps + other_steps)
-        by_chance = 1 - (1 - prompt_steps / (prompt_steps + other_steps)) ** slots
-        held = requests * new / (chunk_tokens - requests * decode_steps)
+        taken = steps_of(prompt_steps)
+        requests = slots / (taken + other_steps)
+        by_chance = 1 - (1 - taken / (taken + other_steps)) ** slots
+        held = requests * new / (chunk_tokens / filled - requests * decode_steps)
         share = max(by_chance, held)
-        per_step = requests * new / share
+        per_chunk = requests * new / share * taken / prompt_steps
         # Of slots without a prompt; a step is not run for none of them.
         alone = max(1.0, slots * decode_steps / other_steps) if decode_steps else 0.0
         beside = max(0.0, requests * decode_steps - (1 - share) * alone) / share
@@ -146,11 +156,11 @@ def _flow_of(
         slots=slots,
         requests=requests,
         plain=StepTokens(decode=alone, decode_context=context),
-        mixed=StepTokens(beside, context, per_step, prefill_context, per_step / new),
+        mixed=StepTokens(beside, context, per_chunk, prefill_context, per_chunk / new),
         mixed_share=share,
         prompt_steps=prompt_steps,
         turn_steps=turn_steps,
-        waiting=max(0.0, slots - requests * (prompt_steps + other_steps)),
+        waiting=max(0.0, slots - requests * (steps_of(prompt_steps) + other_steps)),
     )
 
 
@@ -226,7 +236,7 @@ def serve_closed(
         chunk_tokens: Tokens of one step at most, decoding ones included.
     """
     micro_batches = micro_batches_of(len(pipeline.stages), batch_size)
-    flow = find_flow(workload, batch_size, chunk_tokens, micro_batches)
+    flow = find_flow(workload, batch_size, chunk_tokens, len(pipeline.stages))
     of_all, of_seen = mixed_rounds(flow, micro_batches)
     mixed_s = plain_s = pipeline.round_s(flow.mixed, micro_batches)
     if flow.mixed_share < 1:

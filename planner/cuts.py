@@ -5,7 +5,7 @@ from math import inf
 
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import StageModels
-from rankwright.cost_model.serving import find_flow, micro_batches_of
+from rankwright.cost_model.serving import find_flow
 from rankwright.cost_model.shards import Shares
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.balance import RankCosts, StageCosts, balance_both, balance_layers
@@ -61,8 +61,7 @@ class Cutter:
         Several where steps with prompts and steps without are balanced by different ones.
         """
         pp = home.shape.pp
-        micro_batches = micro_batches_of(pp, batch_size)
-        flow = find_flow(self._workload, batch_size, chunk, micro_batches)
+        flow = find_flow(self._workload, batch_size, chunk, pp)
         costs = self.stage_costs(home, batch_size, chunk, flow.mixed)
         if pp > 1 and flow.mixed_share < 1 and flow.plain.decode:
             plain = self.stage_costs(home, batch_size, chunk, flow.plain)

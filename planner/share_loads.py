@@ -53,7 +53,7 @@ def loads_of(
     are made for several numbers of layers.
     """
     micro_batches = micro_batches_of(pp, batch_size)
-    flow = find_flow(workload, batch_size, chunk_tokens, micro_batches)
+    flow = find_flow(workload, batch_size, chunk_tokens, pp)
     weights = _weights(workload, flow, batch_size, *mixed_rounds(flow, micro_batches))
     limited = workload.ttft_limit_s is not None or workload.tpot_limit_s is not None
     if limited or workload.request_rate is not None:

@@ -163,13 +163,13 @@ def test_each_slot_has_its_prompt_computed_or_decodes_or_waits_for_a_request(
 
 @given(loads, st.integers(1, 256), st.integers(1, 8))
 def test_steps_with_prompts_and_without_hold_all_that_decode(
-    load: Workload, slots: int, ways: int
+    load: Workload, slots: int, stages: int
 ) -> None:
-    flow = find_flow(load, slots, 8192, min(ways, slots))
+    flow = find_flow(load, slots, 8192, stages)
     assume(flow.plain.decode > 1)
     decoding = flow.mixed_share * flow.mixed.decode + (1 - flow.mixed_share) * flow.plain.decode
     assert decoding == pytest.approx(flow.requests * (load.output_tokens - 1), rel=1e-6)
-    assert flow.plain.decode <= slots / min(ways, slots) * (1 + 1e-9)
+    assert flow.plain.decode <= slots / min(stages, slots) * (1 + 1e-9)
 
 
 @given(loads, st.integers(1, 256))

@@ -33,7 +33,7 @@ from rankwright.cost_model.memory import (
 )
 from rankwright.cost_model.ops import StepTokens
 from rankwright.cost_model.predict import Replicas
-from rankwright.cost_model.serving import Serving, find_flow, micro_batches_of, serve_closed
+from rankwright.cost_model.serving import Serving, find_flow, serve_closed
 from rankwright.cost_model.shards import Shares
 from rankwright.cost_model.split import AttentionSplit, CpExchange, Split
 from rankwright.planner.candidates import Evaluator
@@ -260,8 +260,7 @@ class _Cuts:
         self._all = compositions(case.model.num_layers, shape.pp)
         self._starts, self._ends = _bounds(case.model.num_layers, shape.pp)
         self._bytes = self._stage_bytes(runs)
-        micro_batches = micro_batches_of(shape.pp, batch_size)
-        flow = find_flow(case.workload, batch_size, chunk, micro_batches)
+        flow = find_flow(case.workload, batch_size, chunk, shape.pp)
         self._steps = (flow.mixed, flow.plain)
 
     def distinct(self) -> Iterator[list[tuple[Place, Serving]]]:

@@ -80,7 +80,7 @@ def unequal_shares(
     if parts is None:
         return []
     kinds = alike_ranks(kind.members)
-    flow = find_flow(case.workload, *sizes)
+    flow = find_flow(case.workload, *sizes, shape.pp)
     steps = [flow.mixed, *([flow.plain] if flow.plain.decode and flow.mixed_share < 1 else [])]
     rates = evaluator.models.member_rates(kind)
     layers = evaluator.models.layers
