@@ -241,8 +241,11 @@ def serve_closed(
     mixed_s = plain_s = pipeline.round_s(flow.mixed, micro_batches)
     if flow.mixed_share < 1:
         plain_s = pipeline.round_s(flow.plain, micro_batches)
-    round_s = of_all * mixed_s + (1 - of_all) * plain_s
     prompt_s = pipeline.prompt_s(flow.mixed, flow.prompt_steps)
+    if micro_batches < len(pipeline.stages):
+        # Chunks follow each other as the slowest stage lets them; see `find_flow`.
+        mixed_s = prompt_s * len(pipeline.stages) / (flow.prompt_steps + len(pipeline.stages) - 1)
+    round_s = of_all * mixed_s + (1 - of_all) * plain_s
     burst_s = burst_prompts(batch_size) * prompt_s / max(1.0, flow.mixed.prompts)
     if flow.waiting > _ROUNDING:
         wait_s = max(burst_s, flow.waiting / flow.requests * round_s)  # Little's law

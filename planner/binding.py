@@ -2,7 +2,7 @@
 
 from rankwright.cost_model.workload import Workload
 from rankwright.planner.candidate import Candidate
-from rankwright.planner.candidates import most_sequences
+from rankwright.planner.candidates import MAX_BATCH_CPU, most_sequences
 from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS, ratio_of
 from rankwright.planner.ilp import Choice
@@ -86,13 +86,13 @@ def _evidence(candidate: Candidate, choice: Choice, workload: Workload) -> str:
     if constraint == "ttft":
         assert workload.ttft_limit_s is not None
         return (
-            f"TTFT limit of {workload.ttft_limit_s * 1e3:.4g} ms: {would}, but takes "
-            f"{candidate.ttft_s * 1e3:.4g} ms to the first token"
+            f"TTFT limit of {figure(workload.ttft_limit_s * 1e3)} ms: {would}, but takes "
+            f"{figure(candidate.ttft_s * 1e3)} ms to the first token"
         )
     assert workload.tpot_limit_s is not None
     return (
-        f"TPOT limit of {workload.tpot_limit_s * 1e3:.4g} ms: {would}, but takes "
-        f"{candidate.tpot_s * 1e3:.4g} ms a token"
+        f"TPOT limit of {figure(workload.tpot_limit_s * 1e3)} ms: {would}, but takes "
+        f"{figure(candidate.tpot_s * 1e3)} ms a token"
     )
 
 
@@ -133,7 +133,8 @@ def _gpus(search: Search, choice: Choice) -> str:
     room = f"{used} of {total} GPUs are used"
     if used == total:
         room = "the only GPU is used" if total == 1 else f"all {total} GPUs are used"
-    most = most_sequences(choice.candidate.shape)
+    is_cpu = search.evaluator.is_cpu
+    most = MAX_BATCH_CPU if is_cpu else most_sequences(choice.candidate.shape)
     if choice.candidate.batch_size >= most:
         return f"batch limit of {most} sequences a replica; {room}"
     more = choice.candidate.shape.num_gpus

@@ -201,8 +201,10 @@ class Evaluator:
         enough = prompt_tokens(self.workload) + slots
         levels = [level for level in CHUNK_LEVELS if level > slots]
         useful = [level for level in levels if level < enough]
+        if useful == levels and 2 * slots > CHUNK_LEVELS[-1]:
+            levels.append(2 * slots)  # the largest of them would leave prompts too little
         # One more that takes a whole prompt, if there is one.
-        return levels[: len(useful) + 1] or [2 * slots]
+        return levels[: len(useful) + 1]
 
     def _evaluate(
         self,

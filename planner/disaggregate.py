@@ -12,7 +12,7 @@ from rankwright.planner.disaggregated_plan import DisaggregatedPlan, LosingPair,
 from rankwright.planner.figures import figure
 from rankwright.planner.goals import GOALS
 from rankwright.planner.infeasible import NoFeasiblePlanError
-from rankwright.planner.make_plan import check_request
+from rankwright.planner.make_plan import about_bfloat16, check_request
 from rankwright.planner.matching import Match
 from rankwright.planner.one_pool import compare, plan_one_pool
 from rankwright.planner.plan import Certificate, Plan
@@ -83,6 +83,7 @@ def plan_disaggregated(
         raise explain_pool_failure(pools, one_pool)
     notes = (
         *assumptions,
+        *about_bfloat16(model, cluster),
         f"engine: planned for {engine}, with its forms and its speed; render it for {engine}",
         "waits for a prefill worker are those of a queue with random arrivals, not simulated",
     )
@@ -133,14 +134,14 @@ def _binding(load: Workload, match: Match, prediction: PoolsPrediction) -> str:
     first = f"prefill is busy {prediction.prefill_load:.0%} of the time"
     second = f"decode has {prediction.decode_load:.0%} of its places taken"
     if load.request_rate is not None and match.served >= load.request_rate * (1 - 1e-6):
-        return f"request rate of {load.request_rate:g}/s, which is served: {first}, {second}"
+        return f"request rate of {figure(load.request_rate)}/s, which is served: {first}, {second}"
     if prediction.decode_load >= 1 - 1e-6:
         return f"decode pool: all its places are taken, {first}"
     if prediction.prefill_load >= MOST_LOAD * (1 - 1e-6):
         return f"prefill pool: {first}, the most that is planned for, and {second}"
     if load.ttft_limit_s is not None and load.concurrency is None:
         return (
-            f"TTFT limit of {load.ttft_limit_s * 1e3:.4g} ms: prompts must not wait longer; "
+            f"TTFT limit of {figure(load.ttft_limit_s * 1e3)} ms: prompts must not wait longer; "
             f"{first}, {second}"
         )
     if load.objective == "latency":

@@ -9,6 +9,7 @@ from math import ceil, floor, log10
 from operator import attrgetter
 
 from rankwright.planner.candidate import Candidate
+from rankwright.planner.figures import figure
 from rankwright.planner.search import Search
 from rankwright.planner.shapes import Pins
 from rankwright.topology.cluster import Cluster, Fabric
@@ -71,26 +72,26 @@ def _constraint(search: Search) -> str:
     if workload.request_rate is not None and all("rate" in one.broken for one in fitting):
         most = max(_capacity(one) for one in fitting)
         return (
-            f"request rate: at most {most:.3g} requests/s can be served, "
-            f"{workload.request_rate:.3g} arrive"
+            f"request rate: at most {figure(most, 3)} requests/s can be served, "
+            f"{figure(workload.request_rate, 3)} arrive"
         )
     fitting = [one for one in fitting if "rate" not in one.broken]
     if workload.tpot_limit_s is not None and all("tpot" in one.broken for one in fitting):
         best = min(fitting, key=lambda one: one.tpot_s)
         return (
-            f"TPOT limit of {workload.tpot_limit_s * 1e3:.4g} ms: the fastest split, "
-            f"{best.label()}, takes {best.tpot_s * 1e3:.4g} ms a token"
+            f"TPOT limit of {figure(workload.tpot_limit_s * 1e3)} ms: the fastest split, "
+            f"{best.label()}, takes {figure(best.tpot_s * 1e3)} ms a token"
         )
     if workload.ttft_limit_s is not None and all("ttft" in one.broken for one in fitting):
         best = min(fitting, key=lambda one: one.ttft_s)
         return (
-            f"TTFT limit of {workload.ttft_limit_s * 1e3:.4g} ms: the fastest split, "
-            f"{best.label()}, takes {best.ttft_s * 1e3:.4g} ms to the first token"
+            f"TTFT limit of {figure(workload.ttft_limit_s * 1e3)} ms: the fastest split, "
+            f"{best.label()}, takes {figure(best.ttft_s * 1e3)} ms to the first token"
         )
     if workload.tpot_limit_s is not None and workload.ttft_limit_s is not None:
         return (
-            f"TTFT limit of {workload.ttft_limit_s * 1e3:.4g} ms and TPOT limit of "
-            f"{workload.tpot_limit_s * 1e3:.4g} ms: each can be kept, no split keeps both"
+            f"TTFT limit of {figure(workload.ttft_limit_s * 1e3)} ms and TPOT limit of "
+            f"{figure(workload.tpot_limit_s * 1e3)} ms: each can be kept, no split keeps both"
         )
     if workload.concurrency is not None and workload.objective == "latency":
         return f"concurrency of {workload.concurrency}: the caches do not hold so many requests"
@@ -156,19 +157,19 @@ def _looser_limits(search: Search) -> Iterator[tuple[str, Search]]:
         most = _round_down(0.95 * max(_capacity(one) for one in fitting))
         if most < workload.request_rate:
             slower = workload.model_copy(update={"request_rate": most})
-            yield f"{most:g} requests/s", search.changed(workload=slower)
+            yield f"{figure(most)} requests/s", search.changed(workload=slower)
     fitting = [one for one in fitting if "rate" not in one.broken]
-    for name, field, figure, limit in (
+    for name, field, of, limit in (
         ("TPOT", "tpot_limit_s", attrgetter("tpot_s"), workload.tpot_limit_s),
         ("TTFT", "ttft_limit_s", attrgetter("ttft_s"), workload.ttft_limit_s),
     ):
         others = [one for one in fitting if set(one.broken) <= {name.lower()}]
         if limit is None or not others:
             continue
-        needed_s = _round_up(min(figure(one) for one in others) * 1e3) / 1e3
+        needed_s = _round_up(min(of(one) for one in others) * 1e3) / 1e3
         if needed_s > limit:
             looser = workload.model_copy(update={field: needed_s})
-            yield f"a {name} limit of {needed_s * 1e3:g} ms", search.changed(workload=looser)
+            yield f"a {name} limit of {figure(needed_s * 1e3)} ms", search.changed(workload=looser)
 
 
 def _needed_budget(search: Search) -> float | None:

@@ -112,10 +112,10 @@ def prepare(
         time_limit_s=time_limit_s,
         stored=None if held == model else model,
     )
-    return search, (*about_weights(model, engine), *_about_bfloat16(held, cluster))
+    return search, (*about_weights(model, engine), *about_bfloat16(held, cluster))
 
 
-def _about_bfloat16(model: ModelSpec, cluster: Cluster) -> tuple[str, ...]:
+def about_bfloat16(model: ModelSpec, cluster: Cluster) -> tuple[str, ...]:
     """Return a warning where a GPU is too old for the format of the activations."""
     if model.dtype != "bfloat16":
         return ()

@@ -1,5 +1,6 @@
 """Says why no pair of workers keeps the limits, and whether one pool would."""
 
+from rankwright.planner.figures import figure
 from rankwright.planner.infeasible import NoFeasiblePlanError
 from rankwright.planner.plan import Plan
 from rankwright.planner.pool_search import PoolSearch
@@ -42,9 +43,9 @@ def _constraint(pools: PoolSearch) -> tuple[str, str]:
         best = min(slow, key=lambda worker: worker.latency_s)
         assert load.tpot_limit_s is not None, "only a limit leaves out workers that fit in memory"
         return (
-            f"TPOT limit of {load.tpot_limit_s * 1e3:.4g} ms: the fastest decode worker, "
-            f"{best.label()}, takes {best.latency_s * 1e3:.4g} ms a token",
-            f"a TPOT limit of {best.latency_s * 1.01e3:.4g} ms",
+            f"TPOT limit of {figure(load.tpot_limit_s * 1e3)} ms: the fastest decode worker, "
+            f"{best.label()}, takes {figure(best.latency_s * 1e3)} ms a token",
+            f"a TPOT limit of {figure(best.latency_s * 1.01e3)} ms",
         )
     smallest = [
         min(worker.num_gpus for worker in found)
@@ -64,13 +65,13 @@ def _constraint(pools: PoolSearch) -> tuple[str, str]:
         )
         if least_s > load.ttft_limit_s:
             return (
-                f"TTFT limit of {load.ttft_limit_s * 1e3:.4g} ms: the fastest prompt with its "
-                f"cache's way takes {least_s * 1e3:.4g} ms",
+                f"TTFT limit of {figure(load.ttft_limit_s * 1e3)} ms: the fastest prompt with its "
+                f"cache's way takes {figure(least_s * 1e3)} ms",
                 "",
             )
     if load.request_rate is not None:
         return (
-            f"request rate of {load.request_rate:g}/s: no numbers of workers on "
+            f"request rate of {figure(load.request_rate)}/s: no numbers of workers on "
             f"{search.cluster.num_gpus} GPUs keep up with it within the limits",
             "",
         )

@@ -206,7 +206,7 @@ class Workers:
 
     def _decode_at(self, shape: Shape, home: Home, batch_size: int) -> Worker | None:
         load = self.search.workload
-        chunk = next((level for level in CHUNK_LEVELS if level >= batch_size), CHUNK_LEVELS[-1])
+        chunk = next((level for level in CHUNK_LEVELS if level >= batch_size), batch_size)
         tokens, _ = decode_step(load, shape.pp, batch_size)
         layers = self._cut(shape, home, batch_size, chunk, tokens)
         if layers is None:

@@ -76,7 +76,8 @@ def probe_from_text(text: str) -> Cluster:
     It needs links and names: the table of `nvidia-smi topo -m` with the output of `nvidia-smi -L`
     (or `-q`, or `--query-gpu=index,name,... --format=csv`) beside it; `rocm-smi --showtopo` with
     `--showproductname`; `amd-smi topology` with `amd-smi static`; or a topology file of NCCL, whose
-    PCI ids name the GPUs. Ports that `ibstat` lists in the same capture become the node's.
+    PCI ids name the GPUs. Ports that `ibstat` lists in the same capture become the node's, but
+    beside NCCL's file.
 
     Raises:
         ProbeError: The capture holds an error of its tool, or contradicts itself.
@@ -85,9 +86,9 @@ def probe_from_text(text: str) -> Cluster:
     if is_nccl_xml(text):
         return make_cluster(_xml_machine(text), "NCCL topology file")
     if is_rocm_topology(text):
-        return make_cluster(rocm_machine(text), "rocm-smi text")
+        return _with_ports(text, rocm_machine(text), "rocm-smi text")
     if is_amd_topology(text):
-        return make_cluster(amd_machine(text), "amd-smi text")
+        return _with_ports(text, amd_machine(text), "amd-smi text")
     matrix = parse_topo_m(text)
     listed = _gpus_beside(text, len(matrix.gpu_names))
     if len(listed) != len(matrix.gpu_names):
@@ -106,11 +107,15 @@ def probe_from_text(text: str) -> Cluster:
     rows = {index_of(gpu): row for row, gpu in enumerate(listed)}
     numa = matrix.numa_affinity
     found = with_numa(found, numa and [numa[rows[gpu.index]] for gpu in found])
-    machine = FoundMachine(found, kinds, None, left_out)
+    return _with_ports(text, FoundMachine(found, kinds, None, left_out), "nvidia-smi text")
+
+
+def _with_ports(text: str, machine: FoundMachine, source: str) -> Cluster:
+    """Return the cluster of `machine` with the ports that `ibstat` lists in the same capture."""
     if rdma_tool(text) is not None:
         nics, notes = nics_of(parse_rdma(text).ports)
         machine = replace(machine, nics=nics, notes=(*machine.notes, *notes))
-    return make_cluster(machine, "nvidia-smi text")
+    return make_cluster(machine, source)
 
 
 def _gpus_beside(text: str, count: int) -> tuple[ListedGpu, ...]:

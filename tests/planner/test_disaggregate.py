@@ -231,7 +231,7 @@ def test_one_pool_is_said_to_be_better_where_it_is() -> None:
         ("1xh100-sxm", {}, "the cluster has 1"),
         ("4xh100-sxm", {"tpot_limit_s": 1e-4}, "TPOT limit of 0.1 ms: the fastest decode worker"),
         ("4xh100-sxm", {"ttft_limit_s": 1e-3}, "TTFT limit of 1 ms: the fastest prompt"),
-        ("4xh100-sxm", {"request_rate": 1e4}, "request rate of 10000/s"),
+        ("4xh100-sxm", {"request_rate": 1e4}, "request rate of 10,000/s"),
     ],
 )
 def test_what_cannot_be_is_said_with_numbers(

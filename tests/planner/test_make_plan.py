@@ -208,6 +208,22 @@ def test_each_rank_of_attention_dp_has_a_batch_limit_of_its_own() -> None:
     assert plan.limits.max_num_seqs <= 1024
 
 
+def test_more_slots_than_the_largest_step_leave_room_for_prompts() -> None:
+    model, cluster = read_model("deepseek-ai/DeepSeek-V3"), parse_cluster("8xb300-sxm")
+    pins = Pins(tp=8, attention="dp")
+    load = Workload(input_tokens=100, output_tokens=100, concurrency=8190)
+    plan = make_plan(model, cluster, load, pins=pins, engine="vllm")
+    assert plan.limits.max_num_seqs == 8190
+    assert plan.limits.max_batched_tokens == 2 * 8190
+
+
+def test_the_batch_limit_of_cpus_is_what_binds_there() -> None:
+    load = Workload(input_tokens=20, output_tokens=20)
+    plan = make_plan(read_model("Qwen/Qwen2.5-0.5B"), parse_cluster("2xcpu"), load)
+    assert plan.limits.max_num_seqs == 32
+    assert plan.certificate.binding_constraint.startswith("batch limit of 32 sequences")
+
+
 def test_runners_up_are_other_shapes_with_reasons() -> None:
     plan = plan_of(LLAMA_70B, "8xh100-sxm", top=4)
     labels = [one.split.label() for one in plan.certificate.runners_up]

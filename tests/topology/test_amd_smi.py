@@ -4,7 +4,7 @@ import json
 from typing import Any, cast
 
 import pytest
-from tests.topology.captures import AMD_STATIC, AMD_TABLE, AMD_TOPOLOGY
+from tests.topology.captures import AMD_STATIC, AMD_TABLE, AMD_TOPOLOGY, IBSTAT
 
 from rankwright.topology.captures import describe_topology_text, probe_from_text
 from rankwright.topology.errors import ProbeError, find_failure
@@ -200,6 +200,20 @@ def test_gpus_have_the_numbers_that_hip_takes() -> None:
     assert free[2] == 196000 * MIB
     assert any("HIP's numbers" in note for note in cluster.notes)
     assert hip_numbers(AMD_TABLE.replace("|   2       1 ", "|   2       0 ")) == {}
+    listed = '[{"gpu": 0, "hip_id": 1}, {"gpu": 1, "hip_id": 0}]'
+    others = '[{"gpu": 0, "numa": {"node": 0}}, {"gpu": 1, "numa": {"node": 1}}]'
+    for text in (listed, f"{listed}\n{others}", f"{others}\n{listed}"):
+        assert hip_numbers(text) == {0: 1, 1: 0}
+
+
+def test_ports_listed_beside_links_are_those_of_the_node() -> None:
+    (node,) = probe_from_text(AMD_TOPOLOGY + AMD_STATIC + IBSTAT).nodes
+    assert [nic.name for nic in node.nics] == ["mlx5_0", "mlx4_0:2"]
+
+
+def test_odd_links_are_refused() -> None:
+    page = describe_topology_text('[{"gpu":0,"links":[{"gpu":[]}]}, {"gpu":1,"links":[]}]')
+    assert "error" in page
 
 
 def test_links_without_names_or_of_another_machine_are_no_cluster() -> None:

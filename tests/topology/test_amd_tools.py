@@ -177,3 +177,11 @@ def test_an_amd_smi_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(amd_smi_tool, "AMD_TIMEOUT_S", 0.3)
     with pytest.raises(ProbeError, match="amd-smi hangs"):
         probe()
+
+
+def test_why_amd_smi_failed_is_not_hidden_by_a_rocm_smi_that_finds_nothing(tmp_path: Path) -> None:
+    install(tmp_path, "")
+    install_amd_smi(tmp_path, topology="User is missing the following required groups: render")
+    with pytest.raises(ProbeError) as caught:
+        probe()
+    assert caught.value.kind == "no_permission"

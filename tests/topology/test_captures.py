@@ -378,7 +378,7 @@ def test_damaged_captures_are_read_or_refused_but_never_crash_nor_lie(seed: int)
 ALL_TEXTS = texts()
 
 
-@settings(deadline=None, max_examples=min(NUM_EXAMPLES, 1000))
+@settings(deadline=None, max_examples=NUM_EXAMPLES)
 @given(st.text())
 def test_any_text_is_described(text: str) -> None:
     check(text, {})

@@ -416,9 +416,10 @@ def test_a_job_without_cpus_of_a_socket_still_has_its_numa_node() -> None:
 PLAIN = "\tGPU0\tGPU1\nGPU0\t X \tPIX\nGPU1\tPIX\t X \n"
 
 
-def test_a_table_of_peers_may_follow_without_a_legend_but_no_second_machine() -> None:
+def test_a_table_of_peers_may_be_beside_it_without_a_legend_but_no_second_machine() -> None:
     peers = "\n$ nvidia-smi topo -p2p rw\n \tGPU0\tGPU1\n GPU0\tX\tOK\n GPU1\tOK\tX\n"
     assert parse_topo_m(PLAIN + peers).matrix == (("X", "PIX"), ("PIX", "X"))
+    assert parse_topo_m(peers + PLAIN).matrix == (("X", "PIX"), ("PIX", "X"))
     with pytest.raises(ProbeError, match="a second table"):
         parse_topo_m(PLAIN + "after:\n" + PLAIN.replace("PIX", "SYS"))
 

@@ -193,8 +193,8 @@ def _cells_of(record: Facts) -> Callable[[_Table, int], Any] | None:
     """Return how a record says what its GPU's table has for another GPU; None: it says no table."""
     links = as_list(record.get("links"))
     if links is not None:
-        by_gpu = {link.get("gpu"): link for link in map(as_facts, links)}
-        return lambda table, gpu: by_gpu.get(gpu, {}).get(table.in_links)
+        by_gpu = {str(link.get("gpu")): link for link in map(as_facts, links)}
+        return lambda table, gpu: by_gpu.get(str(gpu), {}).get(table.in_links)
     if any(isinstance(record.get(table.in_tables), dict) for table in _TABLES):
         return lambda table, gpu: as_facts(record.get(table.in_tables)).get(f"gpu_{gpu}")
     return None

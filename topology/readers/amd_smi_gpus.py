@@ -105,12 +105,13 @@ def hip_numbers(text: str) -> dict[int, int]:
     >>> hip_numbers('[{"gpu": 0, "hip_id": 1}, {"gpu": 1, "hip_id": 0}]')
     {0: 1, 1: 0}
     """
-    found = {record["gpu"]: _number(record.get("hip_id")) for record in records(text)}
-    for _, _, gpu, facts in _table_entries(text):
-        found[gpu] = _number(facts.get("hip_id"))
-    for _, _, gpu, path, value in _text_entries(text):
-        if path == ("hip_id",):
-            found[gpu] = _number(value)
+    told = [(record["gpu"], record.get("hip_id")) for record in records(text)]
+    told += [(gpu, facts.get("hip_id")) for _, _, gpu, facts in _table_entries(text)]
+    told += [(gpu, value) for _, _, gpu, path, value in _text_entries(text) if path == ("hip_id",)]
+    found: dict[int, int | None] = {}
+    for gpu, value in told:  # most of its commands do not tell
+        number = _number(value)
+        found[gpu] = found.get(gpu) if number is None else number
     numbers = {gpu: hip for gpu, hip in found.items() if hip is not None}
     return numbers if len(set(numbers.values())) == len(numbers) == len(found) else {}
 

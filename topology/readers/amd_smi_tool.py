@@ -41,10 +41,10 @@ def read_amd() -> FoundMachine:
     try:
         return _read("rocm-smi", _ROCM_COMMANDS, lambda text: "Card" in text, rocm_machine)
     except ProbeError as error:
-        if error.kind != "tool_not_found":
-            raise
         if amd_error.kind != "tool_not_found":
             raise amd_error from None
+        if error.kind != "tool_not_found":
+            raise
         raise ProbeError(
             "tool_not_found", "neither amd-smi nor rocm-smi is installed here"
         ) from None

@@ -65,7 +65,9 @@ def parse_topo_m(text: str) -> TopoMatrix:
         ValueError: There is no table in the text.
     """
     lines = [line for _, line in numbered_lines(text)]
-    start = next((i for i, line in enumerate(lines) if _is_header(line)), None)
+    headers = [i for i, line in enumerate(lines) if _is_header(line)]
+    # Peer access (`-p2p`) has a header like it, and may come before.
+    start = next((i for i in headers if _tells_links(lines[i + 1 :])), next(iter(headers), None))
     if start is None:
         failure = find_failure(text)
         if failure is not None:
