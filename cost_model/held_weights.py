@@ -32,18 +32,26 @@ def about_weights(spec: ModelSpec, engine: str) -> tuple[str, ...]:
     dtypes = spec.weight_dtypes
     if engine != "rankwright":
         return ()
+    cache: tuple[str, ...] = ()
+    if spec.kv_dtype != spec.dtype:
+        cache = (
+            f"KV cache: {spec.kv_dtype}, which rankwright's executor does not keep: planned for "
+            "what it would do, and refused at launch; other engines have it (--engine)",
+        )
     stored = f"{dtypes.feed_forward}{f' ({dtypes.method})' if dtypes.method else ''}"
     if is_widened(dtypes):
         return (
             f"weights: stored as {stored}, and widened to {spec.dtype} as they load; other engines "
             "keep them as stored (--engine)",
+            *cache,
         )
     if BITS[dtypes.feed_forward] < 16:
         return (
             f"weights: {stored}, which rankwright's executor does not compute in: planned for what "
             "it would do; other engines have it (--engine)",
+            *cache,
         )
-    return ()
+    return cache
 
 
 def held_by(spec: ModelSpec, engine: str) -> ModelSpec:

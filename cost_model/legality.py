@@ -24,6 +24,7 @@ class Forms:
         hybrid_experts: Whether experts may be cut in both ways at once (`1 < ep < tp`).
         context_parallel: Whether it cuts contexts over ranks.
         unlike_shares: Whether ranks of a TP group may hold unequal parts, as their GPUs are.
+        attention_dp_in_stages: Whether it replicates attention within stages of a pipeline.
         source: Where this is said.
     """
 
@@ -32,18 +33,21 @@ class Forms:
     hybrid_experts: bool
     context_parallel: bool
     unlike_shares: bool
+    attention_dp_in_stages: bool
     source: str
 
 
-_SGLANG = Forms(False, "experts", True, False, False, "docs.sglang.ai, server arguments")
+_SGLANG = Forms(False, "experts", True, False, False, True, "docs.sglang.ai, server arguments")
 FORMS: dict[str, Forms] = {
-    "rankwright": Forms(True, "any", True, True, True, "executor/models/supported.py"),
+    "rankwright": Forms(True, "any", True, True, True, True, "executor/models/supported.py"),
     "vllm": Forms(
-        False, "experts", False, False, False, "docs.vllm.ai, data and expert parallel pages"
+        False, "experts", False, False, False, False, "docs.vllm.ai, data and expert parallel pages"
     ),
     "sglang": _SGLANG,
     "sglang-mixed": _SGLANG,
-    "trtllm": Forms(False, "experts", True, False, False, "TensorRT-LLM, parallel strategy page"),
+    "trtllm": Forms(
+        False, "experts", True, False, False, True, "TensorRT-LLM, parallel strategy page"
+    ),
 }
 
 
@@ -53,10 +57,11 @@ def cut_is_legal(
     tp: int,
     ep: int = 1,
     cp: int = 1,
+    pp: int = 1,
     attention: AttentionSplit = "tp",
     engine: str = "rankwright",
 ) -> str | None:
-    """Return why `engine` cannot cut each stage of `model` so, or None where it can.
+    """Return why `engine` cannot cut each of `pp` stages of `model` so, or None where it can.
 
     Raises:
         ValueError: The engine is unknown.
@@ -65,6 +70,8 @@ def cut_is_legal(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if min(tp, ep, cp) < 1:
         return f"tp={tp} ep={ep} cp={cp}: expected 1 or more of each"
+    if attention == "dp" and pp > 1 and not FORMS[engine].attention_dp_in_stages:
+        return f"pp={pp}: {engine} replicates attention within one stage only"
     reason = tp_is_legal(model, tp, whole_heads=attention == "dp")
     reason = reason or ep_is_legal(model, tp, ep)
     return reason or _engine_lacks(model, tp, ep, cp, attention, engine)

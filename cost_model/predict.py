@@ -227,6 +227,7 @@ def check_split(model: ModelSpec, split: Split, engine: str = "rankwright") -> N
         tp=split.tp,
         ep=split.ep,
         cp=split.cp,
+        pp=split.pp,
         attention=split.attention,
         engine=engine,
     )

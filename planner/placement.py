@@ -29,7 +29,13 @@ def place_ranks(model: ModelSpec, split: Split, groups: Sequence[Replicas]) -> t
     shares = [
         [kind.shares for kind in group.stages] for group in groups for _ in range(group.count)
     ]
-    return bind_ranks(model, split, replica_places(groups), shares)
+    # A replica over several machines comes between those on each: in a job the ranks of a machine
+    # have numbers in a row.
+    placed = sorted(
+        zip(replica_places(groups), shares, strict=True),
+        key=lambda one: [node for places in one[0] for node, _ in places],
+    )
+    return bind_ranks(model, split, [places for places, _ in placed], [held for _, held in placed])
 
 
 def bind_ranks(

@@ -164,6 +164,7 @@ def find_shapes(
                     Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)
                     for cp_exchange in exchanges[cp > 1]
                     for attention, ep in cuts
+                    if attention == "tp" or pp == 1 or FORMS[engine].attention_dp_in_stages
                 ]
     return Shapes(tuple(legal), tuple(illegal))
 

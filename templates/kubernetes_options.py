@@ -121,6 +121,9 @@ class PodOptions(Value):
             key, _, value = pair.partition("=")
             if pair and not (re.match(LABEL_KEY, key) and re.match(LABEL_VALUE, value)):
                 raise ValueError(f"node_selector has {pair!r}; expected LABEL=VALUE of a node")
+        labels = [pair.partition("=")[0] for pair in (self.node_selector or "").split(",")]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"node_selector={self.node_selector!r} names a label twice")
         has_volume = self.model_pvc is not None or self.model_host_path is not None
         if self.model_path is not None:
             if not has_volume:

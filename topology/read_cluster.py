@@ -44,6 +44,12 @@ def read_cluster(text_or_path: str) -> Cluster:
     return parse_cluster(text)
 
 
+def check_cluster_name(path: str | Path) -> None:
+    """Raise ValueError where no cluster can be written to a file named so."""
+    if Path(path).suffix.lower() not in _FILE_TYPES:
+        raise ValueError(f"cannot write a cluster to {str(path)!r}; expected *.yaml or *.json")
+
+
 def write_cluster(cluster: Cluster, path: str | Path) -> None:
     """Write a cluster as YAML, or as JSON if the path says so; the file appears whole or not.
 
@@ -52,9 +58,8 @@ def write_cluster(cluster: Cluster, path: str | Path) -> None:
         OSError: It cannot be written.
     """
     target = Path(path)
+    check_cluster_name(target)
     kind = target.suffix.lower()
-    if kind not in _FILE_TYPES:
-        raise ValueError(f"cannot write a cluster to {str(path)!r}; expected *.yaml or *.json")
     value = cluster.model_dump(mode="json", exclude_defaults=True)
     value = {"schema_version": cluster.schema_version, **value}
     text = json.dumps(value, indent=2) + "\n" if kind == ".json" else _to_yaml(value)

@@ -138,11 +138,13 @@ def plan_places(plan: Plan) -> set[tuple[int, int, str, int, int]]:
     """Return what a plan has where, as `script_places` does."""
     numbers = {node: i for i, node in enumerate(dict.fromkeys(rank.node for rank in plan.ranks))}
     places: set[tuple[int, int, str, int, int]] = set()
-    for replica in range(plan.split.dp):
-        ranks = [rank for rank in plan.ranks if rank.replica == replica]
-        nodes = list(dict.fromkeys(rank.node for rank in ranks))
+    held: dict[int, list[tuple[int, int]]] = {}
+    for rank in plan.ranks:
+        held.setdefault(rank.replica, []).append((rank.node, rank.gpu))
+    for replica, ranks in held.items():
+        nodes = list(dict.fromkeys(node for node, _ in ranks))
         for part, node in enumerate(nodes):
-            gpus = ",".join(str(rank.gpu) for rank in ranks if rank.node == node)
+            gpus = ",".join(str(gpu) for place, gpu in ranks if place == node)
             places.add((numbers[node], replica, gpus, part, numbers[nodes[0]]))
     return places
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rankwright.planner.plan import Plan
+from rankwright.planner.plan import Plan, RankPlan
 from rankwright.templates.layout import node_order
 
 
@@ -16,6 +16,14 @@ class Place:
     gpus: tuple[int, ...]
 
 
+def ranks_of_replicas(plan: Plan) -> dict[int, list[RankPlan]]:
+    """Return the ranks of each replica of `plan`, in their order."""
+    found: dict[int, list[RankPlan]] = {}
+    for rank in plan.ranks:
+        found.setdefault(rank.replica, []).append(rank)
+    return found
+
+
 def replica_places(plan: Plan) -> tuple[Place, ...]:
     """Return the places of `plan`, replica by replica.
 
@@ -25,13 +33,12 @@ def replica_places(plan: Plan) -> tuple[Place, ...]:
     """
     numbers = {node: rank for rank, node in enumerate(node_order(plan))}
     places: list[Place] = []
-    for replica in range(plan.split.dp):
-        ranks = [rank for rank in plan.ranks if rank.replica == replica]
+    for replica, ranks in ranks_of_replicas(plan).items():
         nodes = list(dict.fromkeys(rank.node for rank in ranks))
         for part, node in enumerate(nodes):
             gpus = tuple(rank.gpu for rank in ranks if rank.node == node)
             places.append(Place(replica, part, numbers[node], gpus))
-        _check_kinds(plan, replica)
+        _check_kinds(plan, ranks)
     sizes = {len(place.gpus) for place in places}
     if len(sizes) > 1:
         counts = " + ".join(str(len(place.gpus)) for place in places)
@@ -42,11 +49,10 @@ def replica_places(plan: Plan) -> tuple[Place, ...]:
     return tuple(places)
 
 
-def _check_kinds(plan: Plan, replica: int) -> None:
+def _check_kinds(plan: Plan, ranks: list[RankPlan]) -> None:
     kinds = {
         gpu.device
-        for rank in plan.ranks
-        if rank.replica == replica
+        for rank in ranks
         for gpu in plan.cluster.node(rank.node).gpus
         if gpu.index == rank.gpu
     }
@@ -57,9 +63,9 @@ def _check_kinds(plan: Plan, replica: int) -> None:
         )
     if len(kinds) > 1:
         raise ValueError(
-            f"replica {replica} runs on {' and '.join(sorted(kinds))}, and another engine takes "
-            "the same share of layers, batch and memory from every GPU; plan replicas on GPUs of "
-            "one kind"
+            f"replica {ranks[0].replica} runs on {' and '.join(sorted(kinds))}, and another engine "
+            "takes the same share of layers, batch and memory from every GPU; plan replicas on "
+            "GPUs of one kind"
         )
 
 

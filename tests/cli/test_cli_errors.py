@@ -312,3 +312,59 @@ def test_a_file_of_another_kind_is_named(
     assert "file.json" in err
     assert says in err
     assert "http" not in err
+
+
+def test_a_request_of_a_trace_that_is_longer_than_the_context_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,1000,100\n1,200000,100\n")
+    options = ["--cluster", "8xh100-sxm", "--trace", str(trace)]
+    assert main(["plan", "meta-llama/Llama-3.1-8B", *options]) == 2
+    assert "a request of 200000 + 100 tokens exceeds the context" in capsys.readouterr().err
+
+
+def test_a_cache_that_our_executor_does_not_keep_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--cluster", "2xh100-sxm", "--kv-dtype", "float8"]
+    assert main(["plan", "meta-llama/Llama-3.1-8B", *options]) == 0
+    assert "KV cache: float8, which rankwright's executor does not" in capsys.readouterr().out
+    assert main(["plan", "meta-llama/Llama-3.1-8B", *options, "--engine", "vllm"]) == 0
+    assert "KV cache: float8" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-o", "cluster.txt"], "cannot write a cluster to 'cluster.txt'"),
+        (["--from-file", __file__, "--gather", "ray"], "--from-file reads a text"),
+        (["--from-file", __file__, "--fabric", "ib400"], "--fabric is between machines"),
+    ],
+)
+def test_options_of_probe_that_do_not_apply_are_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: rankwright")
+
+
+def test_a_label_is_selected_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    options = ["--cluster", "2xh100-sxm", "-o", str(plan)]
+    assert main(["plan", "meta-llama/Llama-3.1-8B", *options]) == 0
+    selector = ["--set", "node_selector=zone=a,zone=b", "-o", str(tmp_path / "out")]
+    assert main(["render", str(plan), "--target", "kubernetes", *selector]) == 2
+    assert "names a label twice" in capsys.readouterr().err
+
+
+def test_a_plan_with_a_replica_over_two_machines_is_a_job(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    options = ["--cluster", "2x8xh200-sxm+ib400", "--tp", "1", "--pp", "5", "--dp", "3"]
+    assert main(["plan", "Qwen/Qwen3-235B-A22B", *options, "-o", str(plan)]) == 0
+    assert main(["render", str(plan), "--target", "slurm", "-o", str(tmp_path / "out")]) == 0

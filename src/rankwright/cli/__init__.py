@@ -37,7 +37,6 @@ def build_app(commands: Sequence[str] = COMMANDS) -> typer.Typer:
     app = typer.Typer(
         name="rankwright",
         help="Plan the parallelism of an LLM deployment, prove the plan, then run it.",
-        no_args_is_help=True,
         rich_markup_mode=None,  # help as plain text: fast, and the same in docs/cli.md
         pretty_exceptions_enable=False,
     )
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: wrong usage or input; 3: no feasible plan; 4: hardware or probe failure; 5: launch
     or run failure. 1 is a mistake of ours, and the only one that prints a traceback.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     known = args[:1] == ["--version"] or args[:1] in ([name] for name in COMMANDS)
     asked = [name for name in COMMANDS if name in args[:1]] if known else COMMANDS
     try:

@@ -118,6 +118,12 @@ def run(
         names = ("input_tokens", "output_tokens", "concurrency", "request_rate", "shared_prefix")
         load = load.model_copy(update={name: getattr(means, name) for name in names})
     spec = read_model(model)
+    for row in rows:
+        if row.input_tokens + row.output_tokens > spec.max_context_tokens:
+            raise ValueError(
+                f"{trace}: a request of {row.input_tokens} + {row.output_tokens} tokens exceeds "
+                f"the context of {spec.name}, {spec.max_context_tokens} tokens; leave it out"
+            )
     pins = Pins(tp=tp, pp=pp, ep=ep, dp=dp, cp=cp, attention=attention, cp_exchange=cp_exchange)
     if expert_slots is None and (expert_load or rebalance_steps is not None):
         given = "--expert-load" if expert_load else "--rebalance-steps"

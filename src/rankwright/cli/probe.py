@@ -15,7 +15,7 @@ from rankwright.topology.captures import describe_topology_text, probe_from_text
 from rankwright.topology.cluster import Cluster
 from rankwright.topology.errors import ProbeError
 from rankwright.topology.gather import Method, gather
-from rankwright.topology.read_cluster import write_cluster
+from rankwright.topology.read_cluster import check_cluster_name, write_cluster
 from rankwright.topology.readers.kubernetes import is_kubernetes, parse_kubernetes
 
 
@@ -74,6 +74,8 @@ def run(
 
     Without a GPU, its cores are CPU ranks.
     """
+    if output is not None:
+        check_cluster_name(output)  # before what takes a minute
     if from_file is None:
         if timed:
             method = "ray" if ray_address is not None else method
@@ -87,10 +89,17 @@ def run(
         return
     if timed:
         raise ValueError("--measure times this machine, and --from-file reads another; give one")
+    if method != "auto" or ray_address is not None or require_gpu:
+        raise ValueError(
+            "--gather, --ray-address and --require-gpu are for the machines of this job, and "
+            "--from-file reads a text; give one"
+        )
     text = from_file.read_text(encoding="utf-8", errors="replace")
     if is_kubernetes(text):
         _show(parse_kubernetes(text, fabric=fabric), output, svg, as_json)
         return
+    if fabric is not None:
+        raise ValueError("--fabric is between machines, and this text is of one; leave it out")
     read = describe_topology_text(text)
     if "error" in read:
         error = cast("dict[str, str]", read["error"])
