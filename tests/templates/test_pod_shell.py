@@ -15,9 +15,9 @@ from rankwright.templates.render import render
 
 LAUNCHER = """\
 #!/bin/sh
+trap 'echo drained > "$RECORD/drained"; exit 0' TERM
 { echo "pid $$"; printf '%s\\n' "$@"; } > "$RECORD/launched.tmp"
 mv "$RECORD/launched.tmp" "$RECORD/launched"
-trap 'echo drained > "$RECORD/drained"; exit 0' TERM
 while :; do sleep 0.05; done
 """
 GETENT = """\
