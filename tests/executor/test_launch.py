@@ -53,14 +53,14 @@ def launched(folder: Path, plan: Plan, **extra: Any) -> Iterator[Launched]:
 
 def test_a_signal_drains_running_requests_and_leaves_nothing_behind(tmp_path: Path) -> None:
     plan = cpu_plan(SPEC, tp=2, dp=2)
-    # The request takes 3 s, within which it has to be seen running and draining.
+    # The request takes 8 s, within which it has to be seen running and draining.
     with launched(tmp_path, plan, environment={"TEST_STEP_S": "0.05"}) as it:
         url = it.url()
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         assert len(it.processes()) == 5  # torchrun and four ranks
         answers: list[dict[str, Any]] = []
         job = threading.Thread(
-            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=60))
+            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=160))
         )
         job.start()
         running = 'rankwright_requests_running{replica="0"} 1.0'
@@ -68,8 +68,8 @@ def test_a_signal_drains_running_requests_and_leaves_nothing_behind(tmp_path: Pa
         it.process.send_signal(signal.SIGINT)
         it.wait_for(lambda: httpx.get(f"{url}/health").json()["status"] == "draining")
         assert complete(url, prompt="x")["error"]["code"] == "draining"
-        job.join(20)
-        assert answers[0]["choices"][0]["text"] == "ab" * 30
+        job.join(60)
+        assert answers[0]["choices"][0]["text"] == "ab" * 80
         assert it.exit_code() == 0
         assert "1 requests are running" in it.text
         assert it.processes() == []
@@ -102,7 +102,7 @@ def test_a_signal_to_every_process_at_once_drains_too(tmp_path: Path) -> None:
         url = it.url()
         answers: list[dict[str, Any]] = []
         job = threading.Thread(
-            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=40))
+            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=160))
         )
         job.start()
         running = 'rankwright_requests_running{replica="0"} 1.0'
@@ -110,8 +110,8 @@ def test_a_signal_to_every_process_at_once_drains_too(tmp_path: Path) -> None:
         for pid in (it.pid_of(0), it.pid_of(1), parent_of(it.pid_of(0)), it.process.pid):
             os.kill(pid, signal.SIGTERM)
         assert it.exit_code() == 0
-        job.join(20)
-        assert answers[0]["choices"][0]["text"] == "ab" * 20
+        job.join(60)
+        assert answers[0]["choices"][0]["text"] == "ab" * 80
         assert it.processes() == []
 
 

@@ -50,12 +50,12 @@ def test_a_launch_is_listed_while_it_runs_and_stop_drains_it(
 ) -> None:
     options: dict[str, Any] = {"load_format": "dummy", "worker": WORKER}
     plan = cpu_plan(SPEC, dp=2)
-    # The request takes 3 s, within which it has to be seen running.
+    # The request takes 8 s, within which it has to be seen running.
     with launched(tmp_path, plan, environment={"TEST_STEP_S": "0.05"}, **options) as it:
         url = it.url()
         answers: list[dict[str, Any]] = []
         job = threading.Thread(
-            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=60))
+            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=160))
         )
         job.start()
         it.wait_for(lambda: "requests_running" in httpx.get(f"{url}/metrics").text)
@@ -65,8 +65,8 @@ def test_a_launch_is_listed_while_it_runs_and_stop_drains_it(
         assert main(["status"]) == 0
         assert found["id"] in capsys.readouterr().out
         assert main(["stop", found["id"][:-2]]) == 0
-        job.join(20)
-        assert answers[0]["choices"][0]["text"] == "ab" * 30, "it was let finish"
+        job.join(60)
+        assert answers[0]["choices"][0]["text"] == "ab" * 80, "it was let finish"
         assert it.exit_code() == 0
     assert list(state_directory().iterdir()) == []
 

@@ -87,13 +87,13 @@ def test_ranks_see_the_gpus_of_their_node_and_a_signal_drains(
         assert httpx.get(f"{url}/health").json() == {"status": "ok"}
         answers: list[dict[str, Any]] = []
         job = threading.Thread(
-            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=60))
+            target=lambda: answers.append(complete(url, prompt="ab", max_tokens=160))
         )
         job.start()
         it.wait_for(lambda: "} 1.0" in lines_of(url, "rankwright_requests_running"))
         it.process.send_signal(signal.SIGTERM)
-        job.join(30)
-        assert answers[0]["choices"][0]["text"] == "ab" * 30
+        job.join(60)
+        assert answers[0]["choices"][0]["text"] == "ab" * 80
         assert it.exit_code() == 0
     assert list(tmp_path.glob("rankwright-*")) == []
 
