@@ -23,7 +23,7 @@ def is_widened(dtypes: WeightDtypes) -> bool:
 
 
 def about_weights(spec: ModelSpec, engine: str) -> tuple[str, ...]:
-    """Return what to know of how `engine` holds the weights of `spec`; empty: as they are stored.
+    """Return what to know of how `engine` holds weights and KV cache of `spec`; empty: as they are.
 
     >>> from rankwright.cost_model.read_model import read_model
     >>> about_weights(read_model("openai/gpt-oss-20b"), "rankwright")[0][:36]

@@ -70,11 +70,17 @@ def cut_is_legal(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     if min(tp, ep, cp) < 1:
         return f"tp={tp} ep={ep} cp={cp}: expected 1 or more of each"
-    if attention == "dp" and pp > 1 and not FORMS[engine].attention_dp_in_stages:
-        return f"pp={pp}: {engine} replicates attention within one stage only"
-    reason = tp_is_legal(model, tp, whole_heads=attention == "dp")
+    reason = stages_are_legal(pp, attention, engine)
+    reason = reason or tp_is_legal(model, tp, whole_heads=attention == "dp")
     reason = reason or ep_is_legal(model, tp, ep)
     return reason or _engine_lacks(model, tp, ep, cp, attention, engine)
+
+
+def stages_are_legal(pp: int, attention: AttentionSplit, engine: str) -> str | None:
+    """Return why `engine` cannot have `pp` stages with attention split so, or None where it can."""
+    if attention == "tp" or pp == 1 or FORMS[engine].attention_dp_in_stages:
+        return None
+    return f"pp={pp}: {engine} runs attention DP within one stage only"
 
 
 def ep_is_legal(model: ModelSpec, tp: int, ep: int) -> str | None:

@@ -15,8 +15,8 @@ chunk must come out of the pipeline, `m * (osl - 1)` to decode, and 2 until the 
 (one step is on its way when a request ends, and one more when the next arrives). With fewer
 sequences than stages a step lasts longer than a stage, and chunks follow each other in the stages
 that are free: `(n + pp - 1) * m / pp` of them for a prompt. So `r = B / cycle` requests pass a
-step. Slots are where they are by chance, since lengths differ: a
-step is without prompt tokens if no slot has any, so that a share
+step. Slots are where they are by chance, since lengths differ: a step is without prompt tokens if
+no slot has any, so that a share
 
     f = 1 - (1 - n / cycle)**B
 
@@ -205,7 +205,7 @@ def mixed_rounds(flow: Flow, micro_batches: int) -> tuple[float, float]:
     0.0
     """
     others = (flow.slots - 1) / flow.slots
-    seen = 1 - (1 - flow.mixed_share) ** others if flow.slots > 1 else 0.0
+    seen = 1 - (1 - flow.mixed_share) ** others
 
     def held_up(share: float, requests: float) -> float:
         return min(1.0, share + (micro_batches - 1) * (1 - share) * -expm1(-requests))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rankwright.cost_model.layout import SlotKind, find_slots
-from rankwright.cost_model.legality import FORMS, cut_is_legal, has_experts
+from rankwright.cost_model.legality import FORMS, cut_is_legal, has_experts, stages_are_legal
 from rankwright.cost_model.model_spec import ModelSpec
 from rankwright.cost_model.split import AttentionSplit, CpExchange
 from rankwright.topology.cluster import Cluster
@@ -160,12 +160,15 @@ def find_shapes(
                 if pp_reason is not None:
                     illegal.append(Illegal(_label(tp, pp, cp=cp), pp_reason))
                     continue
-                legal += [
-                    Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)
-                    for cp_exchange in exchanges[cp > 1]
-                    for attention, ep in cuts
-                    if attention == "tp" or pp == 1 or FORMS[engine].attention_dp_in_stages
-                ]
+                for attention, ep in cuts:
+                    reason = stages_are_legal(pp, attention, engine)
+                    if reason is not None:
+                        illegal.append(Illegal(_label(tp, pp, ep, cp, attention), reason))
+                        continue
+                    legal += [
+                        Shape(tp, pp, ep, kinds, cp, attention, cp_exchange)
+                        for cp_exchange in exchanges[cp > 1]
+                    ]
     return Shapes(tuple(legal), tuple(illegal))
 
 

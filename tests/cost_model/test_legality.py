@@ -32,7 +32,7 @@ def test_engines_differ_in_what_they_run() -> None:
     # No head is cut, so that none need divide.
     assert cut_is_legal(QWEN_MOE, tp=3, attention="dp", engine="sglang") is None
     stages = cut_is_legal(QWEN_MOE, tp=4, ep=4, pp=2, attention="dp", engine="vllm")
-    assert stages == "pp=2: vllm replicates attention within one stage only"
+    assert stages == "pp=2: vllm runs attention DP within one stage only"
     assert cut_is_legal(QWEN_MOE, tp=4, ep=4, pp=2, attention="dp", engine="sglang") is None
     uneven = cut_is_legal(LLAMA_8B, tp=3, engine="vllm")
     assert uneven is not None
