@@ -80,12 +80,17 @@ def balance_layers(
         return (num_layers,) if within else None
     search = _Search(stages, others, limit_s)
     stage_s = _least_s(stages)
+    can_be = False
     while stage_s < inf:
         reach, next_s = search.fill(stage_s)
         if reach is not None:
             filled = tuple(end - start for start, end in pairwise(reach))
             return search.even_cut(reach, stage_s) or filled
         if next_s < 0:
+            # Before more time is tried, whether any amount would do: memory does not grow with it.
+            can_be = can_be or search.any_cut(inf)[0] is not None
+            if not can_be:
+                return None
             cut, next_s = search.any_cut(stage_s)
             if cut is not None:
                 return cut
